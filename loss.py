@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transducer loss in pure PyTorch, exact, for logits or fused with the joint network.
+
+Stands alone (torch only). Shape letters as in model.py: B utterances, T encoder frames,
+U labels (the lattice axis is U+1), V classes with blank, J joint hidden size.
+
+The lattice of Graves (2012), arXiv:1211.3711, sec. 2.4, has a node (t, u) for "t frames read,
+u labels emitted". From each node two arcs leave: blank to (t+1, u) and label to (t, u+1). The
+loss is -log of the probability summed over all paths from (0, 0) to (T, U) whose last arc is a
+blank, and its gradient with respect to an arc's log-probability is minus the probability that
+a path runs through that arc.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Stands for log 0. Finite, so that differences of two of them are 0 and not NaN.
+LOG_ZERO = -1e30
+
+
+# --------------------------------------------------------------------------------- the lattice
+
+
+def skew(scores: Tensor, fill: float) -> Tensor:
+    """(B, T, U+1) -> (T+U, B, U+1): entry [t + u, b, u] is scores[b, t, u], `fill` elsewhere.
+
+    Nodes of one anti-diagonal t + u depend on the previous one only, so the recursions below
+    take T + U vectorised steps. Cutting one column from rows padded by U+1 shifts row u by u.
+    """
+    B, T, U1 = scores.shape
+    rows = F.pad(scores.transpose(1, 2), (0, U1), value=fill)  # (B, U+1, T+U+1)
+    rows = rows.reshape(B, -1)[:, : U1 * (T + U1 - 1)].view(B, U1, T + U1 - 1)
+    return rows.permute(2, 0, 1).contiguous()  # (T+U, B, U+1)
+
+
+def unskew(diagonals: Tensor) -> Tensor:
+    """(T+U, B, U+1) -> (B, T, U+1), the inverse of `skew`."""
+    D, B, U1 = diagonals.shape
+    rows = F.pad(diagonals.permute(1, 2, 0).reshape(B, -1), (0, U1))
+    return rows.view(B, U1, D + 1)[:, :, : D + 1 - U1].transpose(1, 2)  # (B, T, U+1)
+
+
+class Lattice:
+    """Forward variables and arc posteriors of a batch of lattices, in float64.
+
+    Args:
+        blank: (B, T, U+1) log-probability of the blank arc that leaves each node.
+        label: (B, T, U+1) log-probability of the label arc that leaves each node.
+        enc_lens, target_lens: (B,) sizes of each lattice; arcs outside are never taken.
+
+    `costs` is (B,), the negative log-likelihoods.
+    """
+
+    def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor):
+        B, T, U1 = blank.shape
+        t = torch.arange(T, device=blank.device)[:, None]
+        u = torch.arange(U1, device=blank.device)
+        inside = t < enc_lens[:, None, None]  # (B, T, 1)
+        blank = blank.double().masked_fill(~inside, LOG_ZERO)
+        label = label.double().masked_fill(~(inside & (u < target_lens[:, None, None])), LOG_ZERO)
+        blank = skew(blank, LOG_ZERO)  # (T+U, B, U+1)
+        # Entry u holds the arc that arrives there, from u-1.
+        label = F.pad(skew(label, LOG_ZERO)[:, :, :-1], (1, 0), value=LOG_ZERO)
+
+        # alpha[t + u, b, 1 + u] = log-probability of reaching (t, u); column 0 is a guard.
+        alpha = blank.new_full((T + U1, B, U1 + 1), LOG_ZERO)
+        alpha[0, :, 1] = 0
+        for d in range(T + U1 - 1):
+            torch.logaddexp(
+                alpha[d, :, 1:] + blank[d], alpha[d, :, :-1] + label[d], out=alpha[d + 1, :, 1:]
+            )
+        self.end = (enc_lens + target_lens, torch.arange(B, device=blank.device), target_lens)
+        self.costs = -alpha[self.end[0], self.end[1], 1 + self.end[2]]  # (B,)
+        self.alpha, self.blank, self.label = alpha, blank, label
+
+    def posteriors(self) -> tuple[Tensor, Tensor]:
+        """Probabilities that a path takes the blank and the label arc of each node.
+
+        Two (B, T, U+1) tensors. They add up to T and to U over each lattice. Instead of Graves'
+        beta, the probability mass flows back from the end: the share of a node's mass that
+        came over an arc is alpha[source] * arc / alpha[node], so there is no logarithm in the
+        loop and nothing can overflow.
+        """
+        arrived = self.alpha[1:, :, 1:]
+        from_blank = torch.exp(self.alpha[:-1, :, 1:] + self.blank - arrived)  # (T+U, B, U+1)
+        from_label = torch.exp(self.alpha[:-1, :, :-1] + self.label - arrived)
+        mass = torch.zeros_like(arrived[:1]).repeat(len(self.alpha), 1, 1)
+        mass[self.end] = 1  # mass[t + u, b, u] = probability that a path visits (t, u)
+        for d in reversed(range(len(from_blank))):
+            from_blank[d] *= mass[d + 1]
+            from_label[d] *= mass[d + 1]
+            mass[d] += from_blank[d]
+            mass[d, :, :-1] += from_label[d, :, 1:]
+        return unskew(from_blank), unskew(F.pad(from_label[:, :, 1:], (0, 1)))
+
+
+# ------------------------------------------------------------------------------ input checking
+
+
+def check_shapes(B: int, T: int, U1: int, V: int, targets: Tensor, enc_lens: Tensor,
+                 target_lens: Tensor, blank: int) -> None:  # fmt: skip
+    """Raises ValueError with the argument's name and value for whatever cannot be a batch."""
+    if targets.shape != (B, U1 - 1):
+        raise ValueError(f"targets: shape {tuple(targets.shape)}, expected {(B, U1 - 1)}")
+    if not 0 <= blank < V:
+        raise ValueError(f"blank: {blank}, expected 0 <= blank < {V}")
+    for name, lens, low, high in (("enc_lens", enc_lens, 1, T), ("target_lens", target_lens, 0, U1 - 1)):
+        if lens.shape != (B,) or lens.is_floating_point():
+            raise ValueError(f"{name}: shape {tuple(lens.shape)} {lens.dtype}, expected integers ({B},)")
+        for b, n in enumerate(lens.tolist()):
+            if not low <= n <= high:
+                raise ValueError(f"{name}[{b}]: {n}, expected {low} <= n <= {high}")
+    if targets.is_floating_point():
+        raise ValueError(f"targets: {targets.dtype}, expected integers")
+    used = torch.arange(U1 - 1, device=targets.device) < target_lens[:, None]
+    wrong = used & ((targets == blank) | (targets < 0) | (targets >= V))
+    for b, u in wrong.nonzero().tolist()[:1]:
+        raise ValueError(
+            f"targets[{b}, {u}]: {targets[b, u].item()}, expected 0 <= label < {V} other than "
+            f"blank {blank}"
+        )
+
+
+def reduce_costs(costs: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: {reduction!r}, expected 'none', 'mean' or 'sum'")
+    return costs if reduction == "none" else getattr(costs, reduction)()
+
+
+# ----------------------------------------------------------------------------- loss on logits
+
+
+class LatticeCosts(torch.autograd.Function):
+    """Arc log-probabilities -> costs (B,); see `Lattice` for arguments and gradient."""
+
+    @staticmethod
+    def forward(ctx, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor) -> Tensor:
+        ctx.lattice = Lattice(blank, label, enc_lens, target_lens)
+        ctx.dtype = blank.dtype
+        return ctx.lattice.costs.to(blank.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_costs: Tensor) -> tuple:
+        on_blank, on_label = ctx.lattice.posteriors()
+        scale = -grad_costs.double()[:, None, None]
+        return (on_blank * scale).to(ctx.dtype), (on_label * scale).to(ctx.dtype), None, None
+
+
+def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: Tensor,
+                    blank: int, reduction: str = "mean") -> Tensor:  # fmt: skip
+    """Negative log-likelihood of `targets`, summed over all alignments.
+
+    Graves (2012), arXiv:1211.3711, sec. 2.4; arguments in the order of torchaudio's rnnt_loss.
+    U = 0, T = 1 and U > T are legal. The lattice runs in float64, the softmax in the dtype of
+    `logits`, at least float32.
+
+    Args:
+        logits: (B, T, U+1, V) unnormalised scores; U+1 because a blank may follow the last label.
+        targets: (B, U) label ids, none equal to `blank`; entries past `target_lens` are ignored.
+        logit_lens: (B,) valid encoder frames, 1 <= n <= T.
+        target_lens: (B,) valid labels, 0 <= n <= U.
+        blank: index of the blank class, 0 <= blank < V.
+        reduction: "none" (B,), "sum", or "mean" over the utterances (not over labels).
+    Returns:
+        Costs in nats (natural logarithm).
+    Raises:
+        ValueError: a shape, length or label is not possible; the message has its value.
+    """
+    if logits.dim() != 4:
+        raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, T, U+1, V)")
+    B, T, U1, V = logits.shape
+    check_shapes(B, T, U1, V, targets, logit_lens, target_lens, blank)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=dtype)  # (B, T, U+1, V)
+    labels = label_of_node(targets, target_lens)[:, None, :, None].expand(B, T, U1, 1)
+    label = log_probs.gather(3, labels)[..., 0]  # (B, T, U+1)
+    costs = LatticeCosts.apply(log_probs[..., blank], label, logit_lens, target_lens)
+    return reduce_costs(costs, reduction)
+
+
+def label_of_node(targets: Tensor, target_lens: Tensor) -> Tensor:
+    """(B, U) -> (B, U+1): the label that each lattice column emits, 0 where it emits none."""
+    emits = torch.arange(targets.shape[1], device=targets.device) < target_lens[:, None]
+    return F.pad(targets.long() * emits, (0, 1))
+
+
+# ------------------------------------------------------------- loss fused with the joint network
+
+# Rows of the joint network that one matrix product takes. Their logits (bfloat16, V = 1024) and
+# softmax stay in the second-level cache; fewer rows leave the matrix units waiting.
+BLOCK_ROWS = 512
+
+# Lattice nodes visited with a probability below this many units of rounding of the compute
+# dtype get no gradient. A node's gradient row has an L1 norm of at most twice that probability,
+# so the sum of what is left out, relative to the T + U arcs of a path, is at most
+# 2 * T * (U+1) / (T + U) * SKIP_BELOW * eps: for T = U = 100 a tenth of eps. Nothing is left
+# out in float64, where the product underflows the smallest posterior that matters.
+SKIP_BELOW = 2.0**-10
+
+
+def compute_dtype(encoded: Tensor) -> torch.dtype:
+    """Autocast's dtype where autocast is on, else that of the arguments."""
+    if encoded.dtype != torch.float64 and torch.is_autocast_enabled(encoded.device.type):
+        return torch.get_autocast_dtype(encoded.device.type)
+    return encoded.dtype
+
+
+def joint_hidden(encoded: Tensor, predicted: Tensor, dropout: float, seed: int) -> Tensor:
+    """(T, J), (U+1, J) -> dropout(relu(sum)) of one utterance, (T*(U+1), J).
+
+    The dropout mask is drawn from a generator of its own, so that the backward pass can draw
+    the same one again instead of storing it. A byte decides on each value: the probability is
+    `dropout` rounded to 1/256, and the values that stay are scaled by exactly its inverse.
+    """
+    hidden = (encoded[:, None] + predicted).relu_().flatten(0, 1)  # (T*(U+1), J)
+    dropped = round(dropout * 256)
+    if dropped:
+        generator = torch.Generator(device=hidden.device).manual_seed(seed)
+        words = torch.empty((hidden.numel() + 7) // 8, dtype=torch.int64, device=hidden.device)
+        words.random_(-(2**63), None, generator=generator)
+        keep = words.view(torch.uint8)[: hidden.numel()].view_as(hidden) >= dropped
+        hidden.mul_(keep).mul_(256 / (256 - dropped))
+    return hidden
+
+
+class JointCosts(torch.autograd.Function):
+    """Encoder and predictor outputs, output layer -> costs (B,).
+
+    The forward pass keeps two numbers a lattice node, the log-probabilities of its arcs. The
+    backward pass computes the logits again, for the nodes that the paths really visit: early in
+    training all of them, once the model aligns a small part.
+    """
+
+    @staticmethod
+    def forward(ctx, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
+                labels: Tensor, lens: tuple[Tensor, Tensor], blank: int, dropout: float,
+                dtype: torch.dtype) -> Tensor:  # fmt: skip
+        ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
+        ctx.save_for_backward(encoded, predicted, weight, bias, labels, *lens)
+        ctx.blank, ctx.dropout, ctx.dtype = blank, dropout, dtype
+        enc, pred, w, c = (x.to(dtype) for x in (encoded, predicted, weight, bias))
+        stat_dtype = torch.promote_types(dtype, torch.float32)
+        B, T, U1 = *encoded.shape[:2], predicted.shape[1]
+        arcs = enc.new_zeros(2, B, T, U1, dtype=stat_dtype)  # log-probabilities: blank, label
+        for b, (n, u1) in enumerate(zip(lens[0].tolist(), (lens[1] + 1).tolist(), strict=True)):
+            hidden = joint_hidden(enc[b, :n], pred[b, :u1], dropout, ctx.seed + b)
+            emitted = labels[b, :u1].repeat(n)[:, None]  # (n*u1, 1)
+            scores = []
+            for rows, ids in zip(hidden.split(BLOCK_ROWS), emitted.split(BLOCK_ROWS), strict=True):
+                log_probs = F.log_softmax(F.linear(rows, w, c), -1, dtype=stat_dtype)
+                scores.append(torch.cat([log_probs[:, blank, None], log_probs.gather(1, ids)], 1))
+            arcs[:, b, :n, :u1] = torch.cat(scores).T.view(2, n, u1)
+        ctx.lattice = Lattice(arcs[0], arcs[1], *lens)
+        return ctx.lattice.costs.to(stat_dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_costs: Tensor) -> tuple:
+        encoded, predicted, weight, bias, labels, enc_lens, target_lens = ctx.saved_tensors
+        enc, pred, w, c = (x.to(ctx.dtype) for x in (encoded, predicted, weight, bias))
+        stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
+        on_blank, on_label = ctx.lattice.posteriors()  # (B, T, U+1)
+        least = SKIP_BELOW * torch.finfo(ctx.dtype).eps
+        if ctx.dtype == torch.float64:
+            least = 0.0
+        grads = [torch.zeros_like(x, dtype=stat_dtype) for x in (enc, pred, w, c)]
+        for b, (n, u1) in enumerate(zip(enc_lens.tolist(), (target_lens + 1).tolist(), strict=True)):
+            arcs = torch.stack([on_blank[b, :n, :u1], on_label[b, :n, :u1]]).flatten(1)
+            visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (nodes,) ids t*u1 + u
+            arcs = (arcs[:, visited] * grad_costs[b]).to(stat_dtype)  # (2, nodes)
+            hidden = joint_hidden(enc[b, :n], pred[b, :u1], ctx.dropout, ctx.seed + b)
+            grad_hidden = torch.zeros_like(hidden)
+            rows = hidden[visited]  # (nodes, J)
+            grad_rows = joint_backward(
+                rows, arcs, labels[b][visited % u1], (w, c, ctx.blank), grads[2:]
+            )
+            grad_rows.mul_((rows > 0) * (256 / (256 - round(ctx.dropout * 256))))
+            grad_hidden[visited] = grad_rows
+            grad_hidden = grad_hidden.view(n, u1, -1)
+            grads[0][b, :n] = grad_hidden.sum(1, dtype=stat_dtype)
+            grads[1][b, :u1] = grad_hidden.sum(0, dtype=stat_dtype)
+        inputs = (encoded, predicted, weight, bias)
+        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), *[None] * 5
+
+
+def joint_backward(rows: Tensor, arcs: Tensor, labels: Tensor, output: tuple, grads: list) -> Tensor:
+    """Adds the output layer's gradient to `grads` (weight, bias); returns that of `rows`.
+
+    A node's gradient with respect to its logits is softmax * (blank + label posterior), minus
+    the posterior of each arc at the class that the arc emits.
+
+    Args:
+        rows: (nodes, J) joint hidden values.
+        arcs: (2, nodes) posteriors of the blank and label arcs times the upstream gradient.
+        labels: (nodes,) class of each label arc.
+        output: weight (V, J), bias (V,) and the blank's index.
+    """
+    weight, bias, blank = output
+    grad_rows = []
+    for h, p, ids in zip(
+        rows.split(BLOCK_ROWS), arcs.split(BLOCK_ROWS, dim=1), labels.split(BLOCK_ROWS), strict=True
+    ):
+        g = F.softmax(F.linear(h, weight, bias), -1, dtype=arcs.dtype)  # (rows, V)
+        g *= p.sum(0)[:, None]
+        g[:, blank] -= p[0]
+        g.scatter_add_(1, ids[:, None], -p[1][:, None])
+        grads[1] += g.sum(0)
+        g = g.to(weight.dtype)
+        grads[0] += g.T @ h
+        grad_rows.append(g @ weight)
+    return torch.cat(grad_rows) if grad_rows else rows
+
+
+def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
+                          targets: Tensor, encoded_lens: Tensor, target_lens: Tensor, blank: int,
+                          dropout: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip
+    """The same value and gradients as `transducer_loss` on the joint network's logits.
+
+    Those logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight,
+    bias), (B, T, U+1, V); they never exist together: one block of one utterance at a time.
+    Under autocast the matrix products run in its dtype, softmax and sums in float32, the
+    lattice in float64.
+
+    Args:
+        encoded: (B, T, J) encoder output, projected to the joint space.
+        predicted: (B, U+1, J) prediction network output, projected likewise.
+        weight: (V, J) of the output layer.
+        bias: (V,) of the output layer.
+        targets, encoded_lens, target_lens, blank, reduction: as in `transducer_loss`.
+        dropout: probability of dropout on the hidden layer, rounded to 1/256; 0 in evaluation.
+            The mask depends on torch's global random state.
+    Raises:
+        ValueError: a shape, length or label is not possible; the message has its value.
+    """
+    if encoded.dim() != 3 or predicted.dim() != 3 or encoded.shape[::2] != predicted.shape[::2]:
+        raise ValueError(
+            f"encoded: shape {tuple(encoded.shape)}, predicted: {tuple(predicted.shape)}, "
+            "expected (B, T, J) and (B, U+1, J)"
+        )
+    B, T, J = encoded.shape
+    V = len(weight)
+    if weight.shape != (V, J) or bias.shape != (V,):
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}, bias: {tuple(bias.shape)}, expected (V, {J}), (V,)"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
+    check_shapes(B, T, predicted.shape[1], V, targets, encoded_lens, target_lens, blank)
+    labels = label_of_node(targets, target_lens)  # (B, U+1)
+    dtype = compute_dtype(encoded)
+    with torch.autocast(encoded.device.type, enabled=False):
+        costs = JointCosts.apply(
+            encoded, predicted, weight, bias, labels, (encoded_lens, target_lens), blank, dropout, dtype
+        )  # (B,)
+    return reduce_costs(costs, reduction)
