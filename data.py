@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From audio files to batches: decode, trim, log-mel, normalise, splice, augment, tokenize, bucket.
+
+    samples = load_audio("1272-128104-0000.flac")        # float32, 16 kHz
+    feats = features(samples)                            # (T_in, 256) float32
+    feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
+
+The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of intel/e2eAIOK,
+modelzoo/rnnt/pytorch/common/data/dali/pipeline.py). Corpora have LibriSpeech's form:
+    <root>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac
+    <root>/<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt    lines `<id> <TEXT>`
+"""
+
+import functools
+import io
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import librosa
+import numpy as np
+import sentencepiece
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg")
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The front end. Origin of the values: configs/baseline_v3-1023sp.yaml of the original."""
+
+    sample_rate_hz: int = 16000
+    preemphasis: float = 0.97
+    window: int = 320  # samples, 20 ms
+    hop: int = 160  # samples, 10 ms
+    fft_size: int = 512
+    num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
+    splice: int = 3  # log-mel frames beside each other in one input frame
+    align: int = 32  # input frames are filled with zeros to a multiple: 240 -> 256
+    trim_db: float = -60.0  # silence at both ends: below this, relative to the loudest window
+    trim_window: int = 2048  # samples of the moving mean square
+    dither: float = 1e-5  # standard deviation; training only
+    speed_min: float = 0.85  # factor on the number of samples: above 1 is slower speech
+    speed_max: float = 1.15
+    freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
+    freq_mask_max: int = 20  # mel bins
+    time_masks: int = 10
+    time_mask_max: float = 0.03  # of the utterance's own length
+    max_utterance_s: float = 16.7  # longer ones leave the training set
+    num_buckets: int = 6  # by duration; batches are drawn inside a bucket
+    round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
+    round_labels: int = 8  # padded U likewise
+
+    @property
+    def feature_size(self) -> int:
+        return -(-self.num_mels * self.splice // self.align) * self.align
+
+    def __post_init__(self) -> None:
+        if not 0 < self.speed_min <= self.speed_max:
+            raise ValueError(f"speed_min {self.speed_min} > speed_max {self.speed_max}")
+
+
+DEFAULT = FeatureConfig()
+
+
+# ------------------------------------------------------------------------- audio file to samples
+
+
+def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """Samples of a FLAC, WAV or OGG file, float32 at 16 kHz; int16 is scaled by 1/32768.
+
+    Channels are averaged and other rates resampled, each with a warning.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, not audio, or holds no samples.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such audio file")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32")  # (n,) or (n, channels)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: not readable as audio: {error.error_string}") from error
+    if len(samples) == 0:
+        raise ValueError(f"{path}: no samples")
+    if samples.ndim == 2:
+        warnings.warn(f"audio of {samples.shape[1]} channels is averaged to one", stacklevel=2)
+        samples = samples.mean(1)
+    if rate != cfg.sample_rate_hz:
+        warnings.warn(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz", stacklevel=2)
+        samples = librosa.resample(samples, orig_sr=rate, target_sr=cfg.sample_rate_hz)
+    return samples
+
+
+def change_speed(samples: np.ndarray, factor: float, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """Resamples to ceil(factor * n) samples, which are then played at the old rate."""
+    target_hz = float(np.float32(factor * cfg.sample_rate_hz))
+    slower = librosa.resample(samples, orig_sr=cfg.sample_rate_hz, target_sr=target_hz)
+    # In this order 1.1 * 1600 samples are 1760, not the 1761 that rounding up 1760.0000000000002
+    # gives.
+    return slower[: math.ceil(len(samples) * target_hz / cfg.sample_rate_hz)]
+
+
+def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """Cuts what is quieter than `trim_db` below the loudest window from both ends.
+
+    The rule is DALI's NonsilentRegion: from the first to the last window of `trim_window`
+    samples whose mean square reaches the threshold, the last one whole. All-zero audio stays.
+    """
+    window = min(cfg.trim_window, len(samples))
+    energy = np.cumsum(np.square(samples, dtype=np.float64))
+    energy[window:] -= energy[:-window].copy()
+    energy = energy[window - 1 :]  # (n - window + 1,) sums over samples[i : i + window]
+    loud = np.flatnonzero(energy >= energy.max() * 10 ** (cfg.trim_db / 10))
+    return samples[loud[0] : loud[-1] + window]
+
+
+# ---------------------------------------------------------------------------- samples to features
+
+
+@functools.cache
+def mel_filters(cfg: FeatureConfig) -> tuple[Tensor, Tensor]:
+    """Window (320,) and mel filterbank (257, 80), Slaney-scaled and area-normalised."""
+    # DALI samples the Hann window between the integers, unlike torch (periodic or symmetric).
+    phase = 2 * math.pi * (torch.arange(cfg.window, dtype=torch.float64) + 0.5) / cfg.window
+    window = (0.5 * (1 - torch.cos(phase))).float()
+    mel = librosa.filters.mel(sr=cfg.sample_rate_hz, n_fft=cfg.fft_size, n_mels=cfg.num_mels)
+    return window, torch.from_numpy(mel.T.copy())
+
+
+def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """(n,) -> (n // 160 + 1, 80) natural logarithm of mel power, at least ln(1e-20).
+
+    Pre-emphasis with the first sample as its own predecessor; frame t is centred on sample
+    160*t, the signal mirrored at both ends (also when shorter than a window).
+    """
+    emphasised = samples - cfg.preemphasis * np.concatenate([samples[:1], samples[:-1]])
+    padded = np.pad(emphasised, cfg.window // 2, mode="reflect").astype(np.float32)
+    window, mel = mel_filters(cfg)
+    frames = torch.from_numpy(padded).unfold(0, cfg.window, cfg.hop)  # (frames, 320)
+    spectrum = torch.fft.rfft(frames * window, cfg.fft_size)  # (frames, 257)
+    power = spectrum.real.square() + spectrum.imag.square()
+    return (power @ mel).clamp_min(1e-20).log()
+
+
+def normalize(mels: Tensor) -> Tensor:
+    """(frames, 80): each bin to mean 0 and population deviation 1; constant bins to 0."""
+    x = mels.double()
+    x = x - x.mean(0)
+    constant = mels.amax(0) == mels.amin(0)
+    deviation = x.square().mean(0).sqrt().masked_fill(constant, torch.inf)
+    return (x / deviation).float()
+
+
+def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """Zeroes bands of mel bins and of frames, in place; any bin and frame can be hit.
+
+    Widths are uniform from 0 to the maximum, which for frames is a share of this utterance's
+    length, so that short utterances are not wiped out ("adaptive", arXiv:1912.05533).
+    """
+    frames, bins = mels.shape
+    for _ in range(cfg.freq_masks):
+        width = rng.integers(0, cfg.freq_mask_max, endpoint=True)
+        start = rng.integers(0, bins - width, endpoint=True)
+        mels[:, start : start + width] = 0
+    longest = round(frames * cfg.time_mask_max)
+    for _ in range(cfg.time_masks):
+        width = rng.integers(0, longest, endpoint=True)
+        start = rng.integers(0, frames - width, endpoint=True)
+        mels[start : start + width] = 0
+    return mels
+
+
+def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """(frames, 80) -> (ceil(frames / 3), 256): three frames in a row, filled up with zeros."""
+    frames, bins = mels.shape
+    mels = F.pad(mels, (0, 0, 0, -frames % cfg.splice)).view(-1, bins * cfg.splice)
+    return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
+
+
+def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
+             rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
+    """(n,) samples -> (T_in, 256) input frames of 30 ms.
+
+    With `rng`, augmented for training: speed perturbation, dither and SpecAugment.
+    """
+    if rng is not None:
+        samples = change_speed(samples, rng.uniform(cfg.speed_min, cfg.speed_max), cfg)
+    samples = trim_silence(samples, cfg)
+    if rng is not None:
+        noise = rng.standard_normal(len(samples), dtype=np.float32)
+        samples = samples + np.float32(cfg.dither) * noise
+    mels = normalize(log_mel(samples, cfg))
+    if rng is not None:
+        mels = spec_augment(mels, rng, cfg)
+    return splice(mels, cfg)
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Sentencepiece unigram model (arXiv:1808.06226); one more class, the last, is blank.
+
+    Args:
+        model: the serialised sentencepiece model, as `train_tokenizer` returns it.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.pieces.get_piece_size() + 1
+        self.blank = self.vocab_size - 1
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError for characters that the training transcripts did not have."""
+        ids = self.pieces.encode(text)
+        if self.pieces.unk_id() in ids:
+            unknown = [p for p, i in zip(self.pieces.encode(text, out_type=str), ids, strict=True)
+                       if i == self.pieces.unk_id()]  # fmt: skip
+            raise ValueError(f"{text!r}: the tokenizer has no piece for {''.join(unknown)!r}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.pieces.decode(list(ids))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Sentencepiece model of `vocab_size - 1` pieces, fewer if the texts do not hold as many."""
+    texts = list(texts)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
+        vocab_size=vocab_size - 1, hard_vocab_limit=False, character_coverage=1.0,
+        bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2,
+        max_sentence_length=max(len(t.encode()) for t in texts) + 1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+# --------------------------------------------------------------------------------------- corpora
+
+
+class Utterance(NamedTuple):
+    """One recording of a split."""
+
+    id: str
+    path: str
+    duration_s: float  # from the file's header
+    text: str
+
+
+class Problem(NamedTuple):
+    """Something wrong with a corpus. An error keeps training from starting."""
+
+    level: str  # "error" or "warning"
+    kind: str  # problems of one kind are counted together
+    where: str  # "file:line" or utterance id
+    message: str
+
+
+def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str, str, str]]:
+    """Yields (where, id, text) for each good line of a .trans.txt; others become problems."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        problems.append(Problem("error", "transcript not UTF-8", str(path), str(error)))
+        return
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        utterance_id, _, text = line.partition(" ")
+        if not text.strip():
+            problems.append(Problem("error", "no text", where, f"{line!r} has an id but no text"))
+        else:
+            yield where, utterance_id, " ".join(text.split())
+
+
+def probe_audio(utterance_id: str, path: Path, problems: list[Problem], cfg: FeatureConfig) -> float:
+    """Duration in seconds from the header, 0 if there is none."""
+    try:
+        info = soundfile.info(path)
+    except soundfile.LibsndfileError as error:
+        message = f"{path}: {error.error_string}"
+        problems.append(Problem("error", "audio not readable", utterance_id, message))
+        return 0.0
+    if info.frames == 0:
+        problems.append(Problem("error", "audio empty", utterance_id, f"{path}: no samples"))
+    if info.samplerate != cfg.sample_rate_hz:
+        message = f"{path}: {info.samplerate} Hz, will be resampled to {cfg.sample_rate_hz}"
+        problems.append(Problem("warning", "sample rate", utterance_id, message))
+    if info.channels != 1:
+        message = f"{path}: {info.channels} channels, will be averaged"
+        problems.append(Problem("warning", "channels", utterance_id, message))
+    return info.frames / info.samplerate
+
+
+def scan_split(root: str | Path, split: str,
+               cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], list[Problem]]:  # fmt: skip
+    """Reads transcripts and audio headers of one split: utterances by id, and all problems."""
+    folder = Path(root) / split
+    problems: list[Problem] = []
+    found: dict[str, Utterance] = {}
+    if not folder.is_dir():
+        return [], [Problem("error", "split missing", str(folder), "no such folder")]
+    audio = {p.stem: p for p in sorted(folder.glob("*/*/*")) if p.suffix in AUDIO_SUFFIXES}
+    for transcript in sorted(folder.glob("*/*/*.trans.txt")):
+        for where, utterance_id, text in read_transcripts(transcript, problems):
+            path = audio.get(utterance_id)
+            if utterance_id in found:
+                problems.append(Problem("error", "duplicate id", where, utterance_id))
+            elif path is None or path.parent != transcript.parent:
+                message = f"{transcript.parent}/{utterance_id}.flac does not exist"
+                problems.append(Problem("error", "audio missing", where, message))
+            else:
+                duration_s = probe_audio(utterance_id, path, problems, cfg)
+                if duration_s > 0:
+                    found[utterance_id] = Utterance(utterance_id, str(path), duration_s, text)
+    named = {p.where for p in problems}
+    for utterance_id in sorted(audio.keys() - found.keys() - named):
+        message = f"{audio[utterance_id]} has no transcript"
+        problems.append(Problem("warning", "transcript missing", utterance_id, message))
+    if not found and not problems:
+        problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
+    return [found[k] for k in sorted(found)], problems
+
+
+def describe(problems: Sequence[Problem], most: int = 10) -> list[str]:
+    """Lines for people: every kind with its count, the first `most` of each kind."""
+    lines = []
+    for (level, kind), count in Counter((p.level, p.kind) for p in problems).items():
+        lines.append(f"{level}: {kind}: {count}")
+        chosen = [p for p in problems if (p.level, p.kind) == (level, kind)]
+        lines += [f"    {p.where}: {p.message}" for p in chosen[:most]]
+        if count > most:
+            lines.append(f"    ... and {count - most} more")
+    return lines
+
+
+def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT) -> list[Utterance]:
+    """Utterances of a split that has no errors; warnings are passed on as such.
+
+    Raises:
+        ValueError: with every kind of error, counted, and the first ten of each.
+    """
+    utterances, problems = scan_split(root, split, cfg)
+    errors = [p for p in problems if p.level == "error"]
+    if errors:
+        raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe(errors)]))
+    for line in describe(problems, most=1):
+        warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
+    return utterances
+
+
+def drop_long(utterances: Sequence[Utterance],
+              cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], str]:  # fmt: skip
+    """Those of at most `max_utterance_s`, and a line that counts the others."""
+    kept = [u for u in utterances if u.duration_s <= cfg.max_utterance_s]
+    hours = (sum(u.duration_s for u in utterances) - sum(u.duration_s for u in kept)) / 3600
+    dropped = len(utterances) - len(kept)
+    note = f"{dropped:,} of {len(utterances):,} dropped, {hours:.1f} h"
+    if not kept:
+        raise ValueError(f"no training utterance of at most {cfg.max_utterance_s} s: {note}")
+    return kept, note
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    """Padded with zeros. `ids` and `audio_s` (seconds, as recorded) are per utterance."""
+
+    feats: Tensor  # (B, T_in, D)
+    feat_lens: Tensor  # (B,)
+    targets: Tensor  # (B, U)
+    target_lens: Tensor  # (B,)
+    ids: list[str]
+    audio_s: float
+
+
+def bucket_batches(durations_s: Sequence[float], global_batch: int, num_buckets: int,
+                   rng: np.random.Generator) -> np.ndarray:  # fmt: skip
+    """One epoch's order: (batches, global_batch) indices, none twice.
+
+    Utterances are sorted by duration, split into buckets and shuffled inside; what is left over
+    from whole batches is dropped at random; then the batches are shuffled. A rank r of W takes
+    columns r, r + W, ... of every row, so all ranks have equally many batches. Plain sampler of
+    the original (common/data/dali/sampler.py), its dropping as in mlcommons/training #460.
+    """
+    buckets = np.array_split(np.argsort(durations_s, kind="stable"), num_buckets)
+    order = np.concatenate([rng.permutation(bucket) for bucket in buckets])
+    if len(order) < global_batch:
+        raise ValueError(f"{len(order)} training utterances, fewer than a batch of {global_batch}")
+    left_over = rng.choice(len(order), len(order) % global_batch, replace=False)
+    batches = np.delete(order, left_over).reshape(-1, global_batch)
+    return rng.permutation(batches, axis=0)
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Utterances to (features, label ids, utterance), augmented if `seed` is given.
+
+    The random numbers of an utterance depend on (seed, epoch, index) alone, so they are the
+    same for any number of ranks, workers and restarts.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, cfg: FeatureConfig,
+                 seed: int | None = None, epoch: int = 0) -> None:  # fmt: skip
+        self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance]:
+        utterance = self.utterances[index]
+        rng = None
+        if self.seed is not None:
+            rng = np.random.default_rng((self.seed, self.epoch, index))
+        feats = features(load_audio(utterance.path, self.cfg), self.cfg, rng)
+        labels = [] if self.tokenizer is None else self.tokenizer.encode(utterance.text)
+        return feats, labels, utterance
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def collate(items: Sequence[tuple], cfg: FeatureConfig = DEFAULT) -> Batch:
+    """Pads to the longest item, rounded up: oneDNN builds its kernels once per shape."""
+    feats, labels, utterances = zip(*items, strict=True)
+    feat_lens = torch.tensor([len(f) for f in feats])
+    target_lens = torch.tensor([len(ids) for ids in labels])
+    padded = feats[0].new_zeros(
+        len(feats), round_up(int(feat_lens.max()), cfg.round_frames), cfg.feature_size
+    )
+    targets = torch.zeros(
+        len(labels), round_up(int(target_lens.max()), cfg.round_labels), dtype=torch.int64
+    )
+    for row, (f, ids) in enumerate(zip(feats, labels, strict=True)):
+        padded[row, : len(f)] = f
+        targets[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    ids = [u.id for u in utterances]
+    audio_s = sum(u.duration_s for u in utterances)
+    return Batch(padded, feat_lens, targets, target_lens, ids, audio_s)
+
+
+def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]],
+                 num_workers: int) -> torch.utils.data.DataLoader:  # fmt: skip
+    """Batches in the given order, prepared ahead of time by worker processes."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        prefetch_factor=8 if num_workers else None,
+        collate_fn=functools.partial(collate, cfg=dataset.cfg),
+    )
