@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora: speak the demo corpus, check any corpus.
+
+    python prepare.py demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
+    python prepare.py check ROOT [SPLIT ...]    # exit status 1 if an error was found
+
+Every corpus has LibriSpeech's form (Panayotov et al. 2015, doi:10.1109/ICASSP.2015.7178964):
+    <ROOT>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac    16 kHz, mono, int16
+    <ROOT>/<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt        lines `ID TEXT`
+The text is in capitals.
+"""
+
+import argparse
+import ctypes
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+
+from data import describe, scan_split
+
+# ------------------------------------------------------------------------------ demo: what is said
+
+DEMO_RECIPE = 1  # raised whenever the same sizes and seed give other words or sounds
+DEMO_TRAIN_UTTERANCES = 2000
+DEMO_DEV_UTTERANCES = 100
+DEMO_SEED = 1
+
+# A context-free grammar: <name> stands for any alternative of that name, repeats make one likelier.
+# The numbers skip 13 to 19: THIRTEEN against THIRTY is hard even for people, and this corpus is
+# to show within minutes whether training works.
+GRAMMAR = {
+    "sentence": (
+        "<turn> <on> THE <room> <device>",
+        "SET <clock> FOR <number> <unit>",
+        "<play> <music> IN THE <room>",
+        "HEAT THE <room> TO <number> DEGREES",
+        "WHAT IS <number> <operator> <number>",
+        "<contact> <name> ON <weekday> <daytime>",
+        "<contact> <name> ON THE <day> OF <month>",
+        "<contact> <name> ON <weekday> THE <day> OF <month>",
+    ),
+    "turn": ("TURN", "SWITCH"),
+    "on": ("ON", "OFF"),
+    "room": ("KITCHEN", "BEDROOM", "BATHROOM", "GARDEN", "OFFICE", "CELLAR"),
+    "device": ("LIGHT", "LAMP", "FAN", "RADIO", "HEATER", "CAMERA"),
+    "clock": ("A TIMER", "AN ALARM"),
+    "unit": ("SECONDS", "MINUTES", "HOURS"),
+    "play": ("START", "STOP", "REPEAT"),
+    "music": ("MUSIC", "JAZZ", "NEWS"),
+    "operator": ("PLUS", "MINUS", "TIMES"),
+    "contact": ("CALL", "MEET", "EMAIL"),
+    "name": ("ANNA", "PETER", "MARIA", "DAVID", "SUSAN", "THOMAS", "LAURA", "GEORGE"),
+    "weekday": ("MONDAY", "TUESDAY", "WEDNESDAY", "THURSDAY", "FRIDAY", "SATURDAY", "SUNDAY"),
+    "daytime": ("MORNING", "EVENING"),
+    "number": ("<digit>", "<digit>", "<ten>", "<tens>", "<tens> <digit>"),
+    "digit": ("ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"),
+    "ten": ("TEN", "ELEVEN", "TWELVE"),
+    "tens": ("TWENTY", "THIRTY", "FORTY", "FIFTY"),
+    "day": ("<ordinal>", "<ordinal>", "<ordinal>", "TWENTY <ordinal>", "<late>"),
+    "ordinal": (
+        "FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH", "SIXTH", "SEVENTH", "EIGHTH", "NINTH",
+    ),
+    "late": ("TENTH", "ELEVENTH", "TWELFTH"),
+    "month": (
+        "JANUARY", "FEBRUARY", "MARCH", "APRIL", "MAY", "JUNE",
+        "JULY", "AUGUST", "SEPTEMBER", "OCTOBER", "NOVEMBER", "DECEMBER",
+    ),
+}  # fmt: skip
+
+
+def expand(name: str, rng: random.Random) -> str:
+    """One random alternative of GRAMMAR[name], every <name> in it expanded likewise."""
+    return re.sub(r"<(\w+)>", lambda inner: expand(inner[1], rng), rng.choice(GRAMMAR[name]))
+
+
+def is_held_out(text: str) -> bool:
+    """True for the fifth of all sentences that only the dev split may say.
+
+    A property of the sentence itself, so that the splits are disjoint whatever their sizes.
+    """
+    return zlib.crc32(text.encode()) % 5 == 0
+
+
+def draw_train_sentences(count: int, rng: random.Random) -> list[str]:
+    """`count` sentences of the training split, repeats allowed: several voices say the same."""
+    sentences = []
+    while len(sentences) < count:
+        text = expand("sentence", rng)
+        if not is_held_out(text):
+            sentences.append(text)
+    return sentences
+
+
+def draw_dev_sentences(count: int, known_words: set[str], rng: random.Random) -> list[str]:
+    """`count` different held-out sentences in which every word is one of `known_words`.
+
+    Raises:
+        ValueError: too few such sentences among 1000 draws for each one wanted.
+    """
+    sentences: dict[str, None] = {}  # a set that keeps the order of drawing
+    for _ in range(1000 * count):
+        text = expand("sentence", rng)
+        if is_held_out(text) and known_words.issuperset(text.split()):
+            sentences[text] = None
+        if len(sentences) == count:
+            return list(sentences)
+    raise ValueError(
+        f"{len(known_words)} training words give {len(sentences)} dev sentences, wanted {count}: "
+        "more training utterances have more words"
+    )
+
+
+# ------------------------------------------------------------------------------- demo: who says it
+
+# Accents are files in espeak-ng-data/lang, variants in espeak-ng-data/voices/!v. A variant is a
+# vocal tract (formants, base pitch, breath); left out are those that whisper, croak or distort.
+ACCENTS = (
+    "gmw/en", "gmw/en-US", "gmw/en-GB-scotland", "gmw/en-US-nyc",
+    "gmw/en-GB-x-rp", "gmw/en-029", "gmw/en-GB-x-gbclan", "gmw/en-GB-x-gbcwmd",
+)  # fmt: skip
+TRAIN_VARIANTS = (
+    "m1", "m2", "m3", "m5", "m6", "m7", "Mike", "rob",
+    "robert", "f2", "f3", "f5", "Annie", "linda", "grandma", "shelby",
+)  # fmt: skip
+DEV_VARIANTS = ("m4", "max", "f1", "f4")  # vocal tracts that training never hears
+RATE_WPM = (155, 190)  # of a voice, in espeak-ng's words per minute; 175 is its default
+PITCH = (30, 70)  # of a voice, relative to the variant's own pitch, which is 50
+PITCH_RANGE = (35, 65)  # of a voice, likewise: how lively it is
+
+
+class Voice(NamedTuple):
+    """A speaker: an espeak-ng voice with its usual way of speaking."""
+
+    speaker: int
+    name: str  # "accent+variant"
+    rate_wpm: int
+    pitch: int
+    pitch_range: int
+
+
+class Line(NamedTuple):
+    """One utterance to be spoken."""
+
+    split: str
+    id: str
+    voice: Voice
+    text: str
+
+
+def draw_voices(variants: Sequence[str], step: int, first: int, rng: random.Random) -> list[Voice]:
+    """Every variant with every `step`-th accent, numbered from `first`.
+
+    The accents start one later for each variant, so that both splits hear all of them.
+    """
+    names = [
+        f"{accent}+{variant}"
+        for i, variant in enumerate(variants)
+        for accent in ACCENTS[i % step :: step]
+    ]
+    return [
+        Voice(speaker, name, *(rng.randint(*bounds) for bounds in (RATE_WPM, PITCH, PITCH_RANGE)))
+        for speaker, name in enumerate(names, start=first)
+    ]
+
+
+def assign_lines(split: str, voices: Sequence[Voice], sentences: Sequence[str]) -> list[Line]:
+    """Deal out the sentences to the voices like cards. A voice has one chapter, numbered 1."""
+    lines = []
+    for i, text in enumerate(sentences):
+        number, turn = divmod(i, len(voices))
+        voice = voices[turn]
+        lines.append(Line(split, f"{voice.speaker}-1-{number:04d}", voice, text))
+    return lines
+
+
+def plan_demo(num_train: int, num_dev: int, seed: int) -> list[Line]:
+    """Everything that the demo corpus says, and who says it."""
+    rng = random.Random(seed)
+    train_voices = draw_voices(TRAIN_VARIANTS, 2, 101, rng)
+    dev_voices = draw_voices(DEV_VARIANTS, 4, 201, rng)
+    train = draw_train_sentences(num_train, rng)
+    dev = draw_dev_sentences(num_dev, set(" ".join(train).split()), rng)
+    return [
+        *assign_lines("train-demo", train_voices, train),
+        *assign_lines("dev-demo", dev_voices, dev),
+    ]
+
+
+# ----------------------------------------------------------------------------- demo: how it sounds
+
+SAMPLE_RATE_HZ = 16000
+PEAK_DBFS = (-14.0, -2.0)  # of an utterance before noise: near and far from the microphone
+NOISE_DB = (-40.0, -20.0)  # noise below speech, both as root mean square
+PAUSE_S = (0.10, 0.20)  # before and after the words
+
+
+class Espeak:
+    """libespeak-ng in this process, through the C interface in its `speak_lib.h`.
+
+    Args:
+        scratch: an empty folder that outlives this object. It takes a copy of the library, because
+            the synthesiser keeps state from one text to the next (the phase of its vibrato) that
+            only loading clears, and two corpora made in one process have to be alike. And it takes
+            a link to the voices, because the library finds none by a path of 160 bytes or more.
+    Raises:
+        ModuleNotFoundError: the package that brings the library is not installed.
+        RuntimeError: the library or its voices cannot be loaded.
+    """
+
+    # Values of the enumerations in speak_lib.h.
+    SYNCHRONOUS, DONT_EXIT = 2, 0x8000  # espeak_Synth returns when all is said, on this thread
+    RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
+    POS_CHARACTER, CHARS_UTF8 = 1, 1
+    HALF_VOLUME = 50  # at 100, the default, some variants reach the limits of int16
+
+    def __init__(self, scratch: Path) -> None:
+        try:
+            import espeakng_loader
+        except ModuleNotFoundError as error:
+            message = "espeak-ng speaks the demo corpus: pip install espeakng-loader"
+            raise ModuleNotFoundError(message) from error
+        library = shutil.copy(espeakng_loader.get_library_path(), scratch)
+        voices = scratch / "espeak-ng-data"
+        voices.symlink_to(espeakng_loader.get_data_path())
+        self._lib = ctypes.CDLL(library)
+        self._lib.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self._lib.espeak_Synth.argtypes = (
+            [ctypes.c_char_p, ctypes.c_size_t] + [ctypes.c_uint] * 4 + [ctypes.c_void_p] * 2
+        )
+        self.sample_rate_hz = self._lib.espeak_Initialize(
+            self.SYNCHRONOUS, 0, bytes(voices), self.DONT_EXIT
+        )
+        if self.sample_rate_hz <= 0:
+            raise RuntimeError(f"{library}: espeak_Initialize found no voices in {voices}")
+        self._chunks: list[bytes] = []
+        callback_type = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+        )
+        # The library keeps only a pointer: without this reference Python would free the callback.
+        self._callback = callback_type(self._collect)
+        self._lib.espeak_SetSynthCallback(self._callback)
+
+    def _collect(self, address: int | None, count: int, _events: int | None) -> int:
+        if address is not None:  # a null pointer ends the utterance
+            self._chunks.append(ctypes.string_at(address, count * np.dtype(np.int16).itemsize))
+        return 0  # go on
+
+    def say(self, text: str, voice: Voice, seed: int) -> np.ndarray:
+        """Speak.
+
+        Args:
+            seed: for the breath of the voice; espeak-ng would take the time of day.
+        Returns:
+            float32 samples in [-1, 1) at `sample_rate_hz`, pauses at neither end.
+        """
+        if self._lib.espeak_SetVoiceByName(voice.name.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {voice.name}")
+        self._lib.espeak_ng_SetRandSeed(seed)
+        for parameter, value in (
+            (self.RATE, voice.rate_wpm),
+            (self.VOLUME, self.HALF_VOLUME),
+            (self.PITCH, voice.pitch),
+            (self.RANGE, voice.pitch_range),
+        ):
+            self._lib.espeak_SetParameter(parameter, value, 0)
+        self._chunks.clear()
+        spoken = text.lower().encode()  # it would stress TO in capitals
+        status = self._lib.espeak_Synth(
+            spoken, len(spoken) + 1, 0, self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None
+        )
+        if status != 0 or not self._chunks:
+            raise RuntimeError(f"espeak_Synth failed with status {status}: {voice.name}: {text}")
+        return np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 2**15
+
+
+def vary(voice: Voice, rng: random.Random) -> Voice:
+    """The same speaker, a little faster or higher: nobody says two sentences exactly alike."""
+    return voice._replace(
+        rate_wpm=round(voice.rate_wpm * rng.uniform(0.94, 1.06)),
+        pitch=voice.pitch + rng.randint(-4, 4),
+    )
+
+
+def record(speech: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Put speech into a room: a random level, pauses around it, white noise under all of it.
+
+    Args:
+        speech: float32 samples at SAMPLE_RATE_HZ, any level but silence.
+    Returns:
+        int16 samples. They cannot clip: the peak of the noise is at most 1.8 times its RMS, which
+        is at most a tenth of the RMS of the speech.
+    """
+    before, after = (round(rng.uniform(*PAUSE_S) * SAMPLE_RATE_HZ) for _ in range(2))
+    peak = 10 ** (rng.uniform(*PEAK_DBFS) / 20)
+    speech = speech * (peak / np.abs(speech).max())
+    noise_rms = np.sqrt(np.mean(speech**2)) * 10 ** (rng.uniform(*NOISE_DB) / 20)
+    samples = np.pad(speech, (before, after))
+    noise = np.frombuffer(rng.randbytes(len(samples)), np.int8) / 2**7  # even in [-1, 1)
+    samples = samples + noise * (noise_rms * np.sqrt(3))  # the RMS of such noise is 1 / sqrt(3)
+    return np.rint(samples * 2**15).astype(np.int16)
+
+
+def write_demo(folder: Path, lines: Sequence[Line], seed: int) -> float:
+    """Speak all lines into `folder`, which has to be empty; returns the hours of audio."""
+    rng = random.Random(seed)
+    num_samples = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        espeak = Espeak(Path(scratch))
+        for line in lines:
+            speech = espeak.say(line.text, vary(line.voice, rng), rng.getrandbits(31))
+            speech = soxr.resample(speech, espeak.sample_rate_hz, SAMPLE_RATE_HZ)
+            samples = record(speech, rng)
+            num_samples += len(samples)
+            chapter = line.id.rpartition("-")[0]
+            path = folder / line.split / chapter.replace("-", "/") / f"{line.id}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, samples, SAMPLE_RATE_HZ)
+            with open(path.with_name(f"{chapter}.trans.txt"), "a", encoding="utf-8") as transcript:
+                transcript.write(f"{line.id} {line.text}\n")
+    return num_samples / SAMPLE_RATE_HZ / 3600
+
+
+def make_demo(
+    root: Path,
+    num_train: int = DEMO_TRAIN_UTTERANCES,
+    num_dev: int = DEMO_DEV_UTTERANCES,
+    seed: int = DEMO_SEED,
+) -> None:
+    """Write the demo corpus to `root`; nothing to do if it is there.
+
+    Same sizes, seed and package versions give the same bytes. An interrupted run leaves no `root`.
+
+    Raises:
+        FileExistsError: `root` holds something else.
+    """
+    recipe = f"demo recipe {DEMO_RECIPE}, {num_train} + {num_dev} utterances, seed {seed}\n"
+    recipe_file = root / "recipe.txt"
+    if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
+        print(f"{root}: is there already: {recipe}", end="")
+        return
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root}: holds something other than {recipe.strip()}; remove it")
+
+    start = time.perf_counter()
+    lines = plan_demo(num_train, num_dev, seed)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling is on the same disk, so that the last step is one rename.
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as unfinished:
+        folder = Path(unfinished) / root.name
+        folder.mkdir()
+        hours = write_demo(folder, lines, seed)
+        (folder / recipe_file.name).write_text(recipe, encoding="utf-8")
+        folder.rename(root)
+    print(f"{root}: {len(lines)} utterances, {hours:.2f} h, {time.perf_counter() - start:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------- check
+
+
+def find_splits(root: Path) -> list[str]:
+    """Names of the folders in `root` that hold a transcript where LibriSpeech has it."""
+    return sorted({path.parents[2].name for path in root.glob("*/*/*/*.trans.txt")})
+
+
+def check(root: Path, splits: Sequence[str]) -> bool:
+    """Print size and problems of the splits, all in `root` if none is named; True if no error."""
+    splits = splits or find_splits(root)
+    if not splits:
+        raise FileNotFoundError(f"{root}: no <split>/<speaker>/<chapter>/*.trans.txt in it")
+    error_found = False
+    for split in splits:
+        utterances, problems = scan_split(root, split)
+        words = [word for utterance in utterances for word in utterance.text.split()]
+        hours = sum(utterance.duration_s for utterance in utterances) / 3600
+        speakers = {utterance.id.split("-")[0] for utterance in utterances}
+        print(
+            f"{split}: {len(utterances)} utterances, {hours:.2f} h, {len(words)} words, "
+            f"{len(set(words))} distinct words, {len(speakers)} speakers"
+        )
+        for line in describe(problems):
+            print(f"  {line}")
+        error_found = error_found or any(problem.level == "error" for problem in problems)
+    return not error_found
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """One subcommand for each thing this file does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    demo = commands.add_parser("demo", help="speak the demo corpus", allow_abbrev=False)
+    demo.add_argument("root", metavar="ROOT", type=Path, help="new folder")
+    checks = commands.add_parser("check", help="find what is wrong", allow_abbrev=False)
+    checks.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
+    checks.add_argument("splits", metavar="SPLIT", nargs="*", help="all in ROOT if none is given")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the subcommand in `words`, the command line if None; returns the exit status."""
+    args = parse_arguments(words)
+    try:
+        if args.command == "check":
+            return 0 if check(args.root, args.splits) else 1
+        make_demo(args.root)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

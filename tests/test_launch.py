@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run.sh decides, launches and fails as it says: python -m pytest tests/test_launch.py
+
+Every test runs a copy of run.sh in a folder of its own, where .venv/bin/python is a stand-in that
+records its words in `calls`, one call per line, words separated by bars. Nothing is installed,
+downloaded or trained.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Two sockets of two cores of two hyper-threads, core numbers starting again on each socket:
+# CPU n and CPU n + 4 share a core.
+LSCPU = "#!/bin/sh\necho '# CPU,Core,Socket,Node'\n" + "".join(
+    f"echo {cpu},{cpu % 2},{cpu % 4 // 2},0\n" for cpu in range(8)
+)
+TASKSET = '#!/bin/sh\necho "pid 1\'s current affinity list: ${CPUS:-0-7}"\n'
+
+# FAIL names the script or module whose call ends with status 3.
+PYTHON = """#!/bin/sh
+for word; do printf '%s|' "$word"; done >> calls
+printf 'threads=%s\\n' "$OMP_NUM_THREADS" >> calls
+case "$*" in *"${FAIL:-never}"*) exit 3 ;; esac
+case "$*" in
+  "decode.py "*.flac)
+    shift 3
+    for path; do printf '%s\\tHEARD %s\\n' "$path" "$(basename "$path")"; done ;;
+esac
+"""
+
+# python3 as run.sh uses it for set-up: `-m venv .venv` provides the stand-in above.
+PYTHON3 = """#!/bin/sh
+echo "python3|$*" >> calls
+mkdir -p .venv/bin
+cp stand-ins/python .venv/bin/python
+"""
+
+
+class Checkout:
+    """A folder with run.sh, requirements.txt and stand-ins for every program run.sh starts."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for name in ("run.sh", "requirements.txt"):
+            shutil.copy(REPO / name, root)
+        stand_ins = {"lscpu": LSCPU, "taskset": TASKSET, "python3": PYTHON3, "python": PYTHON}
+        for name, text in stand_ins.items():
+            self.script(f"stand-ins/{name}", text)
+        self.script(".venv/bin/python", PYTHON)
+        shutil.copy(root / "requirements.txt", root / ".venv")
+
+    def script(self, name: str, text: str):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        # Nothing is inherited but PATH, lest the caller's OMP_NUM_THREADS or OUT decide a test.
+        env = {"PATH": f"{self.root}/stand-ins:{os.environ['PATH']}", **env}
+        command = ["bash", str(self.root / "run.sh"), *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+    def calls(self, script: str = "") -> list[str]:
+        path = self.root / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.startswith(script)]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def line_of(result: subprocess.CompletedProcess, name: str) -> str:
+    return next(line for line in result.stdout.splitlines() if line.startswith(name))
+
+
+@pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
+def test_script_parses(script):
+    subprocess.run(["bash", "-n", REPO / script], check=True)
+
+
+# ---- decisions --------------------------------------------------------------------------------
+
+
+def test_dry_run_of_the_default(checkout):
+    result = checkout.run(DRY_RUN="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "corpus  demo in data/demo\n"
+        "output  out/demo (new run)\n"
+        "cores   4 physical behind CPUs 0-7\n"
+        "ranks   1 (plain python, one process needs no launcher)\n"
+        "threads 4 per rank (4 cores / 1, at least 1)\n"
+        "launch  env OMP_NUM_THREADS=4 .venv/bin/python train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo\n"
+    )
+
+
+def test_dry_run_of_two_ranks(checkout):
+    result = checkout.run(DRY_RUN="1", RANKS="2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "corpus  demo in data/demo\n"
+        "output  out/demo (new run)\n"
+        "cores   4 physical behind CPUs 0-7\n"
+        "ranks   2 (torch.distributed.run, all ranks are on this machine)\n"
+        "threads 2 per rank (4 cores / 2, at least 1)\n"
+        "launch  env OMP_NUM_THREADS=2 .venv/bin/python -m torch.distributed.run --standalone"
+        " --nproc-per-node 2 train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo\n"
+    )
+
+
+def test_dry_run_starts_and_writes_nothing(checkout):
+    shutil.rmtree(checkout.root / ".venv")
+    before = sorted(checkout.root.rglob("*"))
+    assert checkout.run(DRY_RUN="1").returncode == 0
+    assert checkout.run("test", DRY_RUN="1").returncode == 0
+    assert sorted(checkout.root.rglob("*")) == before
+
+
+def test_three_training_splits_reach_train_py(checkout):
+    result = checkout.run(DRY_RUN="1", CORPUS="librispeech-960", DATA="/mnt/speech")
+    expected = (
+        "--train-splits train-clean-100 train-clean-360 train-other-500 --dev-split dev-clean"
+    )
+    assert f"--data /mnt/speech {expected} --out out/librispeech-960" in line_of(result, "launch")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "cores", "threads"),
+    [
+        ("0-3", "1", 4, 4),
+        ("0,4", "1", 1, 1),  # both hyper-threads of one core
+        ("0-1,4-6", "1", 3, 3),  # two whole cores and half of a third
+        ("0-7", "3", 4, 1),  # rounded down
+        ("0-1", "8", 2, 1),
+    ],
+)
+def test_threads_are_allowed_physical_cores_per_rank(checkout, cpus, ranks, cores, threads):
+    result = checkout.run(DRY_RUN="1", CPUS=cpus, RANKS=ranks)
+    assert line_of(result, "cores") == f"cores   {cores} physical behind CPUs {cpus}"
+    assert line_of(result, "threads").startswith(f"threads {threads} per rank")
+
+
+def test_omp_num_threads_of_the_user_wins(checkout):
+    result = checkout.run(OMP_NUM_THREADS="3")
+    assert line_of(result, "threads") == "threads 3 per rank (OMP_NUM_THREADS as you set it)"
+    assert checkout.calls("train.py")[0].endswith("|threads=3")
+    assert all(call.endswith("|threads=3") for call in checkout.calls("decode.py"))
+
+
+@pytest.mark.parametrize("knob", [{"CORPUS": "timit"}, {"RANKS": "0"}, {"RANKS": "two"}])
+def test_unknown_value_of_a_knob_is_an_error(checkout, knob):
+    result = checkout.run(**knob)
+    name, value = next(iter(knob.items()))
+    assert result.returncode == 2
+    assert f"{name}={value}" in result.stderr
+    assert checkout.calls() == []
+
+
+# ---- steps ------------------------------------------------------------------------------------
+
+
+def test_steps_run_in_order_and_scoring_takes_every_core(checkout):
+    assert checkout.run(RANKS="2").returncode == 0
+    prepare, train, score, transcribe = checkout.calls()
+    assert prepare.startswith("prepare.py|demo|data/demo|")
+    assert train.startswith("-m|torch.distributed.run|--standalone|--nproc-per-node|2|train.py|")
+    assert train.endswith("|threads=2")
+    checkpoint = "decode.py|--checkpoint|out/demo/best.pt|"
+    assert score == f"{checkpoint}--data|data/demo|--split|dev-demo|threads=4"
+    assert transcribe.startswith(checkpoint)
+
+
+def test_first_three_transcripts_stand_above_their_references(checkout):
+    chapter = checkout.root / "data/demo/dev-demo/7/9"
+    chapter.mkdir(parents=True)
+    for number in (3, 1, 0, 2):
+        (chapter / f"7-9-000{number}.flac").touch()
+    (chapter / "7-9.trans.txt").write_text("".join(f"7-9-000{n} SAID {n} SO\n" for n in range(4)))
+    result = checkout.run()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(
+        "".join(
+            f"data/demo/dev-demo/7/9/7-9-000{n}.flac\n"
+            f"  hypothesis  HEARD 7-9-000{n}.flac\n"
+            f"  reference   SAID {n} SO\n"
+            for n in range(3)
+        )
+    )
+
+
+def test_words_reach_train_py_intact_and_last(checkout):
+    assert checkout.run("--note", "two words", "", "a*b", "--preset=baseline").returncode == 0
+    (train,) = checkout.calls("train.py")
+    assert "|--preset|demo|--note|two words||a*b|--preset=baseline|threads=" in train
+
+
+@pytest.mark.parametrize("words", [["--out", "my run"], ["--out=my run"]])
+def test_out_among_the_words_is_where_scoring_looks(checkout, words):
+    assert checkout.run(*words).returncode == 0
+    score, transcribe = checkout.calls("decode.py")
+    assert score.startswith("decode.py|--checkpoint|my run/best.pt|")
+    assert transcribe.startswith("decode.py|--checkpoint|my run/best.pt|")
+
+
+def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
+    assert checkout.run("--dev-split", "dev-other", "--data", "corpus").returncode == 0
+    assert checkout.calls("prepare.py")[0].startswith("prepare.py|demo|corpus|")
+    assert "|--data|corpus|--split|dev-other|" in checkout.calls("decode.py")[0]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "checkpoint-12.pt"])
+def test_run_with_a_checkpoint_is_resumed(checkout, name):
+    (checkout.root / "out/demo").mkdir(parents=True)
+    (checkout.root / "out/demo" / name).touch()
+    resumed = checkout.run(DRY_RUN="1")
+    assert line_of(resumed, "output") == "output  out/demo (has a checkpoint, so --resume)"
+    assert line_of(resumed, "launch").endswith(" --resume")
+    assert line_of(checkout.run("--resume", DRY_RUN="1"), "launch").count("--resume") == 1
+    assert "--resume" not in checkout.run("--out", "other", DRY_RUN="1").stdout
+    assert " --resume" not in checkout.run("--no-resume", DRY_RUN="1").stdout
+
+
+# ---- failures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "calls"), [("prepare.py", 1), ("train.py", 2), ("--split", 3), ("best.pt data", 4)]
+)
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_status_of_a_failing_step_is_ours_and_ends_the_run(checkout, step, calls, ranks):
+    assert checkout.run(FAIL=step, RANKS=ranks).returncode == 3
+    assert len(checkout.calls()) == calls
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_one_failing_rank_fails_the_run(checkout, failing_rank):
+    """The real launcher, and a train.py whose other rank would go on for a minute."""
+    checkout.script(
+        "train.py",
+        "import os, sys, time\n"
+        f"if os.environ['RANK'] == '{failing_rank}': sys.exit('lost')\n"
+        "time.sleep(60)\n",
+    )
+    launcher = f'case "$1" in -m) exec "{sys.executable}" "$@" ;; esac\n'
+    checkout.script(".venv/bin/python", PYTHON + launcher)
+    result = checkout.run(RANKS="2")
+    assert result.returncode == 1, result.stderr
+    assert "lost" in result.stderr
+    assert checkout.calls("decode.py") == []
+
+
+# ---- set-up and tests -------------------------------------------------------------------------
+
+
+def pip_installs(checkout: Checkout) -> int:
+    return len(checkout.calls("-m|pip|install|"))
+
+
+def test_set_up_makes_the_environment_once(checkout):
+    shutil.rmtree(checkout.root / ".venv")
+    assert checkout.run().returncode == 0
+    assert checkout.calls("python3") == ["python3|-m venv .venv"]
+    assert pip_installs(checkout) == 1
+    assert checkout.run().returncode == 0
+    assert len(checkout.calls("python3")) == 1
+    assert pip_installs(checkout) == 1
+
+
+def test_changed_requirements_are_installed_into_the_same_environment(checkout):
+    with (checkout.root / "requirements.txt").open("a") as file:
+        file.write("another-package\n")
+    assert checkout.run().returncode == 0
+    assert checkout.calls("python3") == []
+    assert "|--requirement|requirements.txt|" in checkout.calls("-m|pip|install|")[0]
+
+
+def test_failed_installation_ends_the_run_and_is_repeated(checkout):
+    (checkout.root / ".venv/requirements.txt").unlink()
+    assert checkout.run(FAIL="pip install").returncode == 3
+    assert checkout.calls("prepare.py") == []
+    assert checkout.run().returncode == 0
+    assert pip_installs(checkout) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "-m|pytest|-m|not slow|"),
+        (["--slow"], "-m|pytest|"),
+        (["--slow", "-k", "a or b"], "-m|pytest|-k|a or b|"),
+    ],
+)
+def test_test_runs_pytest(checkout, words, expected):
+    assert checkout.run("test", *words, OMP_NUM_THREADS="1").returncode == 0
+    assert checkout.calls() == [f"{expected}threads=1"]
+
+
+def test_test_sets_up_and_returns_the_status_of_pytest(checkout):
+    (checkout.root / ".venv/requirements.txt").unlink()
+    assert checkout.run("test", FAIL="pytest -m").returncode == 3
+    assert pip_installs(checkout) == 1
