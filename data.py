@@ -282,7 +282,8 @@ def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str,
             yield where, utterance_id, " ".join(text.split())
 
 
-def probe_audio(utterance_id: str, path: Path, problems: list[Problem], cfg: FeatureConfig) -> float:
+def probe_audio(utterance_id: str, path: Path, problems: list[Problem],
+                cfg: FeatureConfig) -> float:  # fmt: skip
     """Duration in seconds from the header, 0 if there is none."""
     try:
         info = soundfile.info(path)

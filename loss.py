@@ -11,6 +11,8 @@ blank, and its gradient with respect to an arc's log-probability is minus the pr
 a path runs through that arc.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +54,8 @@ class Lattice:
     `costs` is (B,), the negative log-likelihoods.
     """
 
-    def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor):
+    def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor,
+                 target_lens: Tensor) -> None:  # fmt: skip
         B, T, U1 = blank.shape
         t = torch.arange(T, device=blank.device)[:, None]
         u = torch.arange(U1, device=blank.device)
@@ -98,21 +101,30 @@ class Lattice:
 # ------------------------------------------------------------------------------ input checking
 
 
-def check_shapes(B: int, T: int, U1: int, V: int, targets: Tensor, enc_lens: Tensor,
-                 target_lens: Tensor, blank: int) -> None:  # fmt: skip
-    """Raises ValueError with the argument's name and value for whatever cannot be a batch."""
-    if targets.shape != (B, U1 - 1):
-        raise ValueError(f"targets: shape {tuple(targets.shape)}, expected {(B, U1 - 1)}")
+def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[str, Tensor],
+                blank: int) -> None:  # fmt: skip
+    """Raises ValueError with the argument's name and value for whatever cannot be a batch.
+
+    Args:
+        sizes: B, T, U+1, V.
+        lens: encoder lengths and target lengths under the names that the caller knows.
+    """
+    B, T, U1, V = sizes
+    if targets.shape != (B, U1 - 1) or targets.is_floating_point():
+        raise ValueError(
+            f"targets: {tuple(targets.shape)} {targets.dtype}, expected integers {(B, U1 - 1)}"
+        )
     if not 0 <= blank < V:
         raise ValueError(f"blank: {blank}, expected 0 <= blank < {V}")
-    for name, lens, low, high in (("enc_lens", enc_lens, 1, T), ("target_lens", target_lens, 0, U1 - 1)):
-        if lens.shape != (B,) or lens.is_floating_point():
-            raise ValueError(f"{name}: shape {tuple(lens.shape)} {lens.dtype}, expected integers ({B},)")
-        for b, n in enumerate(lens.tolist()):
+    for (name, values), low, high in zip(lens.items(), (1, 0), (T, U1 - 1), strict=True):
+        if values.shape != (B,) or values.is_floating_point():
+            raise ValueError(
+                f"{name}: {tuple(values.shape)} {values.dtype}, expected integers ({B},)"
+            )
+        for b, n in enumerate(values.tolist()):
             if not low <= n <= high:
                 raise ValueError(f"{name}[{b}]: {n}, expected {low} <= n <= {high}")
-    if targets.is_floating_point():
-        raise ValueError(f"targets: {targets.dtype}, expected integers")
+    target_lens = list(lens.values())[1]
     used = torch.arange(U1 - 1, device=targets.device) < target_lens[:, None]
     wrong = used & ((targets == blank) | (targets < 0) | (targets >= V))
     for b, u in wrong.nonzero().tolist()[:1]:
@@ -135,14 +147,15 @@ class LatticeCosts(torch.autograd.Function):
     """Arc log-probabilities -> costs (B,); see `Lattice` for arguments and gradient."""
 
     @staticmethod
-    def forward(ctx, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor) -> Tensor:
+    def forward(ctx: Any, blank: Tensor, label: Tensor, enc_lens: Tensor,
+                target_lens: Tensor) -> Tensor:  # fmt: skip
         ctx.lattice = Lattice(blank, label, enc_lens, target_lens)
         ctx.dtype = blank.dtype
         return ctx.lattice.costs.to(blank.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_costs: Tensor) -> tuple:
+    def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         on_blank, on_label = ctx.lattice.posteriors()
         scale = -grad_costs.double()[:, None, None]
         return (on_blank * scale).to(ctx.dtype), (on_label * scale).to(ctx.dtype), None, None
@@ -171,7 +184,8 @@ def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_
     if logits.dim() != 4:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, T, U+1, V)")
     B, T, U1, V = logits.shape
-    check_shapes(B, T, U1, V, targets, logit_lens, target_lens, blank)
+    lens = {"logit_lens": logit_lens, "target_lens": target_lens}
+    check_batch((B, T, U1, V), targets, lens, blank)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probs = F.log_softmax(logits, dim=-1, dtype=dtype)  # (B, T, U+1, V)
     labels = label_of_node(targets, target_lens)[:, None, :, None].expand(B, T, U1, 1)
@@ -195,8 +209,7 @@ BLOCK_ROWS = 512
 # Lattice nodes visited with a probability below this many units of rounding of the compute
 # dtype get no gradient. A node's gradient row has an L1 norm of at most twice that probability,
 # so the sum of what is left out, relative to the T + U arcs of a path, is at most
-# 2 * T * (U+1) / (T + U) * SKIP_BELOW * eps: for T = U = 100 a tenth of eps. Nothing is left
-# out in float64, where the product underflows the smallest posterior that matters.
+# 2 * T * (U+1) / (T + U) * SKIP_BELOW * eps: for T = U = 100 a tenth of eps, in any dtype.
 SKIP_BELOW = 2.0**-10
 
 
@@ -225,6 +238,12 @@ def joint_hidden(encoded: Tensor, predicted: Tensor, dropout: float, seed: int) 
     return hidden
 
 
+def lattice_sizes(enc_lens: Tensor, target_lens: Tensor) -> list[tuple[int, int, int]]:
+    """(b, valid frames, valid labels + 1) of every utterance."""
+    sizes = torch.stack([torch.arange(len(enc_lens)), enc_lens.cpu(), target_lens.cpu() + 1], 1)
+    return [tuple(row) for row in sizes.tolist()]
+
+
 class JointCosts(torch.autograd.Function):
     """Encoder and predictor outputs, output layer -> costs (B,).
 
@@ -234,7 +253,8 @@ class JointCosts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
+    def forward(ctx: Any, encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - autograd's form
+                weight: Tensor, bias: Tensor,
                 labels: Tensor, lens: tuple[Tensor, Tensor], blank: int, dropout: float,
                 dtype: torch.dtype) -> Tensor:  # fmt: skip
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
@@ -244,7 +264,7 @@ class JointCosts(torch.autograd.Function):
         stat_dtype = torch.promote_types(dtype, torch.float32)
         B, T, U1 = *encoded.shape[:2], predicted.shape[1]
         arcs = enc.new_zeros(2, B, T, U1, dtype=stat_dtype)  # log-probabilities: blank, label
-        for b, (n, u1) in enumerate(zip(lens[0].tolist(), (lens[1] + 1).tolist(), strict=True)):
+        for b, n, u1 in lattice_sizes(*lens):
             hidden = joint_hidden(enc[b, :n], pred[b, :u1], dropout, ctx.seed + b)
             emitted = labels[b, :u1].repeat(n)[:, None]  # (n*u1, 1)
             scores = []
@@ -257,16 +277,14 @@ class JointCosts(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_costs: Tensor) -> tuple:
+    def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         encoded, predicted, weight, bias, labels, enc_lens, target_lens = ctx.saved_tensors
         enc, pred, w, c = (x.to(ctx.dtype) for x in (encoded, predicted, weight, bias))
         stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
         on_blank, on_label = ctx.lattice.posteriors()  # (B, T, U+1)
         least = SKIP_BELOW * torch.finfo(ctx.dtype).eps
-        if ctx.dtype == torch.float64:
-            least = 0.0
         grads = [torch.zeros_like(x, dtype=stat_dtype) for x in (enc, pred, w, c)]
-        for b, (n, u1) in enumerate(zip(enc_lens.tolist(), (target_lens + 1).tolist(), strict=True)):
+        for b, n, u1 in lattice_sizes(enc_lens, target_lens):
             arcs = torch.stack([on_blank[b, :n, :u1], on_label[b, :n, :u1]]).flatten(1)
             visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (nodes,) ids t*u1 + u
             arcs = (arcs[:, visited] * grad_costs[b]).to(stat_dtype)  # (2, nodes)
@@ -285,7 +303,8 @@ class JointCosts(torch.autograd.Function):
         return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), *[None] * 5
 
 
-def joint_backward(rows: Tensor, arcs: Tensor, labels: Tensor, output: tuple, grads: list) -> Tensor:
+def joint_backward(rows: Tensor, arcs: Tensor, labels: Tensor, output: tuple,
+                   grads: list[Tensor]) -> Tensor:  # fmt: skip
     """Adds the output layer's gradient to `grads` (weight, bias); returns that of `rows`.
 
     A node's gradient with respect to its logits is softmax * (blank + label posterior), minus
@@ -313,7 +332,8 @@ def joint_backward(rows: Tensor, arcs: Tensor, labels: Tensor, output: tuple, gr
     return torch.cat(grad_rows) if grad_rows else rows
 
 
-def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
+def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - see Args
+                          weight: Tensor, bias: Tensor,
                           targets: Tensor, encoded_lens: Tensor, target_lens: Tensor, blank: int,
                           dropout: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip
     """The same value and gradients as `transducer_loss` on the joint network's logits.
@@ -343,15 +363,17 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
     V = len(weight)
     if weight.shape != (V, J) or bias.shape != (V,):
         raise ValueError(
-            f"weight: shape {tuple(weight.shape)}, bias: {tuple(bias.shape)}, expected (V, {J}), (V,)"
+            f"weight: shape {tuple(weight.shape)}, bias: {tuple(bias.shape)}, expected (V, {J}) "
+            "and (V,)"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
-    check_shapes(B, T, predicted.shape[1], V, targets, encoded_lens, target_lens, blank)
+    lens = {"encoded_lens": encoded_lens, "target_lens": target_lens}
+    check_batch((B, T, predicted.shape[1], V), targets, lens, blank)
     labels = label_of_node(targets, target_lens)  # (B, U+1)
     dtype = compute_dtype(encoded)
     with torch.autocast(encoded.device.type, enabled=False):
-        costs = JointCosts.apply(
-            encoded, predicted, weight, bias, labels, (encoded_lens, target_lens), blank, dropout, dtype
-        )  # (B,)
+        inputs = (encoded, predicted, weight, bias)
+        lens = (encoded_lens, target_lens)
+        costs = JointCosts.apply(*inputs, labels, lens, blank, dropout, dtype)  # (B,)
     return reduce_costs(costs, reduction)

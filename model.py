@@ -67,11 +67,35 @@ PRESETS = {
     "baseline": ModelConfig(),
     # Intel's "democratized" model: 21,001,216 parameters, a quarter of the encoder frames.
     "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True),
-    # Learns the demo corpus (some 70 words) in minutes on two cores.
+    # For five hours of speech: small vocabulary and prediction network against overfitting.
+    "mini": ModelConfig(
+        vocab_size=128,
+        enc_hidden=512,
+        pre_layers=1,
+        stack=6,
+        post_layers=2,
+        pred_hidden=256,
+        pred_layers=1,
+        joint_hidden=256,
+        enc_dropout=0.15,
+        pred_dropout=0.2,
+        joint_dropout=0.2,
+        normalization=True,
+    ),
+    # Learns the demo corpus (some 100 words) in minutes on two cores.
     "demo": ModelConfig(
-        vocab_size=64, enc_hidden=160, pre_layers=1, stack=4, post_layers=1, pred_hidden=96,
-        pred_layers=1, joint_hidden=128, pred_dropout=0.1, joint_dropout=0.1, normalization=True,
-    ),  # fmt: skip
+        vocab_size=64,
+        enc_hidden=160,
+        pre_layers=1,
+        stack=4,
+        post_layers=1,
+        pred_hidden=96,
+        pred_layers=1,
+        joint_hidden=128,
+        pred_dropout=0.1,
+        joint_dropout=0.1,
+        normalization=True,
+    ),
 }
 
 
@@ -264,7 +288,8 @@ class Transducer(nn.Module):
     def encode(self, feats: Tensor, feat_lens: Tensor,
                moments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(B, T_in, D), (B,) -> (B, T, J), (B,). For `moments` see FeatureNorm."""
-        assert feats.dim() == 3 and feats.shape[2] == self.cfg.feature_size, feats.shape
+        assert feats.dim() == 3, feats.shape
+        assert feats.shape[2] == self.cfg.feature_size, feats.shape
         x, enc_lens = self.encoder(feats, feat_lens, moments)  # (B, T, H)
         return self.joint_network.encoder_projection(x), enc_lens
 

@@ -95,7 +95,9 @@ class TrainConfig:
 
 # What else a preset changes: small corpora need small batches, hence more steps.
 RECIPES = {
-    "demo": dict(epochs=30, batch_size=32, warmup_epochs=2, hold_epochs=12, lr_gamma=0.8,
+    "mini": dict(epochs=30, batch_size=16, warmup_epochs=2, hold_epochs=13, lr_gamma=0.82,
+                 ema_decay=0.995, eval_batch_size=64),
+    "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99),
 }  # fmt: skip
 
@@ -191,8 +193,9 @@ def processor_multiplies_bf16() -> bool:
 # ------------------------------------------------------------------------------------ optimiser
 
 
-def lr_at(step: int, epoch: int, lr: float, warmup_epochs: float, hold_epochs: float,
-          steps_per_epoch: int, gamma: float, lr_min: float) -> float:  # fmt: skip
+def lr_at(step: int, epoch: int, lr: float,  # noqa: PLR0913 - the schedule's own parameters
+          warmup_epochs: float, hold_epochs: float, steps_per_epoch: int, gamma: float,
+          lr_min: float) -> float:  # fmt: skip
     """Learning rate of a step; step and epoch count from 1.
 
     Linear warm-up, hold, then a factor `gamma` per epoch (constant inside an epoch), never less
@@ -291,10 +294,7 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trai
     model = Transducer(model_cfg)
     parallel = model
     if ranks.world > 1:
-        # Buffers are equal on all ranks by construction: see the moments in train_step.
-        parallel = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = Lamb(
         model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, cfg.weight_decay
     )
@@ -569,18 +569,22 @@ class Run:
                 self.save()
             waited_from = time.monotonic()
         seconds = time.monotonic() - epoch_started
-        self.log.write("epoch", epoch=progress.epoch, loss=sum(losses) / len(losses),
-                       utts_per_s=utterances / seconds, seconds=seconds)  # fmt: skip
-        self.log.say(f"epoch {progress.epoch} | avg train utts/s {utterances / seconds:.1f} | "
-                     f"avg loss {sum(losses) / len(losses):.2f} | took {seconds:.1f} s")  # fmt: skip
+        loss, rate = sum(losses) / len(losses), utterances / seconds
+        self.log.write("epoch", epoch=progress.epoch, loss=loss, utts_per_s=rate, seconds=seconds)
+        self.log.say(
+            f"epoch {progress.epoch} | avg train utts/s {rate:.1f} | avg loss {loss:.2f} | "
+            f"took {seconds:.1f} s"
+        )
         return None
 
     def report_step(self, loss: float, lr: float, grad_norm: float, step_s: float,
                     data_s: float) -> None:  # fmt: skip
         progress, cfg = self.progress, self.trainer.cfg
         rate = self.global_batch / step_s
-        self.log.write("step", step=progress.step, epoch=progress.epoch, loss=loss, lr=lr,
-                       grad_norm=grad_norm, utts_per_s=rate, step_s=step_s, data_s=data_s)  # fmt: skip
+        self.log.write(
+            "step", step=progress.step, epoch=progress.epoch, loss=loss, lr=lr,
+            grad_norm=grad_norm, utts_per_s=rate, step_s=step_s, data_s=data_s,
+        )  # fmt: skip
         if progress.batch % cfg.log_every == 1 or cfg.log_every == 1:
             self.log.say(
                 f"epoch {progress.epoch} | iter {progress.batch}/{self.steps_per_epoch} | "
@@ -616,9 +620,10 @@ class Run:
         while progress.epoch <= cfg.epochs:
             if progress.best_wer <= cfg.target_wer:
                 return "target wer"
-            reason = self.run_epoch()
-            epoch = progress.epoch
-            if progress.batch >= self.steps_per_epoch:
+            epoch, reason = progress.epoch, None
+            if progress.batch < self.steps_per_epoch:  # a checkpoint may stand at its end
+                reason = self.run_epoch()
+            if progress.batch == self.steps_per_epoch:
                 progress.epoch, progress.batch = epoch + 1, 0
             self.evaluate(epoch)
             if reason is not None:
@@ -689,4 +694,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
