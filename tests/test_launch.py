@@ -311,3 +311,10 @@ def test_test_sets_up_and_returns_the_status_of_pytest(checkout):
     (checkout.root / ".venv/requirements.txt").unlink()
     assert checkout.run("test", FAIL="pytest -m").returncode == 3
     assert pip_installs(checkout) == 1
+
+
+def test_other_corpora_are_checked_not_made(checkout):
+    checkout.run(CORPUS="mini-librispeech", DATA="libri")
+    assert checkout.calls("prepare.py")[0].startswith(
+        "prepare.py|check|libri|train-clean-5|dev-clean-2|"
+    )
