@@ -16,6 +16,7 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import shutil
@@ -359,6 +360,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
             (costs.sum() / count).backward()
         total += costs.detach().sum().item()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
+    if not math.isfinite(grad_norm):  # the same on every rank
+        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
     update_ema(trainer.ema, trainer.model, cfg.ema_decay)
@@ -410,7 +413,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.epoch, self.batch, self.step = 1, 0, 0
-        self.best_wer = float("inf")
+        self.best_wer = math.inf
         self.evaluated = 0  # step of the newest evaluation
 
 
@@ -488,14 +491,20 @@ class Log:
             print(line, flush=True)
 
 
+def git_commit() -> str | None:
+    """Of the folder this file is in, with -dirty behind it if files changed since."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).resolve().parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
 def describe_start(trainer: Trainer, features: FeatureConfig) -> dict:
     """What a reader of log.jsonl needs to repeat the run."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
         "ranks": trainer.ranks.world, "threads": torch.get_num_threads(),
