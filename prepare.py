@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora: speak the demo corpus, check any corpus.
+"""Corpora: speak the demo corpus, download LibriSpeech, check any corpus.
 
     python prepare.py demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
+    python prepare.py mini-librispeech ROOT     # or librispeech-100, librispeech-960
     python prepare.py check ROOT [SPLIT ...]    # exit status 1 if an error was found
+
+A call that was interrupted is made again: it goes on where it stopped. Without internet:
+    python prepare.py mini-librispeech ROOT --archive train-clean-5.tar.gz dev-clean-2.tar.gz
+    python prepare.py mini-librispeech ROOT --mirror http://mirror.example/resources
 
 Every corpus has LibriSpeech's form (Panayotov et al. 2015, doi:10.1109/ICASSP.2015.7178964):
     <ROOT>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac    16 kHz, mono, int16
@@ -12,22 +17,29 @@ The text is in capitals.
 
 import argparse
 import ctypes
+import hashlib
+import http.client
+import os
 import random
 import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
+from tqdm import tqdm
 
-from data import describe, scan_split
+from data import describe, read_transcripts, scan_split
 
 # ------------------------------------------------------------------------------ demo: what is said
 
@@ -365,6 +377,313 @@ def make_demo(
     print(f"{root}: {len(lines)} utterances, {hours:.2f} h, {time.perf_counter() - start:.0f} s")
 
 
+# --------------------------------------------------------------- LibriSpeech: what is published
+
+OPENSLR = "https://www.openslr.org/resources"  # redirects to a mirror
+
+
+class Archive(NamedTuple):
+    """A split as published: <OPENSLR>/<resource>/<split>.tar.gz with LibriSpeech/<split> in it."""
+
+    resource: int
+    num_bytes: int
+    md5: str
+    utterances: int
+
+
+# MD5 of resource 12: librispeech.csv of NVIDIA/DeepLearningExamples (Jasper) and librispeech.py of
+# PaddlePaddle/PaddleSpeech agree. Its sizes: url_checksums/librispeech.txt of tensorflow/datasets.
+# MD5 of resource 31: its md5sum.txt in danpovey/openslr, the source of that site, since commit
+# f56e651 (the archive was replaced in 2017), and mini_librispeech.py of PaddleSpeech. Its sizes:
+# egs/mini_librispeech/s5/local/download_and_untar.sh of kaldi-asr/kaldi.
+ARCHIVES = {
+    "train-clean-5": Archive(31, 332954390, "5df7d4e78065366204ca6845bb08f490", 1519),
+    "dev-clean-2": Archive(31, 126046265, "6d7ab67ac6a1d2c993d050e16d61080d", 1089),
+    "train-clean-100": Archive(12, 6387309499, "2a93770f6d5c6c964bc36631d331a522", 28539),
+    "train-clean-360": Archive(12, 23049477885, "c0e676e450a7ff2f54aeade5171606fa", 104014),
+    "train-other-500": Archive(12, 30593501606, "d1a0fd59409feb2c614ce4d30c387708", 148688),
+    "dev-clean": Archive(12, 337926286, "42e2234ba48799c1f50f24a7926300a1", 2703),
+    "dev-other": Archive(12, 314305928, "c8d0bcc9cca99d4f8b62fcc847357931", 2864),
+    "test-clean": Archive(12, 346663984, "32fa31d27d2e1cad72775fee3f4849a9", 2620),
+    "test-other": Archive(12, 328757843, "fb5a50374b501bb3bac4815ee91d3135", 2939),
+}
+CORPORA = {
+    "mini-librispeech": ("train-clean-5", "dev-clean-2"),
+    "librispeech-100": ("train-clean-100", "dev-clean", "test-clean"),
+    "librispeech-960": (
+        "train-clean-100", "train-clean-360", "train-other-500",
+        "dev-clean", "dev-other", "test-clean", "test-other",
+    ),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------- LibriSpeech: download it
+
+CHUNK_BYTES = 2**20
+TIMEOUT_S = 60  # without a single byte
+ATTEMPTS = 20  # of one file, in one call
+FIRST_WAIT_S, LONGEST_WAIT_S = 2, 60  # before the next attempt: doubles each time
+LOG_INTERVAL_S = 30
+
+
+class LogLines:
+    """Where tqdm writes if there is no terminal: each state of its bar becomes a line."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(what: str, num_bytes: int, done: int = 0) -> tqdm:
+    """A bar with rate and remaining time; in a log a line now and then.
+
+    Args:
+        done: how many of the `num_bytes` an earlier call has done.
+    """
+    style = {"desc": what, "total": num_bytes, "initial": done, "unit": "B", "unit_scale": True}
+    if not sys.stderr.isatty():
+        line = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+        style |= {"file": LogLines(), "mininterval": LOG_INTERVAL_S, "bar_format": line}
+    return tqdm(**style)
+
+
+def first_byte(url: str, response: http.client.HTTPResponse, start: int, num_bytes: int) -> int:
+    """Where in the file the response begins: `start`, or 0 from a server that knows no ranges.
+
+    Raises:
+        ValueError: the response announces other bytes than `num_bytes` in all.
+    """
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        name, expected = "Content-Range", f"bytes {start}-{num_bytes - 1}/{num_bytes}"
+        found = response.headers[name]
+    else:
+        start, name, expected = 0, "Content-Length", str(num_bytes)
+        found = response.headers.get(name, expected)  # may be left out
+    if found != expected:
+        raise ValueError(f"{url}: {name} is {found!r}, expected {expected!r}")
+    return start
+
+
+def receive(url: str, start: int, num_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """One request for the bytes from `start` on; yields (position in the file, some bytes).
+
+    Raises:
+        ConnectionError: something that may be better at the next attempt.
+        ValueError: something that will not.
+    """
+    # Some servers refuse the name that urllib gives itself.
+    headers = {"Range": f"bytes={start}-", "User-Agent": "rnnt-cpu"}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            position = first_byte(url, response, start, num_bytes)
+            # read1 gives what has arrived; read would lose it if the connection broke.
+            while chunk := response.read1(min(CHUNK_BYTES, num_bytes - position)):
+                yield position, chunk
+                position += len(chunk)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code < 500 and error.code not in (408, 429):  # timeout, too many requests
+            raise ValueError(f"{url}: {error}") from error
+        raise ConnectionError(str(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error
+    if position < num_bytes:
+        raise ConnectionError(f"connection closed after byte {position:,} of {num_bytes:,}")
+
+
+def download(url: str, path: Path, num_bytes: int) -> None:
+    """Append to `path` what it lacks of the `num_bytes` at `url`.
+
+    Raises:
+        ConnectionError: the last attempt failed; what has arrived stays for the next call.
+    """
+    path.touch()
+    done = path.stat().st_size
+    with open(path, "r+b") as file, progress(f"download {path.name}", num_bytes, done) as bar:
+        for attempt in range(1, ATTEMPTS + 1):
+            if file.seek(0, os.SEEK_END) >= num_bytes:
+                return
+            try:
+                for position, chunk in receive(url, file.tell(), num_bytes):
+                    if position < file.tell():
+                        file.truncate(file.seek(position))
+                    file.write(chunk)
+                    bar.update(file.tell() - bar.n)
+            except ConnectionError as error:
+                problem = f"{url}: {error}; attempt {attempt} of {ATTEMPTS}"
+                if attempt == ATTEMPTS:
+                    raise ConnectionError(f"{problem}; call again to go on") from error
+                wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
+                tqdm.write(f"{problem}, next in {wait_s} s", file=sys.stderr)
+                time.sleep(wait_s)
+
+
+def verify(path: Path, archive: Archive) -> None:
+    """Raise ValueError unless the file has the published size and MD5."""
+    size = path.stat().st_size
+    if size != archive.num_bytes:
+        raise ValueError(f"{path}: {size:,} bytes, expected {archive.num_bytes:,}")
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file, progress(f"verify {path.name}", size) as bar:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    if digest.hexdigest() != archive.md5:
+        raise ValueError(f"{path}: MD5 is {digest.hexdigest()}, expected {archive.md5}")
+
+
+# ------------------------------------------------------------------------- LibriSpeech: unpack it
+
+# What an utterance takes on the disk beyond its share of the archive: 8.3 kB of zeros in the FLAC
+# header that gzip removes (dataset_size of openslr/librispeech_asr), half a block, its folders.
+UNPACKED_BYTES = 2**14
+
+
+def partial_path(root: Path, split: str) -> Path:
+    """Where the archive of a split is while it is downloaded, verified and unpacked."""
+    return root / f"{split}.tar.gz.partial"
+
+
+def hidden_path(root: Path, split: str) -> Path:
+    """Where a split is unpacked: on the disk of `root`, so that the last step is one rename."""
+    return root / f".{split}.unpacking"
+
+
+def check_space(root: Path, missing: Sequence[str], local: Mapping[str, Path]) -> None:
+    """Raise OSError unless all `missing` splits fit, and beside them the largest archive."""
+    needed = sum(ARCHIVES[s].num_bytes + UNPACKED_BYTES * ARCHIVES[s].utterances for s in missing)
+    partials = {s: partial_path(root, s) for s in missing if s not in local}
+    done = {s: path.stat().st_size for s, path in partials.items() if path.exists()}
+    needed += max((ARCHIVES[s].num_bytes - done.get(s, 0) for s in partials), default=0)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        sizes = f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed"
+        raise OSError(f"{root}: {sizes} for {', '.join(missing)}")
+
+
+def count_utterances(folder: Path) -> int:
+    """How many utterances of the split in `folder` have both a transcript and a FLAC file."""
+    count = 0
+    for transcript in folder.glob("*/*/*.trans.txt"):
+        ids = {utterance_id for _, utterance_id, _ in read_transcripts(transcript, [])}
+        count += len(ids & {path.stem for path in transcript.parent.glob("*.flac")})
+    return count
+
+
+def extract(members: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Write a member below `folder` if it is a file. Only its name and its contents count.
+
+    Raises:
+        ValueError: the name leads out of the folder, or the member is a link or a device.
+    """
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"{members.name}: {member.name!r} leads out of the folder")
+    if not member.isreg() and not member.isdir():
+        raise ValueError(f"{members.name}: {member.name!r} is neither file nor folder")
+    if member.isreg():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(members.extractfile(member), copy)
+
+
+def unpack(archive: Path, root: Path, split: str) -> None:
+    """Make `root`/`split` from its archive, whole or not at all; SPEAKERS.TXT etc. go to `root`."""
+    hidden = hidden_path(root, split)
+    hidden.mkdir()
+    try:
+        with (
+            open(archive, "rb") as file,
+            tarfile.open(archive, "r:gz", file) as members,
+            progress(f"unpack {archive.name}", archive.stat().st_size) as bar,
+        ):
+            for member in members:
+                extract(members, member, hidden)
+                bar.update(file.tell() - bar.n)
+        top = hidden / "LibriSpeech"
+        found, expected = count_utterances(top / split), ARCHIVES[split].utterances
+        if found != expected:
+            raise ValueError(f"{archive}: {found:,} utterances, expected {expected:,}")
+        for text in top.glob("*.TXT"):
+            text.replace(root / text.name)
+        (top / split).rename(root / split)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
+    """Those of the splits that are not in `root`.
+
+    Raises:
+        ValueError: one of the others is incomplete.
+    """
+    missing = []
+    for split in splits:
+        folder, expected = root / split, ARCHIVES[split].utterances
+        if not folder.exists():
+            missing.append(split)
+        elif (found := count_utterances(folder)) != expected:
+            sizes = f"{found:,} utterances, expected {expected:,}"
+            raise ValueError(f"{folder}: {sizes}; remove it and call again")
+    return missing
+
+
+def match_archives(files: Sequence[Path], splits: Sequence[str]) -> dict[str, Path]:
+    """The split that each local archive is for, told by its published name."""
+    split_of = {f"{split}.tar.gz": split for split in splits}
+    for path in files:
+        if path.name not in split_of:
+            raise ValueError(f"{path}: expected the name {' or '.join(split_of)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+    return {split_of[path.name]: path for path in files}
+
+
+def fetch(root: Path, split: str, mirror: str) -> Path:
+    """Download the archive of a split, or the rest of it; what has a wrong MD5 is removed."""
+    path, archive = partial_path(root, split), ARCHIVES[split]
+    download(f"{mirror.rstrip('/')}/{archive.resource}/{split}.tar.gz", path, archive.num_bytes)
+    try:
+        verify(path, archive)
+    except ValueError:
+        path.unlink()
+        raise
+    return path
+
+
+def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]) -> None:
+    """Put those splits of a corpus into `root` that are not there yet.
+
+    Args:
+        mirror: URL of OPENSLR or a copy of it.
+        files: archives to take instead of downloading; unlike downloaded ones they are kept.
+    """
+    local = match_archives(files, CORPORA[corpus])
+    missing = find_missing(root, CORPORA[corpus])
+    if files and (lacking := [f"{split}.tar.gz" for split in missing if split not in local]):
+        raise ValueError(f"--archive lacks {', '.join(lacking)}")
+    if missing:
+        root.mkdir(parents=True, exist_ok=True)
+        for split in missing:  # what a call that was killed has left
+            shutil.rmtree(hidden_path(root, split), ignore_errors=True)
+        check_space(root, missing, local)
+    for split in missing:
+        if split in local:
+            verify(local[split], ARCHIVES[split])
+            unpack(local[split], root, split)
+        else:
+            archive = fetch(root, split, mirror)
+            unpack(archive, root, split)
+            archive.unlink()
+    count = sum(ARCHIVES[split].utterances for split in CORPORA[corpus])
+    print(f"{root}: {corpus} is complete, {count:,} utterances")
+
+
 # ------------------------------------------------------------------------------------------- check
 
 
@@ -407,6 +726,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="speak the demo corpus", allow_abbrev=False)
     demo.add_argument("root", metavar="ROOT", type=Path, help="new folder")
+    for corpus, splits in CORPORA.items():
+        libri = commands.add_parser(corpus, help=", ".join(splits), allow_abbrev=False)
+        libri.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
+        source = libri.add_mutually_exclusive_group()
+        source.add_argument("--mirror", metavar="URL", default=OPENSLR, help="%(default)s")
+        source.add_argument("--archive", metavar="FILE", type=Path, nargs="+", default=[],
+                            help="downloaded elsewhere: <split>.tar.gz of every split")  # fmt: skip
     checks = commands.add_parser("check", help="find what is wrong", allow_abbrev=False)
     checks.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
     checks.add_argument("splits", metavar="SPLIT", nargs="*", help="all in ROOT if none is given")
@@ -419,7 +745,10 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if args.command == "check":
             return 0 if check(args.root, args.splits) else 1
-        make_demo(args.root)
+        if args.command == "demo":
+            make_demo(args.root)
+        else:
+            make_librispeech(args.root, args.command, args.mirror, args.archive)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1

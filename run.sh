@@ -4,7 +4,7 @@
 #
 #   bash run.sh                                   the demo corpus, one process on every core
 #   RANKS=2 bash run.sh --epochs 20               two ranks on this machine; words go to train.py and win
-#   CORPUS=mini-librispeech bash run.sh           or librispeech-100, librispeech-960, unpacked in $DATA
+#   CORPUS=mini-librispeech bash run.sh           or librispeech-100, librispeech-960, downloaded to $DATA
 #   DRY_RUN=1 bash run.sh                         prints what it would launch and why, writes nothing
 #   bash run.sh test [--slow] [words for pytest]  the tests; --slow adds the long ones
 #
@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- knobs of the machine; everything about the model and its training is a word for train.py ----
 RANKS=${RANKS:-1}                # processes; an LSTM gains less from a second thread than from a second rank
-CORPUS=${CORPUS:-demo}           # demo is synthesised, the others must be unpacked in $DATA
+CORPUS=${CORPUS:-demo}           # demo is synthesised, the others are downloaded unless $DATA has them
 DATA=${DATA:-data/$CORPUS}       # large corpora often belong on another disk
 OUT=${OUT:-out/$CORPUS}          # checkpoints and logs of this run
 DRY_RUN=${DRY_RUN:-0}            # 1: decide and print only
@@ -189,11 +189,7 @@ if [[ $DRY_RUN == 1 ]]; then exit; fi
 
 # ---- run ----
 set_up
-if [[ $CORPUS == demo ]]; then
-  "$PYTHON" prepare.py demo "$DATA"
-else
-  "$PYTHON" prepare.py check "$DATA" "${train_splits[@]}" "$dev_split"
-fi
+"$PYTHON" prepare.py "$CORPUS" "$DATA"
 
 # OpenMP: threads per process, decided above.
 export OMP_NUM_THREADS=$threads

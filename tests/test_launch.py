@@ -313,8 +313,7 @@ def test_test_sets_up_and_returns_the_status_of_pytest(checkout):
     assert pip_installs(checkout) == 1
 
 
-def test_other_corpora_are_checked_not_made(checkout):
-    checkout.run(CORPUS="mini-librispeech", DATA="libri")
-    assert checkout.calls("prepare.py")[0].startswith(
-        "prepare.py|check|libri|train-clean-5|dev-clean-2|"
-    )
+@pytest.mark.parametrize("corpus", ["mini-librispeech", "librispeech-100", "librispeech-960"])
+def test_every_corpus_is_prepared_by_its_name(checkout, corpus):
+    assert checkout.run(CORPUS=corpus, DATA="libri").returncode == 0
+    assert checkout.calls("prepare.py") == [f"prepare.py|{corpus}|libri|threads="]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model of the original system with its measured values, by this project's names.
+
+The files are ../shared/oracles/seedrun: the original's own modules (intel/e2eAIOK,
+modelzoo/rnnt/pytorch) executed on made-up weights and features. For test_encoder.py and
+test_decode.py, which skip those tests where the files are absent.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import ModelConfig, Transducer
+
+FOLDER = Path(__file__).parents[2] / "shared" / "oracles" / "seedrun"
+needs_seedrun = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/oracles is not here")
+
+# Module of the original -> ours; the parameters of LSTM, Linear and Embedding have torch's names
+# in both.
+MODULES = {
+    "encoder.pre_rnn.lstm": "encoder.pre.lstm",
+    "encoder.post_rnn.lstm": "encoder.post.lstm",
+    "prediction.embed": "predictor.embed",
+    "prediction.dec_rnn.lstm": "predictor.rnn.lstm",
+    "joint_enc": "joint_network.encoder_projection",
+    "joint_pred": "joint_network.predictor_projection",
+    "joint_net.2": "joint_network.output",  # 0 is the ReLU, 1 the dropout
+}
+
+
+@cache
+def facts() -> dict:
+    return json.loads((FOLDER / "seed_model_golden.json").read_text(encoding="utf-8"))
+
+
+@cache
+def arrays() -> dict[str, torch.Tensor]:
+    with np.load(FOLDER / "seed_model_golden.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def by_our_names(prefix: str) -> dict[str, torch.Tensor]:
+    """All arrays `<prefix><original name>`, under our parameter names."""
+    named = {}
+    for key, value in arrays().items():
+        module, _, parameter = key.removeprefix(prefix).rpartition(".")
+        if key.startswith(prefix) and module in MODULES:
+            named[f"{MODULES[module]}.{parameter}"] = value
+    return named
+
+
+def config(**changes) -> ModelConfig:
+    cfg = facts()["cfg"]
+    values = dict(
+        feature_size=cfg["in_feats"], vocab_size=cfg["n_classes"], enc_hidden=cfg["enc_n_hid"],
+        pre_layers=cfg["enc_pre_rnn_layers"], stack=cfg["enc_stack_time_factor"],
+        post_layers=cfg["enc_post_rnn_layers"], pred_hidden=cfg["pred_n_hid"],
+        pred_layers=cfg["pred_rnn_layers"], joint_hidden=cfg["joint_n_hid"],
+        normalization=cfg["normalization"], forget_gate_bias=cfg["forget_gate_bias"],
+    )  # fmt: skip
+    return ModelConfig(**{**values, **changes})
+
+
+def model(prefix: str) -> Transducer:
+    """In evaluation mode, as the original was. Strict: both have the same parameters."""
+    ours = Transducer(config())
+    ours.load_state_dict(by_our_names(prefix))
+    return ours.eval()
+
+
+def features(prefix: str, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T_in, D) and lengths with which ours repeats the original's numbers.
+
+    The original's LSTM runs on over padding, and its StackTime puts what comes out beside the
+    last valid frames; ours puts zeros there. So a last incomplete group is declared valid as
+    far as the batch reaches: lengths round up to a multiple of the factor. The number of
+    encoder frames stays the same.
+    """
+    x = arrays()[f"{prefix}x"].transpose(0, 1)  # the original is time-first
+    lens = arrays()[f"{prefix}x_lens"]
+    return x, (-(-lens // factor) * factor).clamp_max(x.shape[1])

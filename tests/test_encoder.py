@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: Apache-2.0
+"""model.py computes what its comments say, a padded batch like each utterance alone:
+
+    python -m pytest tests/test_encoder.py
+
+StackTime, FeatureNorm against torch.nn.BatchNorm1d, initialisation and parameter counts against
+the MLPerf v1.0 model, the joint network against its formula; where ../shared exists, every
+activation, loss and gradient of a tiny model of the original system.
+"""
+
+import ast
+import copy
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import seedrun
+import torch
+from torch import nn
+
+import data
+from loss import joint_transducer_loss, transducer_loss
+from model import PRESETS, FeatureNorm, ModelConfig, Predictor, StackTime, Transducer
+
+REPO = Path(__file__).resolve().parent.parent
+MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
+
+TINY = ModelConfig(
+    feature_size=6, vocab_size=9, enc_hidden=10, pre_layers=2, stack=3, post_layers=2,
+    pred_hidden=7, pred_layers=2, joint_hidden=8, enc_dropout=0.0, pred_dropout=0.0,
+    joint_dropout=0.0,
+)  # fmt: skip
+NORMALIZED = replace(TINY, normalization=True)
+LENS = [13, 5, 9, 1]  # not, just and exactly multiples of the stack of 3
+
+
+def make_model(cfg, seed=0, dtype=torch.float64):
+    """Random in every parameter and buffer, so that a forgotten one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transducer(cfg).to(dtype)
+    with torch.no_grad():
+        for x in model.state_dict().values():
+            x.copy_(torch.randn(x.shape, generator=generator) * 0.5)
+        if cfg.normalization:
+            model.encoder.feature_norm.running_var.abs_().add_(0.5)
+    return model
+
+
+def garbage_batch(dtype=torch.float64, lens=LENS, extra=3, size=TINY.feature_size):
+    """Features of which the padding, `extra` frames for the longest, holds large numbers."""
+    generator = torch.Generator().manual_seed(1)
+    feats = torch.randn(len(lens), max(lens) + extra, size, generator=generator, dtype=dtype)
+    for b, n in enumerate(lens):
+        feats[b, n:] = 1e3 * torch.randn(feats.shape[1] - n, size, generator=generator)
+    return feats, torch.tensor(lens)
+
+
+# --------------------------------------------------------------------------------------- StackTime
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 8])
+def test_stack_time_concatenates_frames_and_fills_the_last_group_with_zeros(factor):
+    for T_in in range(1, 3 * factor + 1):  # k * factor + r for every r
+        x = torch.arange(1.0, 2 * T_in * 2 + 1).view(2, T_in, 2)  # no value is zero
+        stacked, _ = StackTime(factor)(x, torch.tensor([T_in, 1]))
+        assert stacked.shape == (2, math.ceil(T_in / factor), factor * 2)
+        for b in range(2):
+            frames = x[b].tolist() + [[0.0, 0.0]] * (-T_in % factor)
+            assert stacked[b].flatten().tolist() == sum(frames, [])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 8])
+def test_stack_time_rounds_lengths_up(factor):
+    lens = torch.arange(1, 4 * factor + 2)
+    _, stacked_lens = StackTime(factor)(torch.zeros(len(lens), 4 * factor + 1, 1), lens)
+    assert stacked_lens.dtype == torch.int64
+    assert stacked_lens.tolist() == [math.ceil(n / factor) for n in lens.tolist()]
+
+
+# -------------------------------------------------------------------------------- a batch or alone
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # float64: the order of summation alone. float32: that of oneDNN's kernels, which depend on
+    # the batch size, over some 20 frames.
+    [(torch.float64, 1e-11), (torch.float32, 2e-4)],
+    ids=["float64", "float32"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
+    cfg, training, dtype, tolerance
+):
+    model = make_model(cfg, dtype=dtype).train(training)
+    feats, lens = garbage_batch(dtype)
+    moments = FeatureNorm.moments(feats, lens) if training else None
+    encoded, enc_lens = model.encode(feats, lens, moments)
+    for b, n in enumerate(LENS):
+        alone, alone_lens = model.encode(feats[b : b + 1, :n], lens[b : b + 1], moments)
+        assert enc_lens[b] == alone_lens[0] == alone.shape[1] == math.ceil(n / cfg.stack)
+        torch.testing.assert_close(
+            encoded[b, : enc_lens[b]], alone[0], rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+def test_predict_gives_a_padded_batch_what_it_gives_each_utterance_alone(cfg, training):
+    model = make_model(cfg).train(training)
+    blank = cfg.blank
+    # Padding: the blank, which has no embedding row, and what is no class at all.
+    targets = torch.tensor([[3, 0, 7, 7], [1, 2, blank, -1], [blank, 99, -1, 5]])
+    predicted = model.predict(targets)
+    assert predicted.shape == (3, 5, cfg.joint_hidden)
+    for b, u in enumerate([4, 2, 0]):
+        alone = model.predict(targets[b : b + 1, :u])
+        torch.testing.assert_close(predicted[b, : u + 1], alone[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
+    feats, feat_lens = garbage_batch()
+    moments = FeatureNorm.moments(feats, feat_lens)
+    targets, target_lens = (
+        torch.tensor([[1, 4], [7, 8], [2, 2], [-1, 8]]),
+        torch.tensor([2, 1, 2, 0]),
+    )
+
+    def gradients(batches):
+        """Of the summed cost; each batch is its rows and how many frames and labels to keep."""
+        model = make_model(cfg).train()
+        output = model.joint_network.output
+        for rows, T_in, U in batches:
+            labels = targets[rows, :U]
+            encoded, enc_lens, predicted = model(
+                feats[rows, :T_in], feat_lens[rows], labels, moments
+            )
+            joint_transducer_loss(
+                encoded, predicted, output.weight, output.bias, labels, enc_lens, target_lens[rows],
+                cfg.blank, reduction="sum",
+            ).backward()  # fmt: skip
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    together = gradients([(slice(None), feats.shape[1], 2)])
+    one_by_one = gradients([([b], LENS[b], target_lens[b]) for b in range(len(LENS))])
+    for name, grad in together.items():
+        # float64, sums of some hundred terms in another order.
+        torch.testing.assert_close(grad, one_by_one[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+# ------------------------------------------------------------------------------------- FeatureNorm
+
+
+def batch_norm_like(norm):
+    """torch.nn.BatchNorm1d with the same weights and running statistics."""
+    oracle = nn.BatchNorm1d(len(norm.weight)).to(norm.weight)
+    oracle.load_state_dict(norm.state_dict() | {"num_batches_tracked": torch.tensor(0)})
+    return oracle
+
+
+def random_norm():
+    return make_model(NORMALIZED).encoder.feature_norm
+
+
+def test_feature_norm_equals_batch_norm_on_the_valid_frames():
+    norm = random_norm().train()
+    oracle = batch_norm_like(norm).train()
+    for seed in range(3):  # the running statistics take part in three steps
+        feats, lens = garbage_batch()
+        feats = feats * (1 + seed) + seed
+        frames = torch.cat([f[:n] for f, n in zip(feats, LENS, strict=True)])
+        ours = norm(feats, lens)
+        valid = torch.cat([f[:n] for f, n in zip(ours, LENS, strict=True)])
+        # Mean of squares minus square of mean, in float64: some 15 digits of which few cancel.
+        torch.testing.assert_close(valid, oracle(frames), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(norm.running_mean, oracle.running_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(norm.running_var, oracle.running_var, rtol=1e-12, atol=1e-12)
+
+
+def test_feature_norm_in_evaluation_uses_the_running_statistics():
+    norm = random_norm().eval()
+    feats, lens = garbage_batch()
+    before = copy.deepcopy(norm.state_dict())
+    expected = batch_norm_like(norm).eval()(feats.transpose(1, 2)).transpose(1, 2)
+    # The padding's values are of the order 1e3.
+    torch.testing.assert_close(norm(feats, lens), expected, rtol=1e-12, atol=1e-9)
+    assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+
+
+def test_feature_norm_statistics_do_not_depend_on_the_padding():
+    feats, lens = garbage_batch()
+    other = feats.clone()
+    for b, n in enumerate(LENS):
+        other[b, n:] = 7.0
+    assert torch.equal(FeatureNorm.moments(feats, lens), FeatureNorm.moments(other, lens))
+
+
+def test_feature_norm_moments_of_parts_add_up_to_those_of_the_whole():
+    feats, lens = garbage_batch()
+    parts = FeatureNorm.moments(feats[:1], lens[:1]) + FeatureNorm.moments(feats[1:], lens[1:])
+    # Sums of 28 numbers in another order.
+    torch.testing.assert_close(parts, FeatureNorm.moments(feats, lens), rtol=1e-13, atol=1e-13)
+
+
+def test_feature_norm_with_moments_given_leaves_the_running_statistics_alone():
+    norm = random_norm().train()
+    feats, lens = garbage_batch()
+    before = copy.deepcopy(norm.state_dict())
+    norm(feats, lens, norm.moments(feats, lens))
+    assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+
+
+def test_feature_norm_keeps_its_precision_far_from_zero():
+    norm = FeatureNorm(1).train()
+    feats = torch.tensor([[[1000.0], [1001.0]] * 8])  # float32: squares have 7 digits
+    out = norm(feats, torch.tensor([16]))
+    # Mean 1000.5, population variance 0.25: -1 and 1 but for epsilon; the shift by
+    # mean / deviation = 2001 costs four of float32's seven digits.
+    expected = torch.tensor([[[-1.0], [1.0]] * 8]) / math.sqrt(1 + 1e-5 / 0.25)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
+
+
+def test_feature_norm_of_one_frame_is_finite():
+    norm = FeatureNorm(3).train()
+    out = norm(torch.tensor([[[1.0, -2.0, 0.0], [9.0, 9.0, 9.0]]]), torch.tensor([1]))
+    assert out[0, 0].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-3)  # 1/sqrt(epsilon) = 316
+    assert all(x.isfinite().all() for x in norm.state_dict().values())
+
+
+# -------------------------------------------------------------------------- the networks' formulas
+
+
+def test_joint_is_a_linear_layer_on_the_rectified_sum():
+    model = make_model(TINY).eval()
+    encoded = torch.randn(2, 4, TINY.joint_hidden, dtype=torch.float64)
+    predicted = torch.randn(2, 3, TINY.joint_hidden, dtype=torch.float64)
+    logits = model.joint(encoded, predicted)
+    assert logits.shape == (2, 4, 3, TINY.vocab_size)
+    layer = model.joint_network.output
+    for b, t, u in torch.cartesian_prod(*map(torch.arange, (2, 4, 3))).tolist():
+        hidden = (encoded[b, t] + predicted[b, u]).clamp_min(0)
+        expected = layer.weight @ hidden + layer.bias
+        torch.testing.assert_close(logits[b, t, u], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+def test_predict_starts_with_a_zero_embedding_and_a_zero_state(cfg):
+    model = make_model(cfg).eval()
+    rnn, zero = model.predictor.rnn, torch.zeros(1, 1, cfg.pred_hidden, dtype=torch.float64)
+    hidden = rnn.layer_norm(rnn.lstm(zero)[0])[0, 0]
+    expected = model.joint_network.predictor_projection(hidden)
+    no_label = torch.zeros(1, 0, dtype=torch.int64)
+    for targets in (no_label, torch.tensor([[0, 3]]), torch.tensor([[7, 1]])):
+        torch.testing.assert_close(model.predict(targets)[0, 0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+def test_predictor_label_by_label_equals_predict_at_once(cfg):
+    model = make_model(cfg).eval()
+    targets = torch.tensor([[3, 0, 7], [5, 5, 1]])
+    at_once = model.predictor(targets)  # (B, U+1, H)
+    output, state = model.predictor.start(2)
+    for u in range(4):
+        torch.testing.assert_close(output, at_once[:, u], rtol=1e-12, atol=1e-12)
+        if u < 3:
+            output, state = model.predictor.step(targets[:, u], state)
+
+
+def test_embedding_has_no_row_for_blank():
+    assert Predictor(TINY).embed.num_embeddings == TINY.vocab_size - 1 == TINY.blank
+
+
+def test_layer_norm_acts_on_every_stack_in_training_and_in_evaluation():
+    model = make_model(NORMALIZED)
+    feats, lens = garbage_batch(extra=0)
+    for training in (False, True):
+        model.train(training)
+        for stack, x in (
+            (model.encoder.pre, feats),
+            (model.encoder.post, torch.cat([feats] * 5, 2)),
+            (model.predictor.rnn, torch.cat([feats, feats[:, :, :1]], 2)),
+        ):
+            out, _ = stack(x)
+            norm = stack.layer_norm
+            standard = (out - norm.bias) / norm.weight
+            # Undoing a weight near 0 loses digits; epsilon 1e-5 shrinks small variances.
+            torch.testing.assert_close(
+                standard.mean(-1), torch.zeros_like(standard[..., 0]), rtol=0, atol=1e-9
+            )
+            assert standard.var(-1, unbiased=False).min() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [("enc_dropout", "pre"), ("enc_dropout", "post"), ("pred_dropout", "predict"),
+     ("joint_dropout", "joint")],
+)  # fmt: skip
+def test_each_dropout_acts_in_its_network_in_training_only(field, part):
+    # One layer: what torch.nn.LSTM drops between layers is not in it.
+    model = make_model(replace(TINY, pre_layers=1, post_layers=1, pred_layers=1, **{field: 0.5}))
+    joint = torch.ones(1, 2, TINY.joint_hidden, dtype=torch.float64)
+    run = {
+        "pre": lambda: model.encoder.pre(torch.ones(1, 2, 6, dtype=torch.float64))[0],
+        "post": lambda: model.encoder.post(torch.ones(1, 2, 30, dtype=torch.float64))[0],
+        "predict": lambda: model.predict(torch.tensor([[1, 2]])),
+        "joint": lambda: model.joint(joint, joint),
+    }[part]
+    model.eval()
+    assert torch.equal(run(), run())
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("field", ["enc_dropout", "pred_dropout"])
+def test_dropout_acts_between_lstm_layers_too(field):
+    model = Transducer(replace(TINY, **{field: 0.5}))
+    stacks = {"enc_dropout": [model.encoder.pre, model.encoder.post],
+              "pred_dropout": [model.predictor.rnn]}[field]  # fmt: skip
+    assert [s.lstm.dropout for s in stacks] == [0.5] * len(stacks)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_gradient_reaches_every_parameter(preset):
+    sizes = dict(feature_size=6, vocab_size=9, enc_hidden=8, pred_hidden=8, joint_hidden=16)
+    model = Transducer(replace(PRESETS[preset], **sizes)).train()
+    torch.manual_seed(0)
+    feats, lens = torch.randn(2, 20, 6), torch.tensor([20, 11])
+    targets, target_lens = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])
+    encoded, enc_lens, predicted = model(feats, lens, targets)
+    output = model.joint_network.output
+    joint_transducer_loss(
+        encoded, predicted, output.weight, output.bias, targets, enc_lens, target_lens,
+        model.cfg.blank,
+    ).backward()  # fmt: skip
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+# ------------------------------------------------------------------------ initialisation and sizes
+
+
+def fresh(**changes):
+    torch.manual_seed(0)
+    return Transducer(ModelConfig(feature_size=32, vocab_size=200, enc_hidden=64, pred_hidden=48,
+                                  joint_hidden=40, normalization=True, **changes))  # fmt: skip
+
+
+def lstms(model):
+    return [model.encoder.pre.lstm, model.encoder.post.lstm, model.predictor.rnn.lstm]
+
+
+@pytest.mark.parametrize(("bias", "scale"), [(1.0, 0.5), (2.0, 0.25)])
+def test_the_forget_gate_starts_with_its_bias_times_the_scale(bias, scale):
+    for lstm in lstms(fresh(forget_gate_bias=bias, weights_init_scale=scale)):
+        H = lstm.hidden_size
+        for layer in range(lstm.num_layers):
+            given, zero = (getattr(lstm, f"bias_{x}_l{layer}")[H : 2 * H] for x in ("ih", "hh"))
+            assert torch.equal(given, torch.full((H,), bias * scale))
+            assert torch.equal(zero, torch.zeros(H))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.25])
+def test_lstm_weights_start_below_the_scale_over_root_hidden(scale):
+    for lstm in lstms(fresh(weights_init_scale=scale)):
+        H = lstm.hidden_size
+        for name, parameter in lstm.named_parameters():
+            parameter = parameter.detach().clone()
+            if name.startswith("bias"):
+                parameter[H : 2 * H] = 0
+            largest = parameter.abs().max().item()
+            # Uniform draws, at least 192 of them: the largest is above 0.9 of the bound.
+            assert 0.9 * scale / math.sqrt(H) < largest <= scale / math.sqrt(H), name
+
+
+def test_embedding_and_linear_layers_start_with_torch_defaults():
+    model = fresh()
+    # 199 * 48 draws from N(0, 1): the deviation's own deviation is 0.007.
+    assert model.predictor.embed.weight.std().item() == pytest.approx(1, abs=0.03)
+    joint = model.joint_network
+    for layer in (joint.encoder_projection, joint.predictor_projection, joint.output):
+        bound = 1 / math.sqrt(layer.in_features)
+        assert 0.99 * bound < layer.weight.abs().max().item() <= bound
+        assert 0.9 * bound < layer.bias.abs().max().item() <= bound
+
+
+def test_normalisation_layers_start_as_the_identity():
+    model = fresh()
+    norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, FeatureNorm))]
+    assert len(norms) == 4
+    for norm in norms:
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+        assert torch.equal(norm.bias, torch.zeros_like(norm.bias))
+
+
+def count_parameters(cfg):
+    with torch.device("meta"):  # shapes alone
+        return sum(p.numel() for p in Transducer(cfg).parameters())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        (PRESETS["baseline"], 49_071_616),  # MLPerf v1.0; its log says 49.1M
+        (PRESETS["democratized"], 21_001_216),
+        # Sizes that the original prints for its ablations: 74.2M and 65.8M.
+        (replace(PRESETS["baseline"], stack=8), 74_237_440),
+        (replace(PRESETS["baseline"], stack=8, post_layers=2), 65_840_640),
+        # BatchNorm 2 x 256, LayerNorm 2 x (1024 + 1024 + 512).
+        (replace(PRESETS["baseline"], normalization=True), 49_071_616 + 5_632),
+    ],
+)
+def test_parameter_count(cfg, expected):
+    assert count_parameters(cfg) == expected
+
+
+@pytest.mark.skipif(not MISC.is_file(), reason="../shared/oracles is not here")
+def test_parameter_counts_are_those_of_the_oracle():
+    oracle = json.loads(MISC.read_text(encoding="utf-8"))["parameter_counts"]
+    for pre, post, stack in ((2, 3, 2), (2, 3, 8), (2, 2, 8)):
+        cfg = ModelConfig(pre_layers=pre, post_layers=post, stack=stack)
+        expected = oracle[f"pre{pre}_post{post}_stack{stack}"]
+        assert count_parameters(cfg) == expected
+        added = count_parameters(replace(cfg, normalization=True)) - expected
+        assert added == oracle["normalization_adds"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(name, 0) for name in ("feature_size", "enc_hidden", "pre_layers", "stack", "post_layers",
+                            "pred_hidden", "pred_layers", "joint_hidden")]
+    + [("vocab_size", 1), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
+       ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
+)  # fmt: skip
+def test_config_errors_name_field_and_value(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: {value}, expected "):
+        ModelConfig(**{field: value})
+
+
+def test_config_accepts_the_smallest_values():
+    ModelConfig(1, 2, 1, 1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["model.py", "loss.py"])
+def test_file_stands_alone_with_torch(name):
+    tree = ast.parse((REPO / name).read_text(encoding="utf-8"))
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    others = {module.split(".")[0] for module in imported} - {"torch"}
+    assert others <= set(sys.stdlib_module_names)
+    # They know nothing of files, ranks, flags, and nothing that needs a compiler.
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not (others | used) & {"jit", "compile", "distributed", "os", "pathlib", "argparse"}
+
+
+# ------------------------------------------------------------------- against the original's numbers
+
+# The original ran in float32; sums of at most some hundred terms.
+CLOSE = dict(rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def original():
+    """The seedrun model in float64 and what it makes of the seedrun batch."""
+    model = seedrun.model("w/").double()
+    feats, lens = seedrun.features("", model.cfg.stack)
+    encoded, enc_lens = model.encode(feats.double(), lens)
+    predicted = model.predict(seedrun.arrays()["y"])
+    return model, encoded, enc_lens, predicted
+
+
+def seedrun_cost(original, fused, reduction):
+    model, encoded, enc_lens, predicted = original
+    targets, target_lens = seedrun.arrays()["y"], seedrun.arrays()["y_lens"]
+    blank = model.cfg.blank
+    if fused:
+        layer = model.joint_network.output
+        return joint_transducer_loss(encoded, predicted, layer.weight, layer.bias, targets,
+                                     enc_lens, target_lens, blank, reduction=reduction)  # fmt: skip
+    logits = model.joint(encoded, predicted)
+    return transducer_loss(logits, targets, enc_lens, target_lens, blank, reduction)
+
+
+@seedrun.needs_seedrun
+def test_encoder_output_is_the_originals(original):
+    _, encoded, enc_lens, _ = original
+    expected = seedrun.arrays()["enc_out"].double()
+    assert enc_lens.tolist() == seedrun.arrays()["enc_lens"].tolist()
+    for b, n in enumerate(enc_lens.tolist()):
+        torch.testing.assert_close(encoded[b, :n], expected[b, :n], **CLOSE)
+
+
+@seedrun.needs_seedrun
+def test_padding_changes_nothing_but_the_last_incomplete_group_of_the_original():
+    model = seedrun.model("w/").double()
+    feats, _ = seedrun.features("", model.cfg.stack)
+    lens = seedrun.arrays()["x_lens"]  # as they are: 7 and 10 end inside a group of 3
+    encoded, enc_lens = model.encode(feats.double(), lens)
+    expected = seedrun.arrays()["enc_out"].double()
+    for b, n in enumerate(enc_lens.tolist()):
+        torch.testing.assert_close(encoded[b, : n - 1], expected[b, : n - 1], **CLOSE)
+
+
+@seedrun.needs_seedrun
+def test_predictor_output_is_the_originals(original):
+    expected = seedrun.arrays()["pred_out"].double()
+    for b, u in enumerate(seedrun.arrays()["y_lens"].tolist()):
+        torch.testing.assert_close(original[3][b, : u + 1], expected[b, : u + 1], **CLOSE)
+
+
+@seedrun.needs_seedrun
+def test_logits_are_the_originals(original):
+    model, encoded, enc_lens, predicted = original
+    logits, expected = model.joint(encoded, predicted), seedrun.arrays()["logits"].double()
+    for b, (n, u) in enumerate(zip(enc_lens, seedrun.arrays()["y_lens"], strict=True)):
+        torch.testing.assert_close(logits[b, :n, : u + 1], expected[b, :n, : u + 1], **CLOSE)
+
+
+@seedrun.needs_seedrun
+@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
+def test_loss_is_the_originals(original, fused):
+    each, mean = (seedrun_cost(original, fused, r).tolist() for r in ("none", "mean"))
+    # warp-transducer sums in float32.
+    assert each == pytest.approx(seedrun.facts()["loss_each"], rel=1e-6)
+    assert mean == pytest.approx(seedrun.facts()["loss_mean"], rel=1e-6)
+
+
+@seedrun.needs_seedrun
+@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
+def test_every_gradient_is_the_originals(original, fused):
+    model = original[0]
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(
+        seedrun_cost(original, fused, "mean"), list(named.values()), retain_graph=True
+    )
+    expected = seedrun.by_our_names("g/")
+    assert expected.keys() == named.keys()
+    for name, grad in zip(named, grads, strict=True):
+        torch.testing.assert_close(grad, expected[name].double(), rtol=2e-5, atol=3e-6, msg=name)
+    total = torch.stack([g.norm() for g in grads]).norm().item()
+    assert total == pytest.approx(seedrun.facts()["grad_total_norm"], rel=1e-6)
+    norms = seedrun.facts()["grad_l2"]  # under the original's names
+    ours = {name: g.norm().item() for name, g in zip(named, grads, strict=True)}
+    for theirs, mapped in seedrun.MODULES.items():
+        pairs = [(v, ours[k.replace(theirs, mapped)]) for k, v in norms.items()
+                 if k.startswith(f"{theirs}.")]  # fmt: skip
+        assert pairs
+        assert [ours for _, ours in pairs] == pytest.approx([v for v, _ in pairs], rel=1e-4)
+
+
+@seedrun.needs_seedrun
+def test_stack_time_is_the_originals():
+    x = seedrun.arrays()["stack_in"].transpose(0, 1)  # time-first in the original
+    stacked, lens = StackTime(3)(x, torch.tensor([7, 5]))
+    assert torch.equal(stacked, seedrun.arrays()["stack_out"].transpose(0, 1))
+    assert lens.tolist() == seedrun.facts()["stack_lens"]
+
+
+@seedrun.needs_seedrun
+def test_splice_is_the_originals():
+    cfg = data.FeatureConfig(num_mels=4, align=1)
+    mels, expected = seedrun.arrays()["splice_in"], seedrun.arrays()["splice_out"]  # bins first
+    for b, (n, frames) in enumerate(zip([8, 5], seedrun.facts()["splice_lens"], strict=True)):
+        spliced = data.splice(mels[b, :, :n].T, cfg)
+        assert len(spliced) == frames
+        assert torch.equal(spliced, expected[b, :, :frames].T)
+
+
+@seedrun.needs_seedrun
+def test_initialisation_is_the_originals():
+    torch.manual_seed(0)
+    model, init = Transducer(seedrun.config()), seedrun.facts()["init"]
+    lstm = model.encoder.pre.lstm
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        forget = getattr(lstm, name)[8:16].tolist()
+        assert forget == init[f"{name} forget slice"]
+    bound = init["bound 0.5/sqrt(H)"]
+    others = torch.cat([lstm.bias_ih_l0[:8], lstm.bias_ih_l0[16:]])
+    assert 0.95 * bound < lstm.weight_ih_l0.abs().max().item() <= bound
+    assert 0.9 * bound < others.abs().max().item() <= bound
+    assert model.joint_network.output.weight.abs().max().item() == pytest.approx(
+        init["joint_net.2 max|w|"], rel=0.05
+    )
+    # 66 draws from N(0, 1), as there: deviations of both are within a quarter of each other.
+    embed_std = model.predictor.embed.weight.std().item()
+    assert embed_std == pytest.approx(init["embed std"], rel=0.25)

@@ -1,0 +1,965 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs and gradients of loss.py are those of the sum over all alignments.
+
+python -m pytest tests/test_loss.py
+
+Both functions pass the same tests: `loss_of_table` builds a joint network whose logits are any
+given table, so joint_transducer_loss is a function of logits too. The oracle is the enumeration
+of every path; published numbers come with their source. ../shared/oracles, where it exists, adds
+19 cases from other implementations. Float64 unless a test is about another dtype: there both
+sides agree to rounding, and 1e-9 leaves room for sums of some hundred terms.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loss
+
+ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
+LOSS_JSON = ORACLES / "loss" / "transducer_loss_oracles.json"
+SEED_RUN = ORACLES / "seedrun"
+needs_oracles = pytest.mark.skipif(not LOSS_JSON.is_file(), reason=f"{LOSS_JSON} is not here")
+
+CASES = json.loads(LOSS_JSON.read_text())["cases"] if LOSS_JSON.is_file() else []
+
+
+# ------------------------------------------------------------------------ problems and functions
+
+
+class Problem(NamedTuple):
+    """The arguments of transducer_loss: a batch of lattices."""
+
+    logits: Tensor  # (B, T, U+1, V)
+    targets: Tensor  # (B, U)
+    lens: Tensor  # (B,)
+    target_lens: Tensor  # (B,)
+    blank: int
+
+    def alone(self, b: int) -> "Problem":
+        """Utterance b without padding."""
+        n, u = int(self.lens[b]), int(self.target_lens[b])
+        rest = (self.lens[b : b + 1], self.target_lens[b : b + 1], self.blank)
+        return Problem(self.logits[b : b + 1, :n, : u + 1], self.targets[b : b + 1, :u], *rest)
+
+    def inside(self) -> Tensor:
+        """(B, T, U+1), True at the nodes of each lattice."""
+        T, U1 = self.logits.shape[1:3]
+        frames = torch.arange(T) < self.lens[:, None]
+        columns = torch.arange(U1) <= self.target_lens[:, None]
+        return frames[:, :, None] & columns[:, None]
+
+
+def random_targets(shape: tuple, V: int, blank: int, generator: torch.Generator) -> Tensor:
+    """Labels of all classes but the blank."""
+    labels = torch.randint(V - 1, shape, generator=generator)
+    return labels + (labels >= blank)
+
+
+def random_problem(lens: list, target_lens: list, V: int, blank: int, seed: int = 1) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    B, T, U = len(lens), max(lens), max(target_lens)
+    logits = 2 * torch.randn(B, T, U + 1, V, dtype=torch.float64, generator=generator)
+    targets = random_targets((B, U), V, blank, generator)
+    return Problem(logits, targets, torch.tensor(lens), torch.tensor(target_lens), blank)
+
+
+def problem_of(case: dict) -> Problem:
+    logits = torch.tensor(case["logits"], dtype=torch.float64)
+    targets = torch.tensor(case["targets"], dtype=torch.int64).view(len(logits), -1)
+    lens, target_lens = (torch.tensor(case[k]) for k in ("logit_lengths", "target_lengths"))
+    return Problem(logits, targets, lens, target_lens, case["blank_resolved"])
+
+
+def table_joint(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A joint network with these logits: encoded, predicted, weight, bias.
+
+    It has a hidden unit for every node (b, t, u). The encoder gives 1 to the units of its frame,
+    the predictor takes 1 from the units of every other column: after the ReLU the node's own unit
+    is 1, the others are 0. Column (b, t, u) of the weight is the node's logits.
+    """
+    B, T, U1, V = logits.shape
+    encoded = torch.eye(B * T, dtype=logits.dtype).repeat_interleave(U1, 1).view(B, T, -1)
+    predicted = torch.eye(U1, dtype=logits.dtype).repeat(1, B * T).expand(B, -1, -1) - 1
+    return encoded, predicted, logits.reshape(-1, V).T, logits.new_zeros(V)
+
+
+def loss_of_table(logits: Tensor, *arguments, reduction: str = "mean") -> Tensor:
+    return loss.joint_transducer_loss(*table_joint(logits), *arguments, reduction=reduction)
+
+
+LOSSES = {"logits": loss.transducer_loss, "joint": loss_of_table}
+both = pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+
+
+def costs_and_grad(loss_of, problem: Problem, weights: Tensor | None = None) -> tuple:
+    """Costs (B,) and the gradient of their weighted sum with respect to the logits."""
+    logits = problem.logits.clone().requires_grad_()
+    costs = loss_of(logits, *problem[1:], reduction="none")
+    costs.backward(torch.ones_like(costs) if weights is None else weights)
+    return costs.detach(), logits.grad
+
+
+def joint_arguments(B: int, T: int, U: int, V: int, J: int, seed: int = 1) -> list[Tensor]:
+    """Random encoded, predicted, weight, bias that require gradients, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, T, J), (B, U + 1, J), (V, J), (V,))
+    return [
+        torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes
+    ]
+
+
+def joint_logits(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.relu(encoded[:, :, None] + predicted[:, None]), weight, bias)
+
+
+def grads_of(costs: Tensor, arguments: list[Tensor]) -> list[Tensor]:
+    """Gradients of a sum of costs with unequal weights."""
+    weights = torch.linspace(0.5, 2, len(costs), dtype=costs.dtype)
+    return list(torch.autograd.grad((costs * weights).sum(), arguments))
+
+
+def assert_close(actual: Tensor, expected, tolerance: float = 1e-9) -> None:
+    expected = torch.as_tensor(expected, dtype=actual.dtype).view(actual.shape)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# -------------------------------------------------------------------------------- golden numbers
+
+# HawkAaron/warp-transducer, pytorch_binding/test/test.py, small_test; torchaudio, 1ytic/warp-rnnt,
+# NeMo and SpeechBrain test with the same logits.
+SMALL = [
+    [[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.6, 0.1, 0.1], [0.1, 0.1, 0.2, 0.8, 0.1]],
+    [[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.1, 0.1], [0.7, 0.1, 0.2, 0.1, 0.1]],
+]
+# The gradient that warp-transducer's test and torchaudio's get_B1_T2_U3_D5_data print.
+SMALL_GRAD_BLANK_FIRST = [
+    [-0.13116688, -0.3999269, 0.17703125, 0.17703125, 0.17703125],
+    [-0.18572757, 0.12247056, -0.18168412, 0.12247056, 0.12247056],
+    [-0.32091254, 0.06269141, 0.06928472, 0.12624499, 0.06269141],
+    [0.05456069, -0.21824276, 0.05456069, 0.05456069, 0.05456069],
+    [0.12073959, 0.12073959, -0.48295835, 0.12073959, 0.12073959],
+    [-0.6925882, 0.16871116, 0.18645467, 0.16871116, 0.16871116],
+]
+SMALL_GRAD_BLANK_LAST = [
+    [0.17703132, -0.39992708, 0.17703132, 0.17703132, -0.13116692],
+    [0.12247062, 0.12247062, -0.181684, 0.12247062, -0.1857276],
+    [0.06269141, 0.06269141, 0.06928471, 0.12624498, -0.32091248],
+    [0.05456069, -0.2182428, 0.05456069, 0.05456069, 0.05456069],
+    [0.12073967, 0.12073967, -0.48295838, 0.12073967, 0.12073967],
+    [0.30741188, 0.16871123, 0.18645471, 0.16871123, -0.83128875],
+]
+
+
+@both
+@pytest.mark.parametrize(
+    ("blank", "cost", "grad"),
+    [(0, 4.495666, SMALL_GRAD_BLANK_FIRST), (4, 5.09566688538, SMALL_GRAD_BLANK_LAST)],
+)
+def test_published_small_case_B1_T2_U2_V5(loss_of, blank, cost, grad):
+    lens = torch.tensor([2])
+    problem = Problem(torch.tensor([SMALL]).double(), torch.tensor([[1, 2]]), lens, lens, blank)
+    costs, grads = costs_and_grad(loss_of, problem)
+    assert_close(costs, cost, 1e-6)  # printed with six decimals, from float32
+    assert_close(grads, grad, 1e-6)
+
+
+@both
+def test_published_batch_B2_T4_U2_V3(loss_of):
+    # torchaudio's get_B2_T4_U3_D3_data: warp-transducer's big_test to six decimals.
+    logits = [
+        [0.065357, 0.787530, 0.081592, 0.529716, 0.750675, 0.754135, 0.609764, 0.868140, 0.622532],
+        [0.668522, 0.858039, 0.164539, 0.989780, 0.944298, 0.603168, 0.946783, 0.666203, 0.286882],
+        [0.094184, 0.366674, 0.736168, 0.166680, 0.714154, 0.399400, 0.535982, 0.291821, 0.612642],
+        [0.324241, 0.800764, 0.524106, 0.779195, 0.183314, 0.113745, 0.240222, 0.339470, 0.134160],
+        [0.505562, 0.051597, 0.640290, 0.430733, 0.829473, 0.177467, 0.320700, 0.042883, 0.302803],
+        [0.675178, 0.569537, 0.558474, 0.083132, 0.060165, 0.107958, 0.748615, 0.943918, 0.486356],
+        [0.418199, 0.652408, 0.024243, 0.134582, 0.366342, 0.295830, 0.923670, 0.689929, 0.741898],
+        [0.250005, 0.603430, 0.987289, 0.592606, 0.884672, 0.543450, 0.660770, 0.377128, 0.358021],
+    ]
+    targets, lens = torch.tensor([[1, 2], [1, 1]]), torch.tensor([4, 4])
+    problem = Problem(torch.tensor(logits).double().view(2, 4, 3, 3), targets, lens, lens // 2, 0)
+    costs, _ = costs_and_grad(loss_of, problem)
+    assert_close(costs, [4.280652859089074, 3.938436982250359], 1e-6)  # of the 16-digit logits
+
+
+@both
+def test_label_zero_is_a_label_when_blank_is_last_B1_T5_U3_V3(loss_of):
+    # NVIDIA/NeMo, tests/collections/asr/k2, test_case_small_blank_last.
+    am = torch.tensor([[0, 1, 2], [0, 0, 0], [0, 2, 4], [0, 3, 3], [2, 2, 0]]).double()
+    lm = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 0, 1], [2, 2, 0]]).double()
+    logits, targets = (am[:, None] + lm)[None], torch.tensor([[0, 1, 0]])
+    problem = Problem(logits, targets, torch.tensor([5]), torch.tensor([3]), 2)
+    assert_close(costs_and_grad(loss_of, problem)[0], 6.789285182952881, 1e-7)  # float32 source
+
+
+@both
+@pytest.mark.parametrize(("T", "U", "V"), [(1, 0, 2), (1, 3, 5), (10, 2, 4), (5, 7, 29)])
+def test_equal_logits_have_a_closed_form(loss_of, T, U, V):
+    # Every arc has log-probability -ln V, and C(T+U-1, U) paths take T+U of them.
+    lens = (torch.tensor([T]), torch.tensor([U]))
+    logits = torch.full((1, T, U + 1, V), 0.1, dtype=torch.float64)
+    problem = Problem(logits, torch.ones(1, U, dtype=torch.int64), *lens, 0)
+    expected = (T + U) * math.log(V) - math.log(math.comb(T + U - 1, U))
+    assert_close(costs_and_grad(loss_of, problem)[0], expected)
+
+
+# ----------------------------------------------------------------------------- every alignment
+
+
+def enumerated_cost(logits: Tensor, targets: list[int], blank: int) -> Tensor:
+    """Minus the logarithm of the probability of all paths, one by one: logits (T, U+1, V).
+
+    U of the first T+U-1 moves are labels, in any places; the last move is a blank.
+    """
+    log_probs = logits.log_softmax(-1)
+    T, U = logits.shape[0], len(targets)
+    paths = []
+    for places in itertools.combinations(range(T + U - 1), U):
+        t = u = 0
+        score = logits.new_zeros(())
+        for move in range(T + U):
+            if move in places:
+                score = score + log_probs[t, u, targets[u]]
+                u += 1
+            else:
+                score = score + log_probs[t, u, blank]
+                t += 1
+        paths.append(score)
+    return -torch.logsumexp(torch.stack(paths), 0)
+
+
+@both
+@pytest.mark.parametrize("blank", [0, 2, 4], ids=["blank_first", "blank_middle", "blank_last"])
+@pytest.mark.parametrize("U", range(5))
+@pytest.mark.parametrize("T", range(1, 5))
+def test_cost_and_gradient_are_those_of_all_paths(loss_of, T, U, blank):
+    problem = random_problem([T], [U], V=5, blank=blank, seed=10 * T + U)
+    costs, grads = costs_and_grad(loss_of, problem)
+    logits = problem.logits[0].clone().requires_grad_()
+    expected = enumerated_cost(logits, problem.targets[0].tolist(), blank)
+    assert_close(costs, expected.detach())
+    assert_close(grads, torch.autograd.grad(expected, logits)[0])
+
+
+def test_gradcheck_of_logits():
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+    logits = problem.logits.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: loss.transducer_loss(x, *problem[1:], reduction="none"), [logits]
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_joint(dropout):
+    # With dropout the backward pass has to draw the mask of the forward pass once more. gradcheck
+    # compares with differences of forward passes, all with one mask thanks to the seed.
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+
+    def costs_of(*arguments):
+        torch.manual_seed(5)
+        return loss.joint_transducer_loss(*arguments, *problem[1:], dropout, "none")
+
+    arguments = joint_arguments(2, 3, 3, V=4, J=6)
+    assert torch.autograd.gradcheck(costs_of, arguments)
+
+
+# ------------------------------------------------------------- laws that need no expected number
+
+PROBLEMS = {
+    "blank_first": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=0),
+    "blank_middle": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=2),
+    "blank_last": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=4),
+    **{case["id"]: problem_of(case) for case in CASES},
+}
+
+
+@pytest.fixture(params=PROBLEMS if CASES else [*PROBLEMS, "oracles"])
+def problem(request) -> Problem:
+    if request.param == "oracles":
+        pytest.skip(f"{LOSS_JSON} is not here")
+    return PROBLEMS[request.param]
+
+
+@both
+def test_padding_does_not_change_anything(loss_of, problem):
+    # One frame and one label more than the longest utterance has, filled with what is no number
+    # of this lattice: huge logits, labels that do not exist.
+    generator = torch.Generator().manual_seed(2)
+    expected, grads = costs_and_grad(loss_of, problem)
+    assert not grads[~problem.inside()].any()
+    wider = F.pad(problem.logits, (0, 0, 0, 1, 0, 1))
+    inside = F.pad(problem.inside(), (0, 1, 0, 1))
+    garbage = 1e6 * torch.randn(wider.shape, dtype=torch.float64, generator=generator)
+    wider = torch.where(inside[..., None], wider, garbage)
+    targets = F.pad(problem.targets, (0, 1))
+    unused = torch.arange(targets.shape[1]) >= problem.target_lens[:, None]
+    for bad in (problem.blank, -1, 2**40):
+        padded = Problem(wider, targets.masked_fill(unused, bad), *problem[2:])
+        costs, wider_grads = costs_and_grad(loss_of, padded)
+        assert_close(costs, expected)
+        assert_close(wider_grads[:, :-1, :-1], grads)
+        assert not wider_grads[~inside].any()
+
+
+@both
+def test_utterance_in_a_batch_is_as_alone(loss_of, problem):
+    costs, grads = costs_and_grad(loss_of, problem)
+    for b in range(len(costs)):
+        cost, grad = costs_and_grad(loss_of, problem.alone(b))
+        assert_close(costs[b : b + 1], cost)
+        assert_close(grads[b : b + 1, : grad.shape[1], : grad.shape[2]], grad)
+
+
+@both
+def test_order_of_the_batch_does_not_matter(loss_of, problem):
+    costs, grads = costs_and_grad(loss_of, problem)
+    flipped = Problem(*(x.flip(0) for x in problem[:4]), problem.blank)
+    flipped_costs, flipped_grads = costs_and_grad(loss_of, flipped)
+    assert_close(flipped_costs, costs.flip(0))
+    assert_close(flipped_grads, grads.flip(0))
+
+
+@both
+def test_constant_added_to_a_row_changes_nothing(loss_of, problem):
+    generator = torch.Generator().manual_seed(3)
+    costs, grads = costs_and_grad(loss_of, problem)
+    shift = torch.randn(*problem.logits.shape[:3], 1, dtype=torch.float64, generator=generator)
+    shifted = problem._replace(logits=problem.logits + 10 * shift)
+    shifted_costs, shifted_grads = costs_and_grad(loss_of, shifted)
+    assert_close(shifted_costs, costs)
+    assert_close(shifted_grads, grads)
+
+
+@both
+def test_gradient_of_a_row_adds_up_to_zero(loss_of, problem):
+    grads = costs_and_grad(loss_of, problem)[1]
+    assert grads.abs().amax((1, 2, 3)).min() > 0.1  # it is not zero everywhere
+    assert_close(grads.sum(-1), torch.zeros(grads.shape[:3]))
+
+
+@both
+def test_upstream_weight_of_each_utterance_scales_its_gradient(loss_of, problem):
+    costs, grads = costs_and_grad(loss_of, problem)
+    weights = torch.linspace(-1, 2.5, len(costs), dtype=torch.float64)
+    _, weighted = costs_and_grad(loss_of, problem, weights)
+    assert_close(weighted, grads * weights[:, None, None, None])
+
+
+def lattice_of(problem: Problem) -> tuple[loss.Lattice, Tensor]:
+    """The lattice and (B, T, U+1, 1) the class that each label arc emits."""
+    B, T, U1, _ = problem.logits.shape
+    log_probs = problem.logits.log_softmax(-1)
+    emitted = F.pad(problem.targets, (0, 1))[:, None, :, None].expand(B, T, U1, 1)
+    label = log_probs.gather(3, emitted)[..., 0]
+    lens = (problem.lens, problem.target_lens)
+    return loss.Lattice(log_probs[..., problem.blank], label, *lens), emitted
+
+
+def test_paths_take_T_blanks_and_U_labels(problem):
+    lattice, _ = lattice_of(problem)
+    on_blank, on_label = lattice.posteriors()
+    assert_close(on_blank.sum((1, 2)), problem.lens)
+    assert_close(on_label.sum((1, 2)), problem.target_lens)
+
+
+def test_paths_leave_every_frame_and_every_column_once(problem):
+    on_blank, on_label = lattice_of(problem)[0].posteriors()
+    T, U1 = problem.logits.shape[1:3]
+    assert_close(on_blank.sum(2), torch.arange(T) < problem.lens[:, None])
+    assert_close(on_label.sum(1), torch.arange(U1) < problem.target_lens[:, None])
+
+
+# -------------------------------------------------------------------------------- the lattice
+
+
+def test_skew_puts_anti_diagonals_into_rows():
+    scores = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    diagonals = loss.skew(scores, -1.0)
+    assert diagonals.shape == (6, 2, 4)
+    for d, b, u in itertools.product(range(6), range(2), range(4)):
+        expected = scores[b, d - u, u] if 0 <= d - u < 3 else -1.0
+        assert diagonals[d, b, u] == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 1), (3, 1, 5), (3, 5, 1)])
+def test_unskew_is_the_inverse_of_skew(shape):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loss.unskew(loss.skew(scores, -1.0)), scores)
+
+
+def test_lattice_of_float32_runs_in_float64():
+    # 300 x 301 nodes. In float32 the recursion alone moves the sum over a frame by 3e-5.
+    problem = random_problem([300], [300], V=3, blank=0)
+    lattice, _ = lattice_of(problem._replace(logits=problem.logits.float()))
+    on_blank, on_label = lattice.posteriors()
+    assert on_blank.dtype == on_label.dtype == lattice.costs.dtype == torch.float64
+    assert_close(on_blank.sum(2), torch.ones(1, 300))
+
+
+@both
+def test_logits_of_a_hundred_million_stay_finite(loss_of):
+    # Costs are far above 1e8. The second lattice is padded: its way out must stay closed.
+    problem = random_problem([6, 2], [4, 5], V=5, blank=4)
+    problem = problem._replace(logits=problem.logits * 1e8)
+    costs, grads = costs_and_grad(loss_of, problem)
+    for b in range(2):
+        alone = problem.alone(b)
+        assert_close(costs[b], enumerated_cost(alone.logits[0], alone.targets[0].tolist(), 4))
+    assert grads.isfinite().all()
+    assert grads.abs().amax((1, 2, 3)).min() > 0.1
+
+
+# ------------------------------------------------------------------------------------ reductions
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduction_of_costs_and_gradients(loss_of, reduction):
+    # The mean is over utterances: dividing by labels or frames is what some libraries do.
+    problem = PROBLEMS["blank_last"]
+    costs, grads = costs_and_grad(loss_of, problem)
+    scale = 1 / len(costs) if reduction == "mean" else 1
+    logits = problem.logits.clone().requires_grad_()
+    value = loss_of(logits, *problem[1:], reduction=reduction)
+    value.backward()
+    assert value.shape == ()
+    assert_close(value.detach(), costs.sum() * scale)
+    assert_close(logits.grad, grads * scale)
+
+
+@both
+def test_mean_is_the_default(loss_of):
+    problem = PROBLEMS["blank_last"]
+    expected = loss_of(*problem, reduction="none").mean()
+    assert_close(loss_of(*problem), expected)
+
+
+# ------------------------------------------------- the joint network's loss against explicit logits
+
+
+def joint_problem(dtype: torch.dtype, T: int = 9, U: int = 7) -> tuple[list[Tensor], tuple]:
+    """Arguments of a joint network in `dtype`, of three unequal lattices and 30 classes."""
+    problem = random_problem([T, T - 4, 1], [U - 3, U, 2], V=30, blank=29)
+    arguments = [x.detach().to(dtype).requires_grad_() for x in joint_arguments(3, T, U, 30, 16)]
+    return arguments, problem[1:]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
+    arguments, rest = joint_problem(dtype)
+    expected = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
+    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert costs.dtype == dtype
+    assert_close(costs, expected.detach(), tolerance)
+    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
+    for actual, reference in pairs:
+        assert_close(actual, reference, tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_block_size_does_not_change_the_joint_loss(monkeypatch, rows):
+    arguments, rest = joint_problem(torch.float64)
+    expected = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
+    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert_close(costs, expected.detach())
+    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
+    for actual, reference in pairs:
+        assert_close(actual, reference)
+
+
+def relative_errors(arguments: list[Tensor], costs: Tensor, rest: tuple) -> Tensor:
+    """Distance of costs and four gradients from float64, relative to their length: (5,)."""
+    exact = [x.detach().double().requires_grad_() for x in arguments]
+    expected = loss.transducer_loss(joint_logits(*exact), *rest, reduction="none")
+    actual = [costs.detach(), *grads_of(costs, arguments)]
+    reference = [expected.detach(), *grads_of(expected, exact)]
+    pairs = zip(actual, reference, strict=True)
+    return torch.stack([(a - r).norm() / r.norm() for a, r in pairs])
+
+
+def autocast_problem() -> tuple[list[Tensor], tuple]:
+    """Under autocast, linear layers return bfloat16: encoded and predicted. Parameters stay."""
+    arguments, rest = joint_problem(torch.float32, T=30, U=20)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in arguments[:2]]
+    return [*rounded, *arguments[2:]], rest
+
+
+def test_joint_under_autocast_is_the_float64_loss_within_bfloat16_rounding():
+    # A gradient passes five roundings to bfloat16 (hidden, weight, row of softmax, product,
+    # result) of at most 2**-8 each; added up 0.02. Measured: costs 0.001, gradients 0.001 to
+    # 0.005. float32 for `encoded` would be another test: rounding it moves sums across the
+    # corner of the ReLU, and some gradients from 0 to 1.
+    arguments, rest = autocast_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert costs.dtype == torch.float32
+    errors = relative_errors(arguments, costs, rest)
+    assert errors.max() < 5 * 2**-8
+    assert errors.min() > 1e-5  # so bfloat16 was used, and for all of them
+
+
+def test_joint_under_autocast_is_as_accurate_as_autocast_on_explicit_logits():
+    # Both round the same values, but add them up in another order.
+    arguments, rest = autocast_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        joint = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+        plain = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
+    limits = 1.5 * relative_errors(arguments, plain, rest)
+    assert (relative_errors(arguments, joint, rest) < limits).all()
+
+
+def test_float64_stays_exact_under_autocast():
+    arguments, rest = joint_problem(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert relative_errors(arguments, costs, rest).max() < 1e-9
+
+
+def test_softmax_of_bfloat16_logits_is_in_float32():
+    # Rounded to bfloat16, log-probabilities near 3 would be off by 0.008.
+    problem = random_problem([9, 5], [4, 7], V=30, blank=29)
+    logits = problem.logits.bfloat16()
+    expected = loss.transducer_loss(logits.double(), *problem[1:], reduction="none")
+    costs = loss.transducer_loss(logits, *problem[1:], reduction="none")
+    assert costs.dtype == torch.float32
+    assert_close(costs, expected, 1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_joint_never_holds_the_logits_of_the_batch():
+    B, T, U, V, J = 2, 40, 31, 200, 8
+    problem = random_problem([T, T], [U, U], V, blank=0)
+    arguments = [x.detach().float().requires_grad_() for x in joint_arguments(B, T, U, V, J)]
+    with LargestTensor() as joint:
+        loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
+    with LargestTensor() as plain:
+        loss.transducer_loss(joint_logits(*arguments), *problem[1:]).backward()
+    assert plain.elements == B * T * (U + 1) * V  # the instrument sees them where they are
+    assert joint.elements == loss.BLOCK_ROWS * V  # a fifth: blocks are smaller than an utterance
+
+
+# ------------------------------------------------------------------------- nodes without gradient
+
+
+def peaked_table(T: int, U: int, dtype: torch.dtype) -> Problem:
+    """A lattice as of a trained model: the paths near the diagonal have most of the probability.
+
+    The logits are multiples of 1/4 below 32 and so exact in bfloat16.
+    """
+    problem = random_problem([T], [U], V=6, blank=5)
+    t, u = torch.arange(T)[:, None], torch.arange(U + 1)
+    ahead = (u + 1) / (U + 1) - (t + 1) / T  # (T, U+1) positive: too many labels for this frame
+    logits = problem.logits[0].clone()  # (T, U+1, V)
+    logits[..., 5] += 40 * ahead
+    logits = ((4 * logits).round() / 4).clamp(-31, 31)[None]
+    return problem._replace(logits=logits.to(dtype))
+
+
+def visits(problem: Problem) -> Tensor:
+    """(T, U+1) probabilities that a path visits each node of a batch of one."""
+    exact = problem._replace(logits=problem.logits.double())
+    return sum(lattice_of(exact)[0].posteriors())[0]
+
+
+def gradients_of_nodes(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(T, U+1, V) each: gradients of the joint loss in the problem's dtype, and the exact ones."""
+    exact = problem._replace(logits=problem.logits.double())
+    grads = costs_and_grad(loss_of_table, problem)[1][0]
+    return grads, costs_and_grad(loss.transducer_loss, exact)[1][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_skipped_nodes_lose_less_gradient_than_the_stated_bound(dtype):
+    T, U = 40, 30
+    least = loss.SKIP_BELOW * torch.finfo(dtype).eps
+    problem = peaked_table(T, U, dtype)
+    grads, exact = gradients_of_nodes(problem)
+    skipped = ~grads.any(-1)  # (T, U+1)
+    assert torch.equal(skipped, visits(problem) <= least)
+    assert 0.2 < skipped.double().mean() < 0.9  # a lattice with many of both kinds
+    lost = exact[skipped].abs().sum() / (T + U)
+    assert 0 < lost <= 2 * T * (U + 1) / (T + U) * least
+
+
+def test_stated_bound_is_a_tenth_of_eps_for_100_frames_and_labels():
+    assert 0.09 < 2 * 100 * 101 / (100 + 100) * loss.SKIP_BELOW < 0.11
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.bfloat16, 2**-7),  # the row is rounded
+        (torch.float32, 1e-5),  # the log-probabilities of the 70 arcs of a path are
+        (torch.float64, 1e-9),
+    ],
+)
+def test_gradients_of_visited_nodes_are_exact_to_rounding(dtype, tolerance):
+    problem = peaked_table(40, 30, dtype)
+    grads, exact = gradients_of_nodes(problem)
+    kept = grads.any(-1)
+    off = (grads.double() - exact).abs().amax(-1)
+    assert (off <= tolerance * visits(problem))[kept].all()
+
+
+def test_backward_multiplies_only_the_rows_of_visited_nodes(monkeypatch):
+    rows = []
+
+    def count(h, *rest):
+        rows.append(len(h))
+        return joint_backward(h, *rest)
+
+    joint_backward = loss.joint_backward
+    monkeypatch.setattr(loss, "joint_backward", count)
+    problem = peaked_table(40, 30, torch.float32)
+    grads = costs_and_grad(loss_of_table, problem)[1]
+    assert rows == [int(grads.any(-1).sum())]
+    assert rows[0] < 0.8 * 40 * 31
+
+
+# ----------------------------------------------------------------------------------------- dropout
+
+
+def test_mean_over_dropout_masks_is_the_value_without_dropout():
+    # For one frame and no label the cost is -log p(blank), so the difference of two blanks' costs
+    # is a difference of logits: linear in the hidden values, whose mean dropout must not change.
+    encoded, predicted, weight, bias = (x.detach() for x in joint_arguments(1, 1, 0, 2, 32))
+    targets, lens = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([1])
+
+    def difference(dropout, seed):
+        values = []
+        for blank in (0, 1):
+            torch.manual_seed(seed)
+            arguments = (encoded, predicted, weight, bias, targets, lens, lens * 0, blank)
+            values.append(loss.joint_transducer_loss(*arguments, dropout=dropout))
+        return values[1] - values[0]
+
+    drawn = torch.stack([difference(0.3, seed) for seed in range(400)])
+    error = drawn.std() / math.sqrt(400)
+    assert error > 0.01
+    assert abs(drawn.mean() - difference(0.0, 0)) < 4 * error
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_drops_its_share_and_scales_the_rest_by_the_inverse(dropout):
+    ones, zeros = torch.ones(100, 64, dtype=torch.float64), torch.zeros(50, 64)
+    hidden = loss.joint_hidden(ones, zeros.double(), dropout, seed=3)
+    share = round(dropout * 256) / 256
+    assert_close(hidden.unique(), [0, 1 / (1 - share)])
+    # Four standard deviations of a share among 320,000 independent values.
+    error = math.sqrt(share * (1 - share) / hidden.numel())
+    assert abs((hidden == 0).double().mean() - share) < 4 * error
+
+
+def test_dropout_masks_of_nodes_are_independent():
+    ones, zeros = torch.ones(30, 64), torch.zeros(20, 64)
+    kept = loss.joint_hidden(ones, zeros, 0.5, seed=3) > 0  # (600, 64)
+    equal = (kept[:, None] == kept).double().mean(-1)  # (600, 600)
+    # Mean of 64 fair coins: 0.5 +- 0.0625. Six deviations for the extreme of 180,000 pairs.
+    assert equal.fill_diagonal_(0.5).sub(0.5).abs().max() < 6 * 0.0625
+
+
+def test_utterances_of_a_batch_have_different_dropout_masks():
+    encoded, predicted, weight, bias = (x.detach() for x in joint_arguments(1, 4, 3, 5, 32))
+    lens = (torch.tensor([4, 4]), torch.tensor([3, 3]))
+    targets = torch.ones(2, 3, dtype=torch.int64)
+    torch.manual_seed(1)
+    costs = loss.joint_transducer_loss(
+        encoded.repeat(2, 1, 1), predicted.repeat(2, 1, 1), weight, bias, targets, *lens, 0,
+        dropout=0.5, reduction="none",
+    )  # fmt: skip
+    assert abs(costs[0] - costs[1]) > 0.01
+
+
+def test_dropout_mask_follows_the_global_seed():
+    arguments, rest = joint_problem(torch.float32)
+    costs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        costs.append(loss.joint_transducer_loss(*arguments, *rest, dropout=0.3).item())
+    torch.manual_seed(1)
+    for _ in range(2):
+        costs.append(loss.joint_transducer_loss(*arguments, *rest, dropout=0.3).item())
+    assert costs[0] == costs[1] == costs[3]
+    assert len(set(costs)) == 3  # another seed, and the next call after a seed
+
+
+def test_without_dropout_the_random_state_is_left_alone():
+    arguments, rest = joint_problem(torch.float32)
+    before = torch.get_rng_state()
+    loss.joint_transducer_loss(*arguments, *rest).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_just_below_one_is_possible():
+    # The documented range is 0 <= dropout < 1.
+    arguments, rest = joint_problem(torch.float32)
+    value = loss.joint_transducer_loss(*arguments, *rest, dropout=0.999)
+    value.backward()
+    assert value.isfinite()
+    assert all(x.grad.isfinite().all() for x in arguments)
+
+
+# ---------------------------------------------------------------------------------- wrong arguments
+
+GOOD = random_problem([3, 2], [2, 1], V=4, blank=1)
+WRONG_BATCHES = {
+    "targets_shape": ({"targets": torch.zeros(2, 3).long()}, r"targets: \(2, 3\).*\(2, 2\)"),
+    "targets_float": ({"targets": torch.zeros(2, 2)}, r"targets: .*torch\.float32"),
+    "label_is_blank": (
+        {"targets": torch.tensor([[0, 1], [0, 0]])},
+        r"targets\[0, 1\]: 1,.*blank 1",
+    ),
+    "label_negative": ({"targets": torch.tensor([[0, 2], [-1, 0]])}, r"targets\[1, 0\]: -1"),
+    "label_too_large": ({"targets": torch.tensor([[0, 4], [0, 0]])}, r"targets\[0, 1\]: 4,.*4"),
+    "lens_shape": ({"lens": torch.tensor([3])}, r"LENS: .*\(1,\).*\(2,\)"),
+    "lens_float": ({"lens": torch.tensor([3.0, 2.0])}, r"LENS: .*torch\.float32"),
+    "lens_zero": ({"lens": torch.tensor([3, 0])}, r"LENS\[1\]: 0,.*1 <= n <= 3"),
+    "lens_too_large": ({"lens": torch.tensor([4, 3])}, r"LENS\[0\]: 4,.*1 <= n <= 3"),
+    "target_lens_shape": ({"target_lens": torch.tensor([[2, 1]])}, r"target_lens: .*\(1, 2\)"),
+    "target_lens_float": ({"target_lens": torch.ones(2)}, r"target_lens: .*torch\.float32"),
+    "target_lens_negative": ({"target_lens": torch.tensor([2, -1])}, r"target_lens\[1\]: -1,.*0"),
+    "target_lens_too_large": ({"target_lens": torch.tensor([3, 1])}, r"target_lens\[0\]: 3,.*2"),
+    "blank_negative": ({"blank": -1}, r"blank: -1,.*4"),
+    "blank_too_large": ({"blank": 4}, r"blank: 4,.*4"),
+}
+
+
+@pytest.mark.parametrize("name", ["logits", "joint"])
+@pytest.mark.parametrize(("change", "message"), WRONG_BATCHES.values(), ids=WRONG_BATCHES)
+def test_impossible_batch_is_an_error_that_names_argument_and_value(name, change, message):
+    own_name = {"logits": "logit_lens", "joint": "encoded_lens"}[name]
+    problem = GOOD._replace(**change)
+    with pytest.raises(ValueError, match=r"^" + message.replace("LENS", own_name)):
+        LOSSES[name](*problem)
+
+
+@both
+def test_unknown_reduction_is_an_error(loss_of):
+    with pytest.raises(ValueError, match=r"^reduction: 'average', .*'none', 'mean' or 'sum'"):
+        loss_of(*GOOD, reduction="average")
+
+
+def test_logits_of_three_dimensions_are_an_error():
+    with pytest.raises(ValueError, match=r"^logits: .*\(3, 3, 4\).*\(B, T, U\+1, V\)"):
+        loss.transducer_loss(GOOD.logits[0], *GOOD[1:])
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (2, 6), r"encoded: shape \(2, 6\), predicted: \(2, 3, 6\)"),
+        (0, (2, 3, 7), r"encoded: shape \(2, 3, 7\), predicted: \(2, 3, 6\)"),
+        (1, (1, 3, 6), r"encoded: shape \(2, 3, 6\), predicted: \(1, 3, 6\)"),
+        (1, (3, 6), r"encoded: shape \(2, 3, 6\), predicted: \(3, 6\)"),
+        (2, (4, 5), r"weight: shape \(4, 5\), bias: \(4,\), expected \(V, 6\)"),
+        (2, (4,), r"weight: shape \(4,\), bias: \(4,\), expected \(V, 6\)"),
+        (3, (5,), r"weight: shape \(4, 6\), bias: \(5,\)"),
+    ],
+)
+def test_wrong_shape_of_a_joint_argument_is_an_error(position, shape, message):
+    arguments = [x.detach() for x in joint_arguments(2, 3, 2, V=4, J=6)]
+    arguments[position] = torch.zeros(shape)
+    with pytest.raises(ValueError, match="^" + message):
+        loss.joint_transducer_loss(*arguments, *GOOD[1:])
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_impossible_dropout_is_an_error(dropout):
+    arguments = joint_arguments(2, 3, 2, V=4, J=6)
+    with pytest.raises(ValueError, match=f"^dropout: {dropout}, expected 0 <= dropout < 1"):
+        loss.joint_transducer_loss(*arguments, *GOOD[1:], dropout)
+
+
+# ------------------------------------------------------------------------ other implementations
+
+
+def cases_with(field: str):
+    cases = [c for c in CASES if field in c]
+    skipped = pytest.param(None, marks=needs_oracles, id="oracles")
+    return pytest.mark.parametrize("case", cases or [skipped], ids=lambda case: case["id"])
+
+
+@needs_oracles
+def test_all_oracle_cases_are_read():
+    assert len(CASES) == 19
+    counts = {
+        "published_costs": 10, "published_grad_logits": 4, "published_grad_log_probs": 5,
+        "float64_costs": 19, "float64_grad_logits": 19, "float64_grad_log_probs": 19,
+        "brute_force_costs": 17, "closed_form_costs": 3, "emissions": 3, "am": 1,
+    }  # fmt: skip
+    assert {field: sum(field in c for c in CASES) for field in counts} == counts
+
+
+@both
+@cases_with("published_costs")
+def test_published_costs(loss_of, case):
+    costs, _ = costs_and_grad(loss_of, problem_of(case))
+    assert_close(costs, case["published_costs"], case["tolerance"])
+
+
+@both
+@cases_with("published_grad_logits")
+def test_published_gradients(loss_of, case):
+    # Computed in float32 by their authors: 1e-6 absolute.
+    _, grads = costs_and_grad(loss_of, problem_of(case))
+    assert_close(grads, case["published_grad_logits"], 1e-6)
+
+
+@both
+@cases_with("float64_costs")
+def test_float64_costs_and_gradients(loss_of, case):
+    costs, grads = costs_and_grad(loss_of, problem_of(case))
+    assert_close(costs, case["float64_costs"])
+    assert_close(grads, case["float64_grad_logits"])
+
+
+@both
+@cases_with("float64_costs")
+def test_float32_costs_and_gradients(loss_of, case):
+    problem = problem_of(case)
+    costs, grads = costs_and_grad(loss_of, problem._replace(logits=problem.logits.float()))
+    assert_close(costs, case["float64_costs"], 1e-5)
+    assert_close(grads, case["float64_grad_logits"], 1e-5)
+
+
+def grad_of_log_probs(case: dict) -> Tensor:
+    """(B, T, U+1, V): minus the posterior of an arc, at the class that it emits."""
+    problem = problem_of(case)
+    lattice, emitted = lattice_of(problem)
+    on_blank, on_label = lattice.posteriors()
+    grads = torch.zeros_like(problem.logits)
+    grads[..., problem.blank] -= on_blank
+    return grads.scatter_add_(3, emitted, -on_label[..., None])
+
+
+@cases_with("float64_grad_log_probs")
+def test_posteriors_are_the_gradients_of_log_probs(case):
+    assert_close(grad_of_log_probs(case), case["float64_grad_log_probs"])
+
+
+@cases_with("published_grad_log_probs")
+def test_published_gradients_of_log_probs(case):
+    assert_close(grad_of_log_probs(case), case["published_grad_log_probs"], 1e-6)
+
+
+@both
+@cases_with("brute_force_costs")
+def test_brute_force_costs(loss_of, case):
+    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["brute_force_costs"])
+
+
+@both
+@cases_with("closed_form_costs")
+def test_closed_form_costs(loss_of, case):
+    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["closed_form_costs"])
+
+
+def additive_joint(emissions: Tensor, predictions: Tensor) -> tuple:
+    """A joint network whose logits are emissions + predictions: the ReLU is idle above -100."""
+    weight = torch.eye(emissions.shape[-1], dtype=torch.float64)
+    return emissions + 100, predictions, weight, weight.new_full((len(weight),), -100)
+
+
+@cases_with("emissions")
+def test_joint_gradients_of_awni_transducer(case):
+    # Its joint network is a sum without non-linearity. Published from float32.
+    inputs = [
+        torch.tensor(case[k], dtype=torch.float64).requires_grad_()
+        for k in ("emissions", "predictions")
+    ]
+    arguments = additive_joint(*inputs)
+    costs = loss.joint_transducer_loss(*arguments, *problem_of(case)[1:], reduction="none")
+    assert_close(costs.detach(), case["float64_costs"])
+    grads = torch.autograd.grad(costs.sum(), inputs)
+    for actual, key in zip(grads, ("emissions", "predictions"), strict=True):
+        assert_close(actual, case[f"published_grad_{key}"], 1e-6)
+
+
+@cases_with("am")
+def test_joint_costs_of_fast_rnnt(case):
+    am, lm = (torch.tensor([case[k]], dtype=torch.float64) for k in ("am", "lm"))
+    problem = problem_of(case)
+    costs = loss.joint_transducer_loss(*additive_joint(am, lm), *problem[1:], reduction="none")
+    assert_close(costs, case["float64_costs"])
+
+
+def best_labels(problem: dict, blank: int) -> list[int]:
+    """The labels of the most probable path, by the lattice at a temperature near 0."""
+    emissions, predictions = (
+        torch.tensor(problem[k]).double() for k in ("emissions", "predictions")
+    )
+    log_probs = (emissions[:, :, None] + predictions[:, None]).log_softmax(-1)  # (1, T, U+1, V)
+    classes = [v for v in range(log_probs.shape[-1]) if v != blank]
+    T, U = problem["T"], problem["U"]
+    costs = {}
+    for labels in itertools.product(classes, repeat=U):
+        emitted = torch.tensor([*labels, classes[0]]).view(1, 1, -1, 1).expand(1, T, -1, 1)
+        arcs = (log_probs[..., blank], log_probs.gather(3, emitted)[..., 0])
+        lattice = loss.Lattice(*(1e4 * x for x in arcs), torch.tensor([T]), torch.tensor([U]))
+        costs[labels] = lattice.costs.item()
+    return [list(min(costs, key=costs.get))]
+
+
+@needs_oracles
+def test_best_path_of_awni_transducer():
+    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
+    assert best_labels(viterbi, viterbi["blank"]) == viterbi["expected_labels"]
+
+
+@needs_oracles
+def test_best_path_of_awni_transducer_on_one_frame():
+    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
+    assert (
+        best_labels(viterbi["no_blanks"], viterbi["blank"])
+        == (viterbi["no_blanks"]["expected_labels"])
+    )
+
+
+@needs_oracles
+def test_losses_of_the_original_on_its_own_logits():
+    # Its tiny model with its warprnnt build, executed in float32.
+    run = np.load(SEED_RUN / "seed_model_golden.npz")
+    expected = json.loads((SEED_RUN / "seed_model_golden.json").read_text())
+    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
+    logits = torch.from_numpy(run["logits"])
+    assert_close(loss.transducer_loss(logits, *rest, 11, "none"), expected["loss_each"], 1e-5)
+    assert_close(loss.transducer_loss(logits, *rest, 11), expected["loss_mean"], 1e-5)
+
+
+@needs_oracles
+def test_joint_gradients_of_the_original():
+    # Gradients of the mean loss: the output layer's, and by way of the bias that is added to
+    # every frame or column the sums of those of the encoder and the predictor.
+    run = np.load(SEED_RUN / "seed_model_golden.npz")
+    names = ("enc_out", "pred_out", "w/joint_net.2.weight", "w/joint_net.2.bias")
+    arguments = [torch.from_numpy(run[k]).requires_grad_() for k in names]
+    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
+    loss.joint_transducer_loss(*arguments, *rest, 11).backward()
+    encoded, predicted, weight, bias = (x.grad for x in arguments)
+    assert_close(weight, run["g/joint_net.2.weight"], 1e-5)
+    assert_close(bias, run["g/joint_net.2.bias"], 1e-5)
+    assert_close(encoded.sum((0, 1)), run["g/joint_enc.bias"], 1e-5)
+    assert_close(predicted.sum((0, 1)), run["g/joint_pred.bias"], 1e-5)

@@ -1,0 +1,1224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train.py: schedule, LAMB, EMA, steps, ranks, flags, and whole runs on a tiny corpus of tones.
+
+    python -m pytest tests/test_train.py
+
+Optimiser and schedule against values typed in here and, where ../shared exists, against float64
+runs of the formulas, the published MLPerf v1.0 logs and the reference convergence points. Steps
+in float64, so that accumulation and two ranks (processes of this file) must repeat one big batch
+to the rounding. Runs are processes: what they log, write, refuse, and repeat after a resume.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tones import write_tones
+from torch import nn
+
+import data
+import decode
+import train
+from data import FeatureConfig
+from loss import transducer_loss
+from model import PRESETS, ModelConfig
+from train import Ranks, TrainConfig, lr_at
+
+REPO = Path(__file__).resolve().parent.parent
+ORACLES = REPO.parent / "shared" / "oracles"
+needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="../shared/oracles is not here")
+
+
+def oracle(name):
+    return json.loads((ORACLES / name).read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------- learning-rate schedule
+
+# MLPerf's names for the fields of TrainConfig that the schedule takes.
+SCHEDULE = {
+    "opt_base_learning_rate": "lr",
+    "opt_learning_rate_warmup_epochs": "warmup_epochs",
+    "opt_lamb_learning_rate_hold_epochs": "hold_epochs",
+    "opt_lamb_learning_rate_decay_poly_power": "gamma",
+    "opt_lamb_learning_rate_min": "lr_min",
+}
+DEMO = dict(lr=0.007, warmup_epochs=10, hold_epochs=33, steps_per_epoch=3, gamma=0.939, lr_min=1e-5)
+
+
+def schedule_of(hyperparameters, global_batch):
+    named = {ours: hyperparameters[theirs] for theirs, ours in SCHEDULE.items()}
+    return {**named, "steps_per_epoch": 278_528 // global_batch}  # train_samples of every log
+
+
+def rates_by_epoch(schedule, epochs):
+    """Epoch -> learning rates of its steps."""
+    per_epoch = schedule["steps_per_epoch"]
+    return {
+        e: [lr_at((e - 1) * per_epoch + i, e, **schedule) for i in range(1, per_epoch + 1)]
+        for e in range(1, epochs + 1)
+    }
+
+
+def test_first_rates_are_those_that_the_originals_demo_prints():
+    # Cell output of demo/AIDK_RNNT_DEMO.ipynb, intel/e2eAIOK ea9889d3: 3 steps an epoch.
+    printed = [f"{lr_at(step, (step + 2) // 3, **DEMO):.2e}" for step in range(1, 7)]
+    assert printed == ["4.52e-04", "6.77e-04", "9.03e-04", "1.13e-03", "1.35e-03", "1.58e-03"]
+
+
+def test_rate_warms_up_holds_and_decays_once_an_epoch():
+    schedule = dict(lr=1.0, warmup_epochs=1, hold_epochs=1, steps_per_epoch=3, gamma=0.5, lr_min=0)
+    rates = rates_by_epoch(schedule, 4)
+    assert rates == {1: [0.5, 0.75, 1.0], 2: [1.0] * 3, 3: [0.5] * 3, 4: [0.25] * 3}
+
+
+def test_rate_has_a_floor_in_warm_up_and_decay():
+    schedule = dict(
+        lr=1.0, warmup_epochs=1, hold_epochs=0, steps_per_epoch=9, gamma=0.1, lr_min=0.3
+    )
+    rates = rates_by_epoch({**schedule, "lr_min": 0.3}, 3)
+    assert rates[1][:3] == [0.3, 0.3, 0.4]
+    assert rates[3] == [0.3] * 9
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 0.5])
+def test_rate_without_a_whole_epoch_of_warm_up(warmup_epochs):
+    schedule = dict(lr=1.0, hold_epochs=1, steps_per_epoch=4, gamma=0.5, lr_min=0)
+    first = rates_by_epoch({**schedule, "warmup_epochs": warmup_epochs}, 1)[1]
+    assert first == ([1.0] * 4 if warmup_epochs == 0 else [2 / 3, 1.0, 1.0, 1.0])
+
+
+@needs_oracles
+@pytest.mark.parametrize("case", range(4))
+def test_rates_are_those_of_the_recorded_schedules(case):
+    recorded = oracle("optim/optim_oracles.json")["lr_schedule"]["schedules"][case]
+    given = {"lr_min": recorded["min_lr"], "gamma": recorded["gamma"]}
+    for name in ("lr", "warmup_epochs", "hold_epochs", "steps_per_epoch"):
+        given[name] = recorded[name]
+    assert recorded["rows"]
+    for row in recorded["rows"]:
+        rate = lr_at(row["step"], row["epoch"], **given)
+        assert rate == pytest.approx(row["lr"], rel=1e-14)  # two multiplications
+        assert f"{rate:.2e}" == row["printed"]
+
+
+@needs_oracles
+def test_rates_are_those_of_published_training_curves():
+    hyperparameters = {
+        r["file"]: r for r in oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
+    }
+    for file, curve in oracle("mlperf/published_training_curves.json").items():
+        published = hyperparameters[file]
+        schedule = schedule_of(published, published["global_batch_size"])
+        rows = curve["first_steps"] + curve["sample"]
+        assert len(rows) > 100
+        for row in rows:
+            step = (row["epoch"] - 1) * schedule["steps_per_epoch"] + row["iter"]
+            assert f"{lr_at(step, row['epoch'], **schedule):.2e}" == row["lrate"], (file, row)
+
+
+def reference_points():
+    """(name, hyper-parameters, global batch) of every published convergence point."""
+    if not ORACLES.is_dir():
+        return []
+    return [
+        pytest.param(point["Hyperparams"], point["BS"], id=f"{version}-{name}")
+        for version in ("1.0.0", "3.1.0")
+        for name, point in oracle(f"mlperf/rcps_rnnt_{version}.json").items()
+    ]
+
+
+@needs_oracles
+@pytest.mark.parametrize(("hyperparameters", "global_batch"), reference_points())
+def test_schedule_of_a_reference_convergence_point(hyperparameters, global_batch):
+    schedule = schedule_of(hyperparameters, global_batch)
+    base, gamma, floor = schedule["lr"], schedule["gamma"], schedule["lr_min"]
+    warm, hold = schedule["warmup_epochs"], schedule["warmup_epochs"] + schedule["hold_epochs"]
+    rates = rates_by_epoch(schedule, hold + 8)
+    everything = [rate for epoch in rates.values() for rate in epoch]
+    assert max(everything) == base
+    assert everything.index(base) + 1 == warm * schedule["steps_per_epoch"]
+    assert min(everything) >= floor
+    assert all(rates[e] == [base] * schedule["steps_per_epoch"] for e in range(warm + 1, hold + 1))
+    for e in range(hold, hold + 8):
+        assert set(rates[e + 1]) == {rates[e + 1][0]}
+        assert rates[e + 1][0] / rates[e][-1] == pytest.approx(gamma, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------ published recipes
+
+# What MLPerf logs of every closed RNN-T run, with the value of minimal_closed_rnnt.log, and our
+# default for it.
+CONSTANTS = {
+    "opt_base_learning_rate": (0.004, TrainConfig.lr),
+    "opt_learning_rate_warmup_epochs": (6, TrainConfig.warmup_epochs),
+    "opt_lamb_learning_rate_hold_epochs": (40, TrainConfig.hold_epochs),
+    "opt_lamb_learning_rate_decay_poly_power": (0.935, TrainConfig.lr_gamma),
+    "opt_lamb_learning_rate_min": (1e-5, TrainConfig.lr_min),
+    "opt_lamb_epsilon": (1e-9, TrainConfig.epsilon),
+    "opt_lamb_beta_1": (0.9, TrainConfig.beta1),
+    "opt_lamb_beta_2": (0.999, TrainConfig.beta2),
+    "opt_weight_decay": (1e-3, TrainConfig.weight_decay),
+    "opt_gradient_clip_norm": (1, TrainConfig.clip_norm),
+    "opt_name": ("lamb", train.Lamb.__name__.lower()),
+    "gradient_accumulation_steps": (1, TrainConfig.accumulation),
+    "model_eval_ema_factor": (0.999, TrainConfig.ema_decay),
+    "model_weights_initialization_scale": (0.5, ModelConfig.weights_init_scale),
+    "eval_max_prediction_symbols": (300, decode.MAX_SYMBOLS),
+    "data_train_max_duration": (16.7, FeatureConfig.max_utterance_s),
+    "data_train_num_buckets": (6, FeatureConfig.num_buckets),
+    "data_speed_perturbaton_min": (0.85, FeatureConfig.speed_min),  # spelt so in the logs
+    "data_speed_perturbaton_max": (1.15, FeatureConfig.speed_max),
+    "data_spec_augment_freq_n": (2, FeatureConfig.freq_masks),
+    "data_spec_augment_freq_max": (20, FeatureConfig.freq_mask_max),
+    "data_spec_augment_time_n": (10, FeatureConfig.time_masks),
+    "data_spec_augment_time_max": (0.03, FeatureConfig.time_mask_max),
+    # The rest is no setting of ours: masks may be empty, warm-up and decay have one form.
+    "data_spec_augment_freq_min": (0, 0),
+    "data_spec_augment_time_min": (0, 0),
+    "opt_learning_rate_alt_decay_func": (True, True),
+    "opt_learning_rate_alt_warmup_func": (True, True),
+}
+# Where a run's corpus, cluster, seed, result or clock decides.
+OF_A_RUN = {
+    "cache_clear", "init_start", "init_stop", "run_start", "run_stop", "block_start", "block_stop",
+    "epoch_start", "epoch_stop", "eval_start", "eval_stop", "eval_accuracy", "seed",
+    "submission_benchmark", "submission_org", "submission_division", "submission_status",
+    "submission_platform", "global_batch_size", "train_samples", "eval_samples",
+    "weights_initialization",
+}  # fmt: skip
+
+# MLPerf's name -> field of TrainConfig, for what differs between published runs.
+RECIPE_FIELDS = {
+    "opt_base_learning_rate": "lr",
+    "opt_learning_rate_warmup_epochs": "warmup_epochs",
+    "opt_lamb_learning_rate_hold_epochs": "hold_epochs",
+    "opt_lamb_learning_rate_decay_poly_power": "lr_gamma",
+    "opt_lamb_learning_rate_min": "lr_min",
+    "opt_lamb_epsilon": "epsilon",
+    "opt_lamb_beta_1": "beta1",
+    "opt_lamb_beta_2": "beta2",
+    "opt_weight_decay": "weight_decay",
+    "opt_gradient_clip_norm": "clip_norm",
+    "opt_gradient_accumulation_steps": "accumulation",
+    "model_eval_ema_factor": "ema_decay",
+    "model_eva_ema_factor": "ema_decay",  # spelt so in the convergence points
+}
+WORDS = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
+
+
+def parse(*words):
+    return train.parse_configs([*WORDS, *words])
+
+
+def read_mllog(name):
+    lines = (ORACLES / "mlperf" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line.split(":::MLLOG ")[1]) for line in lines]
+
+
+@pytest.mark.parametrize("key", sorted(CONSTANTS))
+def test_default_is_mlperfs(key):
+    published, ours = CONSTANTS[key]
+    assert ours == published
+
+
+@needs_oracles
+def test_the_table_of_constants_is_that_of_the_minimal_closed_log():
+    logged = {line["key"]: line["value"] for line in read_mllog("minimal_closed_rnnt.log")}
+    assert logged.keys() == CONSTANTS.keys() | OF_A_RUN
+    assert {k: v for k, v in logged.items() if k in CONSTANTS} == {
+        k: published for k, (published, _) in CONSTANTS.items()
+    }
+
+
+@needs_oracles
+def test_the_minimal_open_log_asks_for_no_constant():
+    assert {line["key"] for line in read_mllog("minimal_open_rnnt.log")} <= OF_A_RUN
+
+
+def recipe_flags(hyperparameters):
+    """Flags for everything in RECIPE_FIELDS, and the values that must come out."""
+    expected = {}
+    for key, value in hyperparameters.items():
+        if key in RECIPE_FIELDS:
+            expected[RECIPE_FIELDS[key]] = math.inf if value == "none" else value
+    flags = [w for k, v in expected.items() for w in (f"--{k.replace('_', '-')}", repr(v))]
+    return flags, expected
+
+
+@needs_oracles
+def test_every_published_recipe_can_be_given_as_flags():
+    recipes = oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
+    for version in ("1.0.0", "3.1.0"):
+        points = oracle(f"mlperf/rcps_rnnt_{version}.json")
+        recipes += [point["Hyperparams"] for point in points.values()]
+    assert len(recipes) > 90
+    different = {}
+    for recipe in recipes:
+        assert {key for key in recipe if key.startswith("opt_")} <= RECIPE_FIELDS.keys()
+        flags, expected = recipe_flags(recipe)
+        flags += ["--weights-init-scale", str(recipe["model_weights_initialization_scale"])]
+        different[tuple(flags)] = expected
+    for flags, expected in different.items():
+        cfg, model_cfg, _ = parse(*flags)
+        assert {name: getattr(cfg, name) for name in expected} == expected
+        assert model_cfg.weights_init_scale == float(flags[-1])
+
+
+@needs_oracles
+def test_every_published_wer_is_a_whole_number_of_errors():
+    """Word error rates of dev-clean are errors / 54,402 words, to the last digit."""
+    published = oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
+    rates = [wer for run in published for wer in run["eval_wer_by_epoch"]]
+    assert len(rates) > 5000
+    words = oracle("misc_oracles.json")["wer"]["dev_clean"]["reference_words"]
+    for wer in rates:
+        assert decode.word_error_rate(round(wer * words), words) == wer
+
+
+@needs_oracles
+def test_the_one_published_log_that_fails_is_the_one_that_missed_the_target():
+    runs = oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
+    verdicts = oracle("mlperf/published_logs_compliance_1.0.0.json")
+    assert verdicts.keys() == {run["file"] for run in runs}
+    failed = [file for file, (passed, *_) in verdicts.items() if not passed]
+    missed = [run["file"] for run in runs if min(run["eval_wer_by_epoch"]) > 0.058]
+    assert failed == missed
+    assert len(failed) == 1
+
+
+class Compliance:
+    """The checker of mlperf_logging on edited minimal logs."""
+
+    def __init__(self, folder):
+        self.checker = pytest.importorskip(
+            "mlperf_logging.compliance_checker.mlp_compliance",
+            reason="pip install mlperf-logging==4.1.68",
+        )
+        self.path = folder / "edited.log"
+
+    def verdict(self, lines, ruleset="1.0.0"):
+        text = "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines)
+        self.path.write_text(text, encoding="utf-8")
+        checker = self.checker.make_checker("training", ruleset, quiet=True, werror=False)
+        passed = checker.check_file(str(self.path), f"training_{ruleset}/common.yaml")
+        return "pass" if passed else "FAIL"
+
+
+@pytest.fixture
+def compliance(tmp_path):
+    return Compliance(tmp_path)
+
+
+def line_id(line):
+    tensor = line["metadata"].get("tensor")
+    return line["key"] if tensor is None else f"{line['key']}/{tensor}"
+
+
+def set_value(lines, key, value):
+    return [{**line, "value": value} if line["key"] == key else line for line in lines]
+
+
+@needs_oracles
+@pytest.mark.parametrize("ruleset", ["1.0.0", "2.1.0", "3.1.0"])
+@pytest.mark.parametrize("division", ["closed", "open"])
+def test_checker_misses_the_lines_that_it_is_recorded_to_miss(compliance, division, ruleset):
+    lines = read_mllog(f"minimal_{division}_rnnt.log")
+    assert compliance.verdict(lines, ruleset) == "pass"
+    recorded = oracle("mlperf/compliance_mutations.json")[f"drop_one_line_{division}"]
+    assert [line_id(line) for line in lines] == list(recorded)
+    for dropped, verdicts in recorded.items():
+        rest = [line for line in lines if line_id(line) != dropped]
+        assert compliance.verdict(rest, ruleset) == verdicts[ruleset], dropped
+
+
+@needs_oracles
+def test_checker_judges_changed_values_as_recorded(compliance):
+    lines = read_mllog("minimal_closed_rnnt.log")
+    mutations = oracle("mlperf/compliance_mutations.json")
+    for change, verdict in mutations["change_one_value_closed_1.0.0"].items():
+        key, value = change.split("=")
+        old = next(line["value"] for line in lines if line["key"] == key)
+        if value != "x" and not isinstance(old, str):
+            value = json.loads(value)
+        assert compliance.verdict(set_value(lines, key, value)) == verdict, change
+
+
+@needs_oracles
+def test_checker_judges_whole_logs_as_recorded(compliance):
+    closed, open_ = (read_mllog(f"minimal_{d}_rnnt.log") for d in ("closed", "open"))
+    samples = next(line for line in closed if line["key"] == "train_samples")
+    stop = next(line for line in closed if line["key"] == "run_stop")
+    aborted = {**stop, "metadata": {**stop["metadata"], "status": "aborted"}}
+    without = {**stop, "metadata": {k: v for k, v in stop["metadata"].items() if k != "status"}}
+    logs = {
+        "duplicate identical train_samples line": [*closed, samples],
+        "duplicate train_samples with another value": [*closed, {**samples, "value": 1}],
+        "run_stop status aborted": [*closed[:-1], aborted],
+        "run_stop without status": [*closed[:-1], without],
+        "eval_accuracy 0.0": set_value(closed, "eval_accuracy", 0.0),
+        "open: eval_accuracy 0.9": set_value(open_, "eval_accuracy", 0.9),
+        "open: eval_accuracy 1.0 only": set_value(open_, "eval_accuracy", 1.0),
+    }
+    recorded = oracle("mlperf/compliance_mutations.json")["other"]
+    assert {name: compliance.verdict(log) for name, log in logs.items()} == recorded
+
+
+# -------------------------------------------------------------------------------------- optimiser
+
+
+def as_parameters(values):
+    return [nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in values]
+
+
+def lamb_by_the_formula(param, grads, lr, betas, epsilon, weight_decay):
+    """You et al. (2019), algorithm 2 with bias correction, one tensor after another."""
+    mean, square = torch.zeros_like(param), torch.zeros_like(param)
+    for t, grad in enumerate(grads, 1):
+        mean = betas[0] * mean + (1 - betas[0]) * grad
+        square = betas[1] * square + (1 - betas[1]) * grad**2
+        update = mean / (1 - betas[0] ** t)
+        update = update / ((square / (1 - betas[1] ** t)).sqrt() + epsilon)
+        update = update + weight_decay * param
+        norms = param.norm(), update.norm()
+        ratio = norms[0] / norms[1] if norms[0] > 0 and norms[1] > 0 else 1.0
+        param = param - lr * ratio * update
+    return param
+
+
+LAMB = dict(betas=(0.8, 0.95), epsilon=1e-3, weight_decay=0.1)
+
+
+def random_problem():
+    """Tensors, the second of which starts at zero, and the gradients of six steps for each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 2, 2)]
+    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    values[1].zero_()
+    grads = [[torch.randn(s, generator=generator, dtype=torch.float64) for _ in range(6)]
+             for s in shapes]  # fmt: skip
+    return values, grads
+
+
+def run_lamb(optimizer, params, grads, steps):
+    for t in steps:
+        for param, of_param in zip(params, grads, strict=True):
+            param.grad = of_param[t].clone()
+        optimizer.step()
+
+
+def test_lamb_follows_the_formula():
+    values, grads = random_problem()
+    params = [nn.Parameter(v.clone()) for v in values]
+    run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
+    for param, value, of_param in zip(params, values, grads, strict=True):
+        expected = lamb_by_the_formula(value, of_param, 0.02, **LAMB)
+        # float64, six steps, other order of operations.
+        torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_lamb_moves_a_tensor_without_gradient_by_its_weight_decay_alone():
+    (param,) = as_parameters([[3.0, -4.0]])
+    param.grad = torch.zeros_like(param)
+    train.Lamb([param], 0.1, (0.9, 0.999), 1e-9, 0.01).step()
+    # The update is 0.01 * param, the ratio 100: the step is lr * param.
+    assert param.tolist() == pytest.approx([2.7, -3.6], rel=1e-12)
+
+
+def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
+    zeros, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+    zeros.grad = torch.zeros(3)
+    train.Lamb([zeros, unused], 0.1, (0.9, 0.999), 1e-9, 0.01).step()
+    assert torch.equal(zeros, torch.zeros(3))
+    assert torch.equal(unused, torch.ones(3))
+
+
+def test_lamb_goes_on_from_its_state():
+    values, grads = random_problem()
+    params = [nn.Parameter(v.clone()) for v in values]
+    whole = train.Lamb(params, 0.02, **LAMB)
+    run_lamb(whole, params, grads, range(6))
+
+    others = [nn.Parameter(v.clone()) for v in values]
+    first = train.Lamb(others, 0.02, **LAMB)
+    run_lamb(first, others, grads, range(3))
+    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), epsilon=1.0, weight_decay=0.0)
+    second.load_state_dict(first.state_dict())
+    run_lamb(second, others, grads, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def golden_lamb_run():
+    """Parameters after each of the five steps, and the gradient norms."""
+    golden = oracle("optim/optim_oracles.json")["lamb"]
+    hyper, params = golden["hyper"], as_parameters(golden["initial_params"])
+    optimizer = train.Lamb(
+        params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"]
+    )  # fmt: skip
+    seen, norms = [], []
+    for grads, lr in zip(golden["grads_by_step"], hyper["lr"], strict=True):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.tensor(grad, dtype=torch.float64)
+        norms.append(train.clip_gradients(params, hyper["clip"]))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        seen.append([p.detach().clone() for p in params])
+    return golden, seen, norms
+
+
+@needs_oracles
+def test_lamb_with_clipping_repeats_the_steps_of_apex():
+    golden, seen, norms = golden_lamb_run()
+    recorded = golden["apex_FusedLAMB"]
+    assert len(recorded) == 5
+    assert max(norms) > golden["hyper"]["clip"] > min(norms)  # both branches of clipping
+    for step, params, norm in zip(recorded, seen, norms, strict=True):
+        assert norm == pytest.approx(step["grad_norm"], rel=1e-14, abs=0)
+        for param, expected in zip(params, step["params"], strict=True):
+            expected = torch.tensor(expected, dtype=torch.float64)
+            torch.testing.assert_close(param, expected, rtol=0, atol=1e-12)
+
+
+@needs_oracles
+def test_lamb_moves_the_tensor_of_zeros_that_the_original_on_cpu_never_moves():
+    golden, seen, _ = golden_lamb_run()
+    original = golden["seed_cpu_clip_grad_norm_plus_ipex_Lamb"]
+    assert all(step["params"][2] == [0.0, 0.0] for step in original)
+    assert all(params[2].all() for params in seen)
+    # The first step has no clipping, so all other tensors agree.
+    for i in (0, 1, 3):
+        expected = torch.tensor(original[0]["params"][i], dtype=torch.float64)
+        torch.testing.assert_close(seen[0][i], expected, rtol=0, atol=1e-12)
+
+
+def clip(grads, max_norm):
+    params = as_parameters([[0.0] * len(g) for g in grads])
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = torch.tensor(grad, dtype=torch.float64)
+    norm = train.clip_gradients(iter(params), max_norm)
+    return norm, [p.grad.tolist() for p in params]
+
+
+def test_clipping_scales_all_gradients_to_the_common_norm():
+    norm, clipped = clip([[3.0, 0.0], [0.0, 0.0, -4.0]], 1.0)
+    assert norm == 5.0  # as it was
+    assert clipped == [[3 / 5, 0.0], [0.0, 0.0, -4 / 5]]
+
+
+@pytest.mark.parametrize("max_norm", [5.0, 7.0, math.inf])
+def test_clipping_leaves_small_gradients_alone(max_norm):
+    assert clip([[3.0], [-4.0]], max_norm) == (5.0, [[3.0], [-4.0]])
+
+
+def test_ema_follows_the_formula_for_parameters_and_buffers():
+    # optim_oracles.json, ema: decay 0.999, start at 1.
+    model, ema = nn.BatchNorm1d(2).double(), nn.BatchNorm1d(2).double()
+    del model.num_batches_tracked, ema.num_batches_tracked
+    for x in [*model.state_dict().values(), *ema.state_dict().values()]:
+        x.fill_(1.0)
+    steps = ((2.0, 1.001), (3.0, 1.002999), (0.5, 1.002496001), (-1.0, 1.000493504999))
+    for weight, expected in steps:
+        for x in model.state_dict().values():
+            x.fill_(weight)
+        train.update_ema(ema, model, 0.999)
+        assert len(ema.state_dict()) == 4  # weight, bias, running mean and variance
+        for x in ema.state_dict().values():
+            assert x.tolist() == pytest.approx([expected] * 2, rel=1e-15)
+        assert all(x.eq(weight).all() for x in model.state_dict().values())
+
+
+@needs_oracles
+def test_ema_is_the_recorded_one():
+    golden = oracle("optim/optim_oracles.json")["ema"]
+    model, ema = (nn.Linear(1, 1, bias=False).double() for _ in range(2))
+    nn.init.constant_(ema.weight, golden["initial"])
+    for weight, expected in zip(golden["weights_by_step"], golden["ema_by_step"], strict=True):
+        nn.init.constant_(model.weight, weight)
+        train.update_ema(ema, model, golden["decay"])
+        assert ema.weight.item() == pytest.approx(expected, rel=1e-15)
+
+
+# ------------------------------------------------------------------------------------- one step
+
+FRONT_END = FeatureConfig(num_mels=2, align=6, round_frames=4, round_labels=2)
+SMALL = ModelConfig(
+    feature_size=6, vocab_size=5, enc_hidden=12, pre_layers=1, stack=2, post_layers=1,
+    pred_hidden=8, pred_layers=1, joint_hidden=10, enc_dropout=0.0, pred_dropout=0.0,
+    joint_dropout=0.0, normalization=True,
+)  # fmt: skip
+DROPOUT = replace(SMALL, enc_dropout=0.2, pred_dropout=0.2, joint_dropout=0.2)
+ALONE = Ranks(0, 1, 0)
+
+
+@pytest.fixture
+def float64():
+    """New tensors have 64 bits: what should be equal is, to the rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_item(number):
+    """Utterance `number` for data.collate: each label is a few frames of its own pattern, noisy."""
+    rng = np.random.default_rng(number)
+    labels = rng.integers(0, 4, rng.integers(1, 5)).tolist()
+    frames = np.repeat(np.eye(6)[labels] * 3, rng.integers(3, 7), axis=0)
+    feats = torch.tensor(frames + 0.3 * rng.standard_normal(frames.shape))
+    return feats.to(torch.get_default_dtype()), labels, data.Utterance(f"u{number}", "", 1.0, "")
+
+
+def make_batch(*numbers):
+    return data.collate([make_item(n) for n in numbers], FRONT_END)
+
+
+def spoil(batch, row):
+    """The same batch with a NaN in one utterance."""
+    feats = batch.feats.clone()
+    feats[row, 0, 0] = math.nan
+    return batch._replace(feats=feats)
+
+
+def make_trainer(model_cfg=SMALL, ranks=ALONE, **changes):
+    cfg = TrainConfig(**{**dict(
+        data="", train_splits=(), dev_split="", out="", precision="fp32", lr=0.02, ema_decay=0.9,
+        # Sizes the update like the gradient where that is tiny: rounding stays rounding.
+        epsilon=1e-3,
+    ), **changes})  # fmt: skip
+    return train.make_trainer(cfg, model_cfg, ranks)
+
+
+def weights_of(trainer):
+    """Parameters and buffers of the model and of the average, one dictionary."""
+    return {
+        f"{owner}.{name}": x.detach().clone()
+        for owner in ("model", "ema")
+        for name, x in getattr(trainer, owner).state_dict().items()
+    }
+
+
+def assert_same_weights(ours, expected, tolerance):
+    assert ours.keys() == expected.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_twenty_steps_drive_the_loss_down():
+    trainer = make_trainer(replace(DROPOUT, enc_dropout=0.05), epsilon=1e-9)
+    losses = [
+        train.train_step(trainer, [make_batch(0, 1, 2, 3)], step, lr=0.05)[0]
+        for step in range(1, 21)
+    ]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_step_returns_the_mean_cost_and_the_norm_of_its_gradient(float64):
+    trainer, batch = make_trainer(), make_batch(0, 1, 2)
+    model = make_trainer().model.train()  # the same weights
+    encoded, enc_lens, predicted = model(batch.feats, batch.feat_lens, batch.targets)
+    cost = transducer_loss(model.joint(encoded, predicted), batch.targets, enc_lens,
+                           batch.target_lens, model.cfg.blank)  # fmt: skip
+    grads = torch.autograd.grad(cost, list(model.parameters()))
+    loss, norm = train.train_step(trainer, [batch], 1, lr=0.02)
+    assert loss == pytest.approx(cost.item(), rel=1e-12)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in grads]).norm().item(), rel=1e-9)
+
+
+def test_a_step_is_clipped_lamb_with_the_configs_values(float64):
+    settings = dict(beta1=0.7, beta2=0.8, epsilon=1e-2, weight_decay=0.3, clip_norm=0.1)
+    trainer, batch = make_trainer(**settings, ema_decay=0.75), make_batch(0, 1, 2)
+    before = weights_of(trainer)
+    _, norm = train.train_step(trainer, [batch], 1, lr=0.05)
+    assert norm > 0.1
+    for name, param in trainer.model.named_parameters():
+        expected = lamb_by_the_formula(
+            before[f"model.{name}"], [param.grad], 0.05, (0.7, 0.8), 1e-2, 0.3
+        )
+        torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-14, msg=name)
+    grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert grads.norm().item() == pytest.approx(0.1, rel=1e-12)
+    after = weights_of(trainer)
+    for name in trainer.model.state_dict():
+        expected = 0.75 * before[f"ema.{name}"] + 0.25 * after[f"model.{name}"]
+        torch.testing.assert_close(after[f"ema.{name}"], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_average_starts_as_the_model_and_is_evaluated():
+    trainer = make_trainer()
+    weights = weights_of(trainer)
+    for name in trainer.model.state_dict():
+        assert torch.equal(weights[f"model.{name}"], weights[f"ema.{name}"])
+    assert not trainer.ema.training
+
+
+GLOBAL_BATCHES = [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+
+
+def run_steps(trainer, split, lr=0.02):
+    """Three steps, the utterances of each cut into micro-batches by `split`: losses and norms."""
+    return [
+        train.train_step(trainer, [make_batch(*part) for part in split(numbers)], step, lr)
+        for step, numbers in enumerate(GLOBAL_BATCHES, 1)
+    ]
+
+
+SPLITS = {
+    "2+2": lambda n: [n[:2], n[2:]],
+    "3+1": lambda n: [n[:3], n[3:]],
+    "1+1+1+1": lambda n: [n[:1], n[1:2], n[2:3], n[3:]],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_accumulated_steps_equal_big_ones(float64, split):
+    big, accumulated = make_trainer(), make_trainer()
+    expected = run_steps(big, lambda numbers: [numbers])
+    results = run_steps(accumulated, SPLITS[split])
+    # float64: another order of summation.
+    assert np.array(results) == pytest.approx(np.array(expected), rel=1e-9)
+    assert_same_weights(weights_of(accumulated), weights_of(big), 1e-9)
+
+
+def test_accumulated_steps_equal_big_ones_in_float32():
+    big, accumulated = make_trainer(), make_trainer()
+    run_steps(big, lambda numbers: [numbers])
+    run_steps(accumulated, SPLITS["2+2"])
+    # Three steps of 0.02, whose gradients have rounding errors of some 1e-6.
+    assert_same_weights(weights_of(accumulated), weights_of(big), 2e-4)
+
+
+def test_random_numbers_depend_on_seed_step_and_rank_alone():
+    def loss(seed=1, step=1, rank=0, disturb=0):
+        trainer = make_trainer(DROPOUT, seed=1)
+        trainer = trainer._replace(
+            cfg=replace(trainer.cfg, seed=seed), ranks=Ranks(rank, 1, 0)
+        )  # the same weights for any seed and rank
+        torch.manual_seed(disturb)
+        return train.train_step(trainer, [make_batch(0, 1, 2)], step, lr=0.02)[0]
+
+    assert loss() == loss(disturb=99)
+    assert len({loss(), loss(seed=2), loss(step=2), loss(rank=1)}) == 4
+
+
+def test_weights_at_the_start_depend_on_the_seed_alone():
+    torch.manual_seed(99)
+    one = weights_of(make_trainer(seed=5))
+    again, other = weights_of(make_trainer(seed=5)), weights_of(make_trainer(seed=6))
+    assert all(torch.equal(x, again[name]) for name, x in one.items())
+    assert not torch.equal(
+        one["model.predictor.embed.weight"], other["model.predictor.embed.weight"]
+    )
+
+
+def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32():
+    exact, rounded = make_trainer(), make_trainer(precision="bf16")
+    losses = [train.train_step(t, [make_batch(0, 1, 2)], 1, 0.02)[0] for t in (exact, rounded)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # 8 bits of mantissa
+    assert {x.dtype for x in weights_of(rounded).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_precision_is_bf16_where_the_processor_multiplies_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(train, "processor_multiplies_bf16", lambda: has_bf16)
+    assert make_trainer(precision="auto").dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_utterance_and_changes_nothing():
+    trainer = make_trainer(replace(SMALL, normalization=False))
+    before = weights_of(trainer)
+    with pytest.raises(FloatingPointError, match=r"^step 7: rank 0: loss of u1 is not finite$"):
+        train.train_step(trainer, [spoil(make_batch(0, 1, 2), 1)], 7, lr=0.02)
+    assert all(p.grad is None for p in trainer.model.parameters())  # before the backward pass
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(trainer).items())
+    assert not trainer.optimizer.state
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weights():
+    trainer = make_trainer(replace(SMALL, normalization=False))
+    trainer.model.joint_network.output.bias.register_hook(lambda grad: grad * math.inf)
+    before = weights_of(trainer)
+    with pytest.raises(FloatingPointError, match=r"^step 7: gradient norm is (inf|nan)$"):
+        train.train_step(trainer, [make_batch(0, 1, 2)], 7, lr=0.02)
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(trainer).items())
+    assert not trainer.optimizer.state
+
+
+# ---------------------------------------------------------------------------------------- two ranks
+
+
+def rank_main(folder):
+    """What each of two processes does; its results are in <folder>/rank<r>.pt."""
+    torch.set_default_dtype(torch.float64)
+    ranks = train.init_ranks(60)
+    assert ranks == (int(os.environ["RANK"]), 2, int(os.environ["LOCAL_RANK"]))
+    results = {"ranks": tuple(ranks)}
+    for name, split in (
+        ("plain", lambda numbers: [numbers[ranks.rank :: 2]]),
+        ("accumulated", lambda numbers: [[n] for n in numbers[ranks.rank :: 2]]),
+    ):
+        trainer = make_trainer(ranks=ranks)
+        results[name] = run_steps(trainer, split), weights_of(trainer)
+    results["finds unused"] = trainer.parallel.find_unused_parameters
+
+    trainer = make_trainer(replace(SMALL, normalization=False), ranks=ranks)
+    before, batch = weights_of(trainer), make_batch(2 * ranks.rank, 2 * ranks.rank + 1)
+    try:
+        train.train_step(trainer, [batch if ranks.rank == 0 else spoil(batch, 1)], 7, lr=0.02)
+    except FloatingPointError as error:
+        results["message"] = str(error)
+    after = weights_of(trainer)
+    results["unchanged"] = all(torch.equal(x, before[name]) for name, x in after.items())
+    results["no gradient"] = all(p.grad is None for p in trainer.model.parameters())
+    torch.save(results, Path(folder) / f"rank{ranks.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Results of rank_main in two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", f"import test_train; test_train.rank_main({str(folder)!r})"]
+    processes = [
+        subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+                         stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]  # fmt: skip
+    errors = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
+    return [torch.load(folder / f"rank{r}.pt") for r in range(2)]
+
+
+@pytest.mark.parametrize("split", ["plain", "accumulated"])
+def test_two_ranks_equal_one_with_twice_the_batch(two_ranks, float64, split):
+    alone = make_trainer()
+    expected = run_steps(alone, lambda numbers: [numbers])
+    losses = np.mean([[loss for loss, _ in results[split][0]] for results in two_ranks], 0)
+    assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-9)
+    for results in two_ranks:
+        norms = [norm for _, norm in results[split][0]]
+        assert norms == pytest.approx([norm for _, norm in expected], rel=1e-9)
+        # float64: another order of summation.
+        assert_same_weights(results[split][1], weights_of(alone), 1e-9)
+
+
+@pytest.mark.parametrize("split", ["plain", "accumulated"])
+def test_both_ranks_hold_the_same_weights(two_ranks, split):
+    first, second = (results[split][1] for results in two_ranks)
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def test_ranks_do_not_search_for_unused_parameters(two_ranks):
+    """DistributedDataParallel raises at the second step if it waits for a gradient in vain."""
+    assert [results["finds unused"] for results in two_ranks] == [False, False]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
+    assert [results["message"] for results in two_ranks] == [
+        "step 7: rank 0: loss on another rank is not finite",
+        "step 7: rank 1: loss of u3 is not finite",
+    ]
+    assert all(results["unchanged"] and results["no gradient"] for results in two_ranks)
+
+
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@pytest.fixture
+def process_groups(monkeypatch):
+    """The process groups that would have been started, in an environment without launcher."""
+    started = []
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: started.append((a, k)))
+    for names in (*LAUNCHERS.values(), ("MASTER_ADDR", "MASTER_PORT")):
+        for name in names:
+            # Set first, so that what init_ranks sets is taken back too.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    return started
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_are_those_that_the_launcher_says(process_groups, monkeypatch, launcher):
+    for name, value in zip(LAUNCHERS[launcher], "351", strict=True):
+        monkeypatch.setenv(name, value)
+    assert train.init_ranks(45) == Ranks(rank=3, world=5, local_rank=1)
+    ((backend,), options) = process_groups[0]
+    assert backend == "gloo"
+    assert (options["rank"], options["world_size"]) == (3, 5)
+    assert options["timeout"].total_seconds() == 45
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_one_process_needs_no_group(process_groups, monkeypatch):
+    assert train.init_ranks(45) == ALONE
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train.init_ranks(45) == ALONE
+    assert process_groups == []
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def another(value):
+    """A legal value for a numeric or boolean field whose default is `value`."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else 0.9 * value + 0.013
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
+def test_every_field_is_a_flag(config):
+    names = {"preset": "baseline", "precision": "bf16"}
+    defaults = next(c for c in parse() if isinstance(c, config))
+    for field in fields(config):
+        if field.name in ("data", "train_splits", "dev_split", "out", "feature_size"):
+            continue  # WORDS has the first four; the last follows from FeatureConfig
+        old = getattr(defaults, field.name)
+        value = names.get(field.name) or another(old)
+        flag = "--" + field.name.replace("_", "-")
+        words = [flag, str(value)]
+        if isinstance(value, bool):
+            words = [flag if value else flag.replace("--", "--no-")]
+        changed = next(c for c in parse(*words) if isinstance(c, config))
+        assert getattr(changed, field.name) == value != old, flag
+
+
+def test_the_models_input_size_follows_the_front_end():
+    _, model_cfg, features = parse("--num-mels", "20", "--splice", "5", "--align", "16")
+    assert model_cfg.feature_size == features.feature_size == 112
+
+
+def test_train_splits_may_be_many():
+    assert parse("--train-splits", "a", "b", "c")[0].train_splits == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_brings_its_model_and_recipe(preset):
+    cfg, model_cfg, _ = parse("--preset", preset)
+    recipe = train.RECIPES.get(preset, {})
+    required = dict(data="corpus", train_splits=("train",), dev_split="dev", out="run")
+    assert asdict(cfg) == asdict(TrainConfig(**required, preset=preset, **recipe))
+    assert model_cfg == PRESETS[preset]
+
+
+def test_recipes_are_of_presets():
+    assert train.RECIPES
+    assert train.RECIPES.keys() <= PRESETS.keys()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--preset", "demo", "--epochs", "3", "--stack", "2"],
+     ["--stack", "2", "--epochs", "3", "--preset", "demo"]],
+)  # fmt: skip
+def test_flags_win_over_the_preset_wherever_they_stand(words):
+    cfg, model_cfg, _ = parse(*words)
+    assert train.RECIPES["demo"]["epochs"] != 3
+    assert cfg.epochs == 3
+    assert cfg.ema_decay == train.RECIPES["demo"]["ema_decay"] != TrainConfig.ema_decay
+    assert model_cfg == replace(PRESETS["demo"], stack=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--learning-rate", "0.1"],
+        ["--epoch", "3"],  # no abbreviations
+        ["--epochs", "2.5"],
+        ["--epochs", "0"],
+        ["--batch-size", "-4"],
+        ["--accumulation", "0"],
+        ["--lr", "0"],
+        ["--lr", "nan"],
+        ["--clip-norm", "-1"],
+        ["--beta1", "1.0"],
+        ["--ema-decay", "1.5"],
+        ["--preset", "huge"],
+        ["--precision", "fp16"],
+        ["--enc-dropout", "1.25"],
+        ["--stack", "0"],
+        ["--speed-min", "1.75"],
+    ],
+)
+def test_a_wrong_flag_ends_with_status_2_and_is_named(words, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse(*words)
+    message = capsys.readouterr().err.rpartition("error:")[2]
+    assert words[0].strip("-").replace("-", "_") in message.replace("-", "_")
+    assert words[1] in message
+
+
+@pytest.mark.parametrize("flag", ["--data", "--train-splits", "--dev-split", "--out"])
+def test_the_corpus_and_the_run_directory_must_be_given(flag, capsys):
+    i = WORDS.index(flag)
+    with pytest.raises(SystemExit, match="^2$"):
+        train.parse_configs(WORDS[:i] + WORDS[i + 2 :])
+    assert flag in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+TRAIN_TEXTS = ["ONE TWO", "TWO", "THREE ONE TWO", "ONE", "TWO THREE", "THREE", "ONE ONE", "TWO ONE",
+               "THREE THREE TWO ONE"]  # fmt: skip
+TRAIN_SECONDS = [0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 1.20]
+DEV_TEXTS, DEV_SECONDS = ["TWO ONE THREE", "ONE", "THREE TWO"], [0.40, 0.30, 0.50]
+# Two utterances a step, four steps an epoch: the longest of the nine is too long.
+TINY = [
+    "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", "--precision", "fp32",
+    "--enc-hidden", "16", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "20",
+    "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "2", "--warmup-epochs", "1",
+    "--lr", "0.01", "--num-buckets", "2", "--max-utterance-s", "1.0", "--loader-workers", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    write_tones(root, "train", TRAIN_TEXTS, TRAIN_SECONDS)
+    write_tones(root, "dev", DEV_TEXTS, DEV_SECONDS)
+    return root
+
+
+def run_train(corpus, out, *words, launcher=()):
+    command = [sys.executable, *launcher, str(REPO / "train.py"), "--data", str(corpus),
+               "--out", str(out), *TINY, *map(str, words)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+
+
+def events(out, kind=None):
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [e for e in map(json.loads, lines) if kind in (None, e["event"])]
+
+
+def checkpoints(out):
+    return sorted(path.name for path in out.glob("checkpoint-*.pt"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """Run directory and output of two epochs with a checkpoint after every step."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = run_train(corpus, out, "--checkpoint-every-s", 0, "--loader-workers", 1)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def resumed(corpus, tmp_path_factory):
+    """A run that stopped after one step of four, and was resumed: (directory, log at the stop)."""
+    out = tmp_path_factory.mktemp("resumed") / "run"
+    # --resume without a checkpoint starts anew.
+    done = run_train(corpus, out, "--time-limit-s", 1e-6, "--resume")
+    assert done.returncode == 0, done.stderr
+    stopped = events(out)
+    done = run_train(corpus, out, "--resume")
+    assert done.returncode == 0, done.stderr
+    return out, stopped
+
+
+def test_a_run_logs_its_events_in_order(finished):
+    out, _ = finished
+    kinds = [e["event"] for e in events(out)]
+    epoch = ["step"] * 4 + ["epoch", "eval"]
+    assert kinds == ["start", *epoch, *epoch, "end"]
+
+
+def test_the_start_event_tells_how_to_repeat_the_run(finished, corpus):
+    out, _ = finished
+    (start,) = events(out, "start")
+    assert start["train_config"]["lr"] == 0.01
+    assert start["train_config"]["data"] == str(corpus)
+    assert start["model_config"]["enc_hidden"] == 16
+    assert start["feature_config"]["max_utterance_s"] == 1.0
+    assert start["versions"]["torch"] == torch.__version__
+    assert (start["ranks"], start["threads"], start["precision"]) == (1, 1, "float32")
+    model_cfg = ModelConfig(**start["model_config"])
+    parameters = train.Transducer(model_cfg).parameters()
+    assert start["parameters"] == sum(p.numel() for p in parameters)
+
+
+def test_step_events_have_their_numbers(finished):
+    steps = events(finished[0], "step")
+    keys = ["event", "step", "epoch", "loss", "lr", "grad_norm", "utts_per_s", "step_s", "data_s"]
+    assert all(list(e) == keys for e in steps)
+    assert [(e["step"], e["epoch"]) for e in steps] == [(n, 1 + (n > 4)) for n in range(1, 9)]
+    cfg = events(finished[0], "start")[0]["train_config"]
+    rates = [lr_at(e["step"], e["epoch"], cfg["lr"], 1, cfg["hold_epochs"], 4, cfg["lr_gamma"],
+                   cfg["lr_min"]) for e in steps]  # fmt: skip
+    assert [e["lr"] for e in steps] == rates
+    assert all(0 <= e["data_s"] < e["step_s"] for e in steps)
+    assert all(e["utts_per_s"] == pytest.approx(2 / e["step_s"]) for e in steps)
+    assert all(0 < e["loss"] < 1000 and 0 < e["grad_norm"] < 1e6 for e in steps)
+
+
+def test_epoch_events_sum_up_their_steps(finished):
+    steps = events(finished[0], "step")
+    epochs = events(finished[0], "epoch")
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    for e in epochs:
+        own = [s for s in steps if s["epoch"] == e["epoch"]]
+        assert e["loss"] == pytest.approx(np.mean([s["loss"] for s in own]), rel=1e-12)
+        assert e["seconds"] >= sum(s["step_s"] for s in own)
+        assert e["utts_per_s"] == pytest.approx(8 / e["seconds"])
+
+
+def test_eval_events_score_the_whole_dev_split(finished):
+    evals = events(finished[0], "eval")
+    assert [e["epoch"] for e in evals] == [1, 2]
+    for e in evals:
+        assert e.keys() >= {"epoch", "wer", "errors", "words", "rtf", "seconds"}
+        assert e["words"] == len(" ".join(DEV_TEXTS).split())
+        assert e["wer"] == e["errors"] / e["words"]
+        assert e["rtf"] == pytest.approx(e["seconds"] / sum(DEV_SECONDS))
+
+
+def test_a_run_ends_after_its_epochs_and_says_so(finished):
+    out, done = finished
+    (end,) = events(out, "end")
+    assert end["reason"] == "epochs"
+    assert end["step"] == 8
+    assert end["best_wer"] == min(e["wer"] for e in events(out, "eval"))
+    assert done.stdout.splitlines()[-1].startswith("end: epochs")
+
+
+def test_the_count_of_dropped_utterances_is_printed(finished):
+    assert "1 of 9 dropped" in finished[1].stdout
+
+
+def test_the_last_two_checkpoints_stay(finished):
+    assert checkpoints(finished[0]) == ["checkpoint-00000007.pt", "checkpoint-00000008.pt"]
+    assert list(finished[0].glob("*.partial")) == []
+
+
+def test_best_is_the_evaluated_model_of_the_lowest_wer(finished, corpus):
+    out, _ = finished
+    model, tokenizer, features = decode.restore(decode.load_checkpoint(out / "best.pt"))
+    utterances = data.read_split(corpus, "dev", features)
+    dataset = data.SpeechDataset(utterances, None, features)
+    batches = data.batch_loader(dataset, [[0, 1, 2]], 0)
+    texts = decode.decode_batches(model, tokenizer, batches)
+    errors, words = decode.word_errors([texts[u.id] for u in utterances], DEV_TEXTS)
+    assert errors / words == min(e["wer"] for e in events(out, "eval"))
+
+
+def test_the_time_limit_stops_after_the_step_under_way(resumed):
+    _, stopped = resumed
+    assert [e["event"] for e in stopped] == ["start", "step", "eval", "end"]
+    assert stopped[-1]["reason"] == "time limit"
+
+
+def test_a_resumed_run_logs_the_same_steps_as_an_uninterrupted_one(finished, resumed):
+    """The stop was inside an epoch; the uninterrupted run had a worker process for its data."""
+    steps, expected = events(resumed[0], "step"), events(finished[0], "step")
+    exact = ("step", "epoch", "loss", "lr", "grad_norm")
+    assert [[e[k] for k in exact] for e in steps] == [[e[k] for k in exact] for e in expected]
+    assert events(resumed[0], "eval")[-1]["errors"] == events(finished[0], "eval")[-1]["errors"]
+
+
+def test_a_resumed_run_ends_with_the_same_weights_and_optimiser(finished, resumed):
+    ours, expected = (decode.load_checkpoint(out / "checkpoint-00000008.pt")
+                      for out in (resumed[0], finished[0]))  # fmt: skip
+    for owner in ("model", "ema"):
+        assert ours[owner].keys() == expected[owner].keys()
+        assert all(torch.equal(x, expected[owner][name]) for name, x in ours[owner].items())
+    states = [checkpoint["optimizer"]["state"] for checkpoint in (ours, expected)]
+    assert states[0].keys() == states[1].keys()
+    for i, state in states[0].items():
+        assert all(torch.equal(x, states[1][i][name]) for name, x in state.items())
+    assert torch.equal(ours["tokenizer"], expected["tokenizer"])
+
+
+def test_a_run_directory_with_a_checkpoint_is_refused_without_resume(finished, corpus):
+    out, _ = finished
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run_train(corpus, out)
+    assert done.returncode == 1
+    assert f"{out / 'checkpoint-00000008.pt'} exists" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_resuming_another_model_is_refused_with_field_and_values(finished):
+    out, _ = finished
+    checkpoint = decode.load_checkpoint(out / "checkpoint-00000008.pt")
+    model_cfg = replace(ModelConfig(**checkpoint["model_config"]), pred_hidden=9)
+    cfg = TrainConfig(data="", train_splits=(), dev_split="", out=str(out), resume=True)
+    with pytest.raises(ValueError, match="checkpoint-00000008.pt has pred_hidden 8, this run 9"):
+        train.resume_checkpoint(cfg, model_cfg)
+
+
+def test_a_reached_target_ends_the_run(corpus, tmp_path):
+    done = run_train(corpus, tmp_path / "run", "--target-wer", 1000, "--batch-size", 8)
+    assert done.returncode == 0, done.stderr
+    assert [e["event"] for e in events(tmp_path / "run")] == [
+        "start",
+        "step",
+        "epoch",
+        "eval",
+        "end",
+    ]
+    assert events(tmp_path / "run", "end")[0]["reason"] == "target wer"
+
+
+def test_two_ranks_train_and_score_together_and_one_writes(corpus, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run_train(corpus, tmp_path / "run", "--epochs", 1, "--batch-size", 1, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    kinds = [e["event"] for e in events(tmp_path / "run")]
+    assert kinds == ["start", "step", "step", "step", "step", "epoch", "eval", "end"]
+    assert events(tmp_path / "run", "start")[0]["ranks"] == 2
+    assert events(tmp_path / "run", "eval")[0]["words"] == len(" ".join(DEV_TEXTS).split())
+    assert done.stdout.count("avg loss") == 1
+
+
+def test_a_command_line_that_is_wrong_ends_with_status_2(corpus, tmp_path):
+    done = run_train(corpus, tmp_path / "run", "--lr", "-0.5")
+    assert done.returncode == 2
+    assert "lr: -0.5, expected more than 0" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_with_errors_is_refused(tmp_path):
+    done = run_train(tmp_path / "nothing", tmp_path / "run")
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-00000001.pt"
+    train.save_checkpoint(path, {"model_config": 1})
+
+    def break_off(_, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(train.torch, "save", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        train.save_checkpoint(path, {"model_config": 2})
+    assert decode.load_checkpoint(path) == {"model_config": 1}
+    assert train.list_checkpoints(tmp_path) == [path]
