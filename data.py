@@ -90,6 +90,8 @@ def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
         raise ValueError(f"{path}: not readable as audio: {error.error_string}") from error
     if len(samples) == 0:
         raise ValueError(f"{path}: no samples")
+    if not np.isfinite(samples).all():  # floating-point WAV can hold NaN and infinity
+        raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(samples))} samples not finite")
     if samples.ndim == 2:
         warnings.warn(f"audio of {samples.shape[1]} channels is averaged to one", stacklevel=2)
         samples = samples.mean(1)
@@ -302,6 +304,18 @@ def probe_audio(utterance_id: str, path: Path, problems: list[Problem],
     return info.frames / info.samplerate
 
 
+def find_audio(folder: Path, problems: list[Problem]) -> dict[str, Path]:
+    """Utterance id -> audio file; two files of one id are a problem."""
+    audio: dict[str, Path] = {}
+    for path in sorted(folder.glob("*/*/*")):
+        if path.suffix in AUDIO_SUFFIXES:
+            other = audio.setdefault(path.stem, path)
+            if other != path:
+                message = f"{other} and {path}"
+                problems.append(Problem("error", "duplicate recording", path.stem, message))
+    return audio
+
+
 def scan_split(root: str | Path, split: str,
                cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], list[Problem]]:  # fmt: skip
     """Reads transcripts and audio headers of one split: utterances by id, and all problems."""
@@ -310,7 +324,7 @@ def scan_split(root: str | Path, split: str,
     found: dict[str, Utterance] = {}
     if not folder.is_dir():
         return [], [Problem("error", "split missing", str(folder), "no such folder")]
-    audio = {p.stem: p for p in sorted(folder.glob("*/*/*")) if p.suffix in AUDIO_SUFFIXES}
+    audio = find_audio(folder, problems)
     for transcript in sorted(folder.glob("*/*/*.trans.txt")):
         for where, utterance_id, text in read_transcripts(transcript, problems):
             path = audio.get(utterance_id)

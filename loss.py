@@ -220,6 +220,11 @@ def compute_dtype(encoded: Tensor) -> torch.dtype:
     return encoded.dtype
 
 
+def dropped_of_256(dropout: float) -> int:
+    """Values of a random byte that drop: the probability in units of 1/256, never all of them."""
+    return min(round(dropout * 256), 255)
+
+
 def joint_hidden(encoded: Tensor, predicted: Tensor, dropout: float, seed: int) -> Tensor:
     """(T, J), (U+1, J) -> dropout(relu(sum)) of one utterance, (T*(U+1), J).
 
@@ -228,7 +233,7 @@ def joint_hidden(encoded: Tensor, predicted: Tensor, dropout: float, seed: int) 
     `dropout` rounded to 1/256, and the values that stay are scaled by exactly its inverse.
     """
     hidden = (encoded[:, None] + predicted).relu_().flatten(0, 1)  # (T*(U+1), J)
-    dropped = round(dropout * 256)
+    dropped = dropped_of_256(dropout)
     if dropped:
         generator = torch.Generator(device=hidden.device).manual_seed(seed)
         words = torch.empty((hidden.numel() + 7) // 8, dtype=torch.int64, device=hidden.device)
@@ -294,7 +299,7 @@ class JointCosts(torch.autograd.Function):
             grad_rows = joint_backward(
                 rows, arcs, labels[b][visited % u1], (w, c, ctx.blank), grads[2:]
             )
-            grad_rows.mul_((rows > 0) * (256 / (256 - round(ctx.dropout * 256))))
+            grad_rows.mul_((rows > 0) * (256 / (256 - dropped_of_256(ctx.dropout))))
             grad_hidden[visited] = grad_rows
             grad_hidden = grad_hidden.view(n, u1, -1)
             grads[0][b, :n] = grad_hidden.sum(1, dtype=stat_dtype)

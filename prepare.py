@@ -5,9 +5,9 @@
     python prepare.py mini-librispeech ROOT     # or librispeech-100, librispeech-960
     python prepare.py check ROOT [SPLIT ...]    # exit status 1 if an error was found
 
-A call that was interrupted is made again: it goes on where it stopped. Without internet:
+After an interruption the same call goes on where it stopped. From a mirror, or without internet:
+    python prepare.py mini-librispeech ROOT --mirror https://openslr.elda.org/resources
     python prepare.py mini-librispeech ROOT --archive train-clean-5.tar.gz dev-clean-2.tar.gz
-    python prepare.py mini-librispeech ROOT --mirror http://mirror.example/resources
 
 Every corpus has LibriSpeech's form (Panayotov et al. 2015, doi:10.1109/ICASSP.2015.7178964):
     <ROOT>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac    16 kHz, mono, int16

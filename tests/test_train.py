@@ -985,12 +985,14 @@ TRAIN_TEXTS = ["ONE TWO", "TWO", "THREE ONE TWO", "ONE", "TWO THREE", "THREE", "
                "THREE THREE TWO ONE"]  # fmt: skip
 TRAIN_SECONDS = [0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 1.20]
 DEV_TEXTS, DEV_SECONDS = ["TWO ONE THREE", "ONE", "THREE TWO"], [0.40, 0.30, 0.50]
-# Two utterances a step, four steps an epoch: the longest of the nine is too long.
+# Two utterances a step, four steps an epoch: the longest of the nine is too long. The learning
+# rate is so high that the hypotheses change from epoch to epoch.
 TINY = [
     "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", "--precision", "fp32",
     "--enc-hidden", "16", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "20",
-    "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "2", "--warmup-epochs", "1",
-    "--lr", "0.01", "--num-buckets", "2", "--max-utterance-s", "1.0", "--loader-workers", "0",
+    "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "3", "--warmup-epochs", "1",
+    "--lr", "0.2", "--ema-decay", "0.7", "--num-buckets", "2", "--max-utterance-s", "1.0",
+    "--loader-workers", "0",
 ]  # fmt: skip
 
 
@@ -1020,7 +1022,7 @@ def checkpoints(out):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """Run directory and output of two epochs with a checkpoint after every step."""
+    """Run directory and output of three epochs with a checkpoint after every step."""
     out = tmp_path_factory.mktemp("finished") / "run"
     done = run_train(corpus, out, "--checkpoint-every-s", 0, "--loader-workers", 1)
     assert done.returncode == 0, done.stderr
@@ -1044,13 +1046,13 @@ def test_a_run_logs_its_events_in_order(finished):
     out, _ = finished
     kinds = [e["event"] for e in events(out)]
     epoch = ["step"] * 4 + ["epoch", "eval"]
-    assert kinds == ["start", *epoch, *epoch, "end"]
+    assert kinds == ["start", *epoch, *epoch, *epoch, "end"]
 
 
 def test_the_start_event_tells_how_to_repeat_the_run(finished, corpus):
     out, _ = finished
     (start,) = events(out, "start")
-    assert start["train_config"]["lr"] == 0.01
+    assert start["train_config"]["lr"] == 0.2
     assert start["train_config"]["data"] == str(corpus)
     assert start["model_config"]["enc_hidden"] == 16
     assert start["feature_config"]["max_utterance_s"] == 1.0
@@ -1065,7 +1067,7 @@ def test_step_events_have_their_numbers(finished):
     steps = events(finished[0], "step")
     keys = ["event", "step", "epoch", "loss", "lr", "grad_norm", "utts_per_s", "step_s", "data_s"]
     assert all(list(e) == keys for e in steps)
-    assert [(e["step"], e["epoch"]) for e in steps] == [(n, 1 + (n > 4)) for n in range(1, 9)]
+    assert [(e["step"], e["epoch"]) for e in steps] == [(n, (n + 3) // 4) for n in range(1, 13)]
     cfg = events(finished[0], "start")[0]["train_config"]
     rates = [lr_at(e["step"], e["epoch"], cfg["lr"], 1, cfg["hold_epochs"], 4, cfg["lr_gamma"],
                    cfg["lr_min"]) for e in steps]  # fmt: skip
@@ -1078,7 +1080,7 @@ def test_step_events_have_their_numbers(finished):
 def test_epoch_events_sum_up_their_steps(finished):
     steps = events(finished[0], "step")
     epochs = events(finished[0], "epoch")
-    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert [e["epoch"] for e in epochs] == [1, 2, 3]
     for e in epochs:
         own = [s for s in steps if s["epoch"] == e["epoch"]]
         assert e["loss"] == pytest.approx(np.mean([s["loss"] for s in own]), rel=1e-12)
@@ -1088,7 +1090,7 @@ def test_epoch_events_sum_up_their_steps(finished):
 
 def test_eval_events_score_the_whole_dev_split(finished):
     evals = events(finished[0], "eval")
-    assert [e["epoch"] for e in evals] == [1, 2]
+    assert [(e["epoch"], e["step"]) for e in evals] == [(1, 4), (2, 8), (3, 12)]
     for e in evals:
         assert e.keys() >= {"epoch", "wer", "errors", "words", "rtf", "seconds"}
         assert e["words"] == len(" ".join(DEV_TEXTS).split())
@@ -1100,7 +1102,7 @@ def test_a_run_ends_after_its_epochs_and_says_so(finished):
     out, done = finished
     (end,) = events(out, "end")
     assert end["reason"] == "epochs"
-    assert end["step"] == 8
+    assert end["step"] == 12
     assert end["best_wer"] == min(e["wer"] for e in events(out, "eval"))
     assert done.stdout.splitlines()[-1].startswith("end: epochs")
 
@@ -1110,19 +1112,27 @@ def test_the_count_of_dropped_utterances_is_printed(finished):
 
 
 def test_the_last_two_checkpoints_stay(finished):
-    assert checkpoints(finished[0]) == ["checkpoint-00000007.pt", "checkpoint-00000008.pt"]
+    assert checkpoints(finished[0]) == ["checkpoint-00000011.pt", "checkpoint-00000012.pt"]
     assert list(finished[0].glob("*.partial")) == []
 
 
-def test_best_is_the_evaluated_model_of_the_lowest_wer(finished, corpus):
-    out, _ = finished
-    model, tokenizer, features = decode.restore(decode.load_checkpoint(out / "best.pt"))
+def score(model, tokenizer, corpus, features):
+    """WER of the dev split, in one batch."""
     utterances = data.read_split(corpus, "dev", features)
     dataset = data.SpeechDataset(utterances, None, features)
-    batches = data.batch_loader(dataset, [[0, 1, 2]], 0)
-    texts = decode.decode_batches(model, tokenizer, batches)
-    errors, words = decode.word_errors([texts[u.id] for u in utterances], DEV_TEXTS)
-    assert errors / words == min(e["wer"] for e in events(out, "eval"))
+    texts = decode.decode_batches(model, tokenizer, data.batch_loader(dataset, [[0, 1, 2]], 0))
+    return decode.word_error_rate(
+        *decode.word_errors([texts[u.id] for u in utterances], [u.text for u in utterances])
+    )
+
+
+def test_best_is_the_averaged_model_of_the_first_lowest_wer(finished, corpus):
+    out, _ = finished
+    lowest = min(events(out, "eval"), key=lambda e: e["wer"])
+    checkpoint = decode.load_checkpoint(out / "best.pt")
+    assert checkpoint["progress"]["step"] == lowest["step"]
+    model, tokenizer, features = decode.restore(checkpoint)
+    assert score(model, tokenizer, corpus, features) == lowest["wer"]
 
 
 def test_the_time_limit_stops_after_the_step_under_way(resumed):
@@ -1140,7 +1150,7 @@ def test_a_resumed_run_logs_the_same_steps_as_an_uninterrupted_one(finished, res
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_optimiser(finished, resumed):
-    ours, expected = (decode.load_checkpoint(out / "checkpoint-00000008.pt")
+    ours, expected = (decode.load_checkpoint(out / "checkpoint-00000012.pt")
                       for out in (resumed[0], finished[0]))  # fmt: skip
     for owner in ("model", "ema"):
         assert ours[owner].keys() == expected[owner].keys()
@@ -1157,31 +1167,28 @@ def test_a_run_directory_with_a_checkpoint_is_refused_without_resume(finished, c
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     done = run_train(corpus, out)
     assert done.returncode == 1
-    assert f"{out / 'checkpoint-00000008.pt'} exists" in done.stderr
+    assert f"{out / 'checkpoint-00000012.pt'} exists" in done.stderr
     assert "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_resuming_another_model_is_refused_with_field_and_values(finished):
     out, _ = finished
-    checkpoint = decode.load_checkpoint(out / "checkpoint-00000008.pt")
+    checkpoint = decode.load_checkpoint(out / "checkpoint-00000012.pt")
     model_cfg = replace(ModelConfig(**checkpoint["model_config"]), pred_hidden=9)
     cfg = TrainConfig(data="", train_splits=(), dev_split="", out=str(out), resume=True)
-    with pytest.raises(ValueError, match="checkpoint-00000008.pt has pred_hidden 8, this run 9"):
+    with pytest.raises(ValueError, match="checkpoint-00000012.pt has pred_hidden 8, this run 9"):
         train.resume_checkpoint(cfg, model_cfg)
 
 
-def test_a_reached_target_ends_the_run(corpus, tmp_path):
-    done = run_train(corpus, tmp_path / "run", "--target-wer", 1000, "--batch-size", 8)
+def test_the_first_evaluation_that_reaches_the_target_ends_the_run(finished, corpus, tmp_path):
+    wers = [e["wer"] for e in events(finished[0], "eval")]
+    done = run_train(corpus, tmp_path / "run", "--target-wer", repr(min(wers)))
     assert done.returncode == 0, done.stderr
-    assert [e["event"] for e in events(tmp_path / "run")] == [
-        "start",
-        "step",
-        "epoch",
-        "eval",
-        "end",
-    ]
-    assert events(tmp_path / "run", "end")[0]["reason"] == "target wer"
+    logged = events(tmp_path / "run")
+    assert [e["wer"] for e in logged if e["event"] == "eval"] == wers[: wers.index(min(wers)) + 1]
+    assert logged[-1]["event"] == "end"
+    assert logged[-1]["reason"] == "target wer"
 
 
 def test_two_ranks_train_and_score_together_and_one_writes(corpus, tmp_path):
@@ -1207,6 +1214,78 @@ def test_a_corpus_with_errors_is_refused(tmp_path):
     assert done.returncode == 1
     assert "no such folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------ parts of a run, in this process
+
+
+def make_run(corpus, ranks=ALONE):
+    """A Run on the tiny corpus that no step has been made of."""
+    cfg, model_cfg, features = train.parse_configs(["--data", str(corpus), "--out", "", *TINY])
+    splits = [data.read_split(corpus, split, features) for split in ("train", "dev")]
+    tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, model_cfg.vocab_size))
+    model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
+    # DistributedDataParallel would need the other processes.
+    trainer = train.make_trainer(cfg, model_cfg, ALONE)._replace(ranks=ranks)
+    log = train.Log(Path(), Ranks(1, 2, 1))  # of a rank that writes nothing
+    return train.Run(trainer, features, tokenizer, splits[0][:8], splits[1], log)
+
+
+def epoch_ids(run, epoch=1, done=0):
+    run.progress.epoch, run.progress.batch = epoch, done
+    return [batch.ids for batch in run.epoch_loader()]
+
+
+def test_every_epoch_has_all_utterances_in_an_order_of_its_own(corpus):
+    run = make_run(corpus)
+    orders = [epoch_ids(run, epoch) for epoch in (1, 2, 3)]
+    for order in orders:
+        assert [len(ids) for ids in order] == [2] * 4
+        assert sorted(sum(order, [])) == sorted(u.id for u in run.train)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert epoch_ids(run, 1) == orders[0]
+
+
+def test_an_epoch_goes_on_after_the_steps_that_are_done(corpus):
+    run = make_run(corpus)
+    assert epoch_ids(run, done=3) == epoch_ids(run)[3:]
+
+
+def test_ranks_share_the_batches_of_one(corpus):
+    """Two ranks with one utterance each make the steps of one rank with two."""
+    whole = epoch_ids(make_run(corpus))
+    shares = []
+    for rank in range(2):
+        run = make_run(corpus, Ranks(rank, 2, rank))
+        cfg = replace(run.trainer.cfg, batch_size=1)
+        run = train.Run(run.trainer._replace(cfg=cfg), run.features, run.tokenizer, run.train,
+                        run.dev, run.log)  # fmt: skip
+        assert run.steps_per_epoch == 4
+        shares.append(epoch_ids(run))
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(ids) for ids in whole]
+
+
+def test_augmentation_changes_from_epoch_to_epoch(corpus):
+    run = make_run(corpus)
+    feats = {}
+    for epoch in (1, 2):
+        run.progress.epoch = epoch
+        for batch in run.epoch_loader():
+            for name, row, n in zip(batch.ids, batch.feats, batch.feat_lens, strict=True):
+                feats[epoch, name] = row[:n]
+    for u in run.train:
+        one, two = feats[1, u.id], feats[2, u.id]
+        assert one.shape != two.shape or not torch.equal(one, two)
+
+
+def test_evaluation_scores_the_averaged_weights(corpus):
+    run = make_run(corpus)
+    with torch.no_grad():
+        for model, bias in ((run.trainer.ema, 1e4), (run.trainer.model, -1e4)):
+            model.joint_network.output.bias[model.cfg.blank] = bias
+    result = train.evaluate(run.trainer, run.tokenizer, run.dev, run.features)
+    # Blank everywhere: all words are missing. The other model never emits blank.
+    assert (result["errors"], result["words"], result["wer"]) == (6, 6, 1.0)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
