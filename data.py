@@ -304,12 +304,14 @@ def probe_audio(utterance_id: str, path: Path, problems: list[Problem],
     return info.frames / info.samplerate
 
 
-def find_audio(folder: Path, problems: list[Problem]) -> dict[str, Path]:
-    """Utterance id -> audio file; two files of one id are a problem."""
-    audio: dict[str, Path] = {}
+def find_audio(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
+    """Chapter folder / utterance id -> audio file; two files of one id are a problem."""
+    audio: dict[Path, Path] = {}
+    first: dict[str, Path] = {}
     for path in sorted(folder.glob("*/*/*")):
         if path.suffix in AUDIO_SUFFIXES:
-            other = audio.setdefault(path.stem, path)
+            audio.setdefault(path.with_suffix(""), path)
+            other = first.setdefault(path.stem, path)
             if other != path:
                 message = f"{other} and {path}"
                 problems.append(Problem("error", "duplicate recording", path.stem, message))
@@ -327,10 +329,10 @@ def scan_split(root: str | Path, split: str,
     audio = find_audio(folder, problems)
     for transcript in sorted(folder.glob("*/*/*.trans.txt")):
         for where, utterance_id, text in read_transcripts(transcript, problems):
-            path = audio.get(utterance_id)
+            path = audio.get(transcript.parent / utterance_id)
             if utterance_id in found:
                 problems.append(Problem("error", "duplicate id", where, utterance_id))
-            elif path is None or path.parent != transcript.parent:
+            elif path is None:
                 message = f"{transcript.parent}/{utterance_id}.flac does not exist"
                 problems.append(Problem("error", "audio missing", where, message))
             else:
@@ -338,9 +340,10 @@ def scan_split(root: str | Path, split: str,
                 if duration_s > 0:
                     found[utterance_id] = Utterance(utterance_id, str(path), duration_s, text)
     named = {p.where for p in problems}
-    for utterance_id in sorted(audio.keys() - found.keys() - named):
-        message = f"{audio[utterance_id]} has no transcript"
-        problems.append(Problem("warning", "transcript missing", utterance_id, message))
+    for key, path in audio.items():
+        if key.name not in found and key.name not in named:
+            message = f"{path} has no transcript"
+            problems.append(Problem("warning", "transcript missing", key.name, message))
     if not found and not problems:
         problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
     return [found[k] for k in sorted(found)], problems
