@@ -74,6 +74,13 @@ DEFAULT = FeatureConfig()
 # ------------------------------------------------------------------------- audio file to samples
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning once in a process. The warnings module's own memory is shorter: it forgets
+    whenever any library, librosa at its first resampling among them, touches the filters."""
+    warnings.warn(message, stacklevel=3)
+
+
 def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     """Samples of a FLAC, WAV or OGG file, float32 at 16 kHz; int16 is scaled by 1/32768.
 
@@ -93,10 +100,10 @@ def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     if not np.isfinite(samples).all():  # floating-point WAV can hold NaN and infinity
         raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(samples))} samples not finite")
     if samples.ndim == 2:
-        warnings.warn(f"audio of {samples.shape[1]} channels is averaged to one", stacklevel=2)
+        warn_once(f"audio of {samples.shape[1]} channels is averaged to one")
         samples = samples.mean(1)
     if rate != cfg.sample_rate_hz:
-        warnings.warn(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz", stacklevel=2)
+        warn_once(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz")
         samples = librosa.resample(samples, orig_sr=rate, target_sr=cfg.sample_rate_hz)
     return samples
 

@@ -224,12 +224,13 @@ def test_feature_norm_keeps_its_precision_far_from_zero():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
 
 
-def test_feature_norm_of_a_constant_far_from_zero_is_finite():
-    feats = torch.full((1, 7, 1), 1e6 + 0.1, dtype=torch.float64)
-    moments = FeatureNorm.moments(feats, torch.tensor([7]))
-    mean_square, mean = moments[2] / 7, moments[1] / 7
-    assert mean_square - mean**2 < -1e-5  # so rounding makes a negative variance, beyond epsilon
-    assert FeatureNorm(1).double().train()(feats, torch.tensor([7])).isfinite().all()
+def test_feature_norm_of_constants_far_from_zero_is_finite():
+    constants = 1e6 + torch.arange(50, dtype=torch.float64) / 7
+    feats, lens = constants.repeat(1, 11, 1), torch.tensor([11])
+    mean, mean_square = (FeatureNorm.moments(feats, lens)[1:] / 11).chunk(2)
+    # Rounding makes the variance of some of them negative by more than epsilon.
+    assert (mean_square - mean.square()).min() < -1e-5
+    assert FeatureNorm(50).double().train()(feats, lens).isfinite().all()
 
 
 def test_feature_norm_of_one_frame_is_finite():

@@ -68,6 +68,11 @@ def test_16_khz_mono_gives_no_warning(tmp_path):
         data.load_audio(str(tmp_path / "a.flac"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_warnings():
+    data.warn_once.cache_clear()
+
+
 def load_all(paths: list) -> tuple[list[np.ndarray], list[str]]:
     """Samples of the files, and the warnings that Python's default filter shows."""
     with warnings.catch_warnings(record=True) as caught:
