@@ -216,9 +216,9 @@ def test_feature_norm_with_moments_given_leaves_the_running_statistics_alone():
 
 def test_feature_norm_keeps_its_precision_far_from_zero():
     norm = FeatureNorm(1).train()
-    feats = torch.tensor([[[1000.0], [1001.0]] * 8])  # float32: squares have 7 digits
+    feats = torch.tensor([[[1000.1], [1001.1]] * 8])  # float32: squares have 7 digits
     out = norm(feats, torch.tensor([16]))
-    # Mean 1000.5, population variance 0.25: -1 and 1 but for epsilon; the shift by
+    # Mean 1000.6, population variance 0.25: -1 and 1 but for epsilon; the shift by
     # mean / deviation = 2001 costs four of float32's seven digits.
     expected = torch.tensor([[[-1.0], [1.0]] * 8]) / math.sqrt(1 + 1e-5 / 0.25)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
