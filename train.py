@@ -99,7 +99,7 @@ RECIPES = {
     "mini": dict(epochs=27, batch_size=16, lr=0.012, warmup_epochs=2, hold_epochs=13,
                  lr_gamma=0.7, ema_decay=0.995, eval_batch_size=64),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
-                 ema_decay=0.99),
+                 ema_decay=0.99, loader_workers=2),
 }  # fmt: skip
 
 

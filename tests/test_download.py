@@ -205,12 +205,13 @@ def test_nothing_is_asked_for_or_written_when_all_is_there(get, root, server):
     assert before == [(path, path.stat().st_mtime_ns) for path in (root, *sorted(root.rglob("*")))]
 
 
-def test_only_the_missing_split_is_downloaded(get, root, server):
+def test_only_the_missing_split_is_downloaded(get, root, server, packed):
     get()
     server.requests.clear()
     shutil.rmtree(root / DEV)
-    assert get()[0] == 0
-    assert [request[0] for request in server.requests] == [f"/5/{DEV}.tar.gz"]
+    server.files[f"/copy/5/{DEV}.tar.gz"] = packed[DEV]
+    assert get("--mirror", f"{server.url}/copy/")[0] == 0
+    assert [request[0] for request in server.requests] == [f"/copy/5/{DEV}.tar.gz"]
     assert_complete(root)
 
 
@@ -294,8 +295,11 @@ def test_another_call_continues_from_the_partial_file(get, root, server, packed,
     assert "byte 1,000 of" in error
     assert names(root) == [f"{TRAIN}.tar.gz.partial"]
     server.requests.clear()
-    assert get()[0] == 0
-    assert server.requests[0][1:] == ("bytes=1000-", len(packed[TRAIN]) - 1000)
+    status, log = get()
+    size = len(packed[TRAIN])
+    assert status == 0
+    assert server.requests[0][1:] == ("bytes=1000-", size - 1000)
+    assert log.startswith(f"download {TRAIN}.tar.gz.partial: {100 * 1000 / size:.0f} % of")
     assert_complete(root)
 
 
