@@ -399,7 +399,7 @@ def check_order(batches: np.ndarray, seconds: list[float], whole_batch: int, buc
 def test_order_obeys_the_rules_of_the_bucketing_sampler(N, global_batch):
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        batches = data.bucket_batches(durations(N), global_batch, 6, rng)
+        batches = data.bucket_batches(durations(N), global_batch, data.DEFAULT.num_buckets, rng)
         assert batches.shape == (N // global_batch, global_batch)
         check_order(batches, durations(N), global_batch)
 
@@ -497,12 +497,12 @@ def items(*sizes: tuple[int, int]) -> list[tuple]:
 
 
 def test_collate_rounds_the_longest_up():
-    # A multiple of 32 frames and of 8 labels.
-    batch = data.collate(items((33, 9), (20, 3), (1, 0)))
-    assert batch.feats.shape == (3, 64, 256)
-    assert batch.targets.shape == (3, 16)
-    assert batch.feat_lens.tolist() == [33, 20, 1]
-    assert batch.target_lens.tolist() == [9, 3, 0]
+    # To a multiple of 32 frames and of 8 labels.
+    batch = data.collate(items((65, 17), (20, 3), (1, 0)))
+    assert batch.feats.shape == (3, 96, 256)
+    assert batch.targets.shape == (3, 24)
+    assert batch.feat_lens.tolist() == [65, 20, 1]
+    assert batch.target_lens.tolist() == [17, 3, 0]
 
 
 def test_collate_adds_nothing_to_exact_multiples():

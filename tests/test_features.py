@@ -76,8 +76,11 @@ def fresh_warnings():
 def load_all(paths: list) -> tuple[list[np.ndarray], list[str]]:
     """Samples of the files, and the warnings that Python's default filter shows."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        loaded = [data.load_audio(path) for path in paths]
+        loaded = []
+        for path in paths:
+            # Makes the warnings module forget what it has shown, as some imports do.
+            warnings.simplefilter("default")
+            loaded.append(data.load_audio(path))
     return loaded, [str(w.message) for w in caught]
 
 
