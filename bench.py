@@ -448,7 +448,7 @@ def main() -> None:
            "features": bench_features, "decode": bench_decode, "curves": bench_curves}  # fmt: skip
     try:
         run[args.command](args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"bench.py: {error}")
 
 

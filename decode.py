@@ -10,10 +10,11 @@ exponential moving average that training evaluates.
 """
 
 import argparse
+import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from data import Batch, FeatureConfig, Tokenizer
 from model import ModelConfig, Transducer
 
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309); one frame is 240 ms
+CHECKPOINT_FORMAT = 2
 MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample); checked when a new frame starts
 
 
@@ -102,20 +104,55 @@ def word_error_rate(errors: int, words: int) -> float:
 # ----------------------------------------------------------------------------------- checkpoints
 
 
+class DamagedCheckpoint(ValueError):
+    """Not what was written: truncated, or a bit of it flipped."""
+
+
+def digest(value: object) -> str:
+    """SHA-256 of everything in a checkpoint. torch.load checks no sums of its own."""
+    sha = hashlib.sha256()
+
+    def feed(item: object) -> None:
+        if isinstance(item, Tensor):
+            sha.update(f"{item.dtype} {tuple(item.shape)}".encode())
+            sha.update(item.reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(item, Mapping):
+            for key, inner in item.items():
+                feed(key)
+                feed(inner)
+        elif isinstance(item, (list, tuple)):
+            for inner in item:
+                feed(inner)
+        else:
+            sha.update(repr(item).encode())
+
+    feed(value)
+    return sha.hexdigest()
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """What train.save_checkpoint wrote; no code is run.
+    """What train.save_checkpoint wrote; no code in it is run.
 
     Raises:
-        FileNotFoundError, ValueError: missing, unreadable, or not one of our checkpoints.
+        OSError: missing, or cannot be read.
+        DamagedCheckpoint: not readable, or its checksum is wrong.
+        ValueError: of another program or another version of this one.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise all kinds here
-        raise ValueError(f"{path}: not readable as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise all kinds here
+            raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of train.py")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path}: format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}"
+        )
+    if checkpoint.pop("sha256", None) != digest(checkpoint):
+        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
     return checkpoint
 
 
@@ -164,16 +201,31 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
           f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")  # fmt: skip
 
 
+def list_audio(words: Sequence[str]) -> list[str]:
+    """Files as given; of a folder all audio in it and below, by name."""
+    paths: list[str] = []
+    for word in words:
+        if Path(word).is_dir():
+            inside = sorted(p for p in Path(word).rglob("*") if p.suffix in data.FORMATS)
+            if not inside:
+                raise ValueError(f"{word}: no {', '.join(data.FORMATS)} files in this folder")
+            paths += map(str, inside)
+        else:
+            paths.append(word)
+    return paths
+
+
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> int:
     """Prints a line for every readable file; returns how many were not."""
     model, tokenizer, cfg = restore(checkpoint)
     failed = 0
-    for start in range(0, len(args.audio), args.batch_size):
+    paths = list_audio(args.audio)
+    for start in range(0, len(paths), args.batch_size):
         feats = {}
-        for path in args.audio[start : start + args.batch_size]:
+        for path in paths[start : start + args.batch_size]:
             try:
                 feats[path] = data.features(data.load_audio(path, cfg), cfg)
-            except (FileNotFoundError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 print(error, file=sys.stderr)
                 failed += 1
         if feats:
@@ -187,7 +239,7 @@ def transcribe(args: argparse.Namespace, checkpoint: dict) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("audio", nargs="*", help="audio files to transcribe")
+    parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe")
     parser.add_argument("--checkpoint", required=True, help="best.pt or checkpoint-*.pt")
     parser.add_argument("--data", help="corpus root; with --split: score that split")
     parser.add_argument("--split", help="folder below --data, e.g. dev-clean")
@@ -205,7 +257,7 @@ def main() -> int:
             score_split(args, checkpoint)
         elif transcribe(args, checkpoint):
             return 1
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -699,7 +699,7 @@ def check(root: Path, splits: Sequence[str]) -> bool:
         raise FileNotFoundError(f"{root}: no <split>/<speaker>/<chapter>/*.trans.txt in it")
     error_found = False
     for split in splits:
-        utterances, problems = scan_split(root, split)
+        utterances, problems = scan_split(root, split, decode=True)
         words = [word for utterance in utterances for word in utterance.text.split()]
         hours = sum(utterance.duration_s for utterance in utterances) / 3600
         speakers = {utterance.id.split("-")[0] for utterance in utterances}

@@ -3,12 +3,15 @@
 
     python train.py --data data/demo --train-splits train-demo --dev-split dev-demo \\
         --out out/demo --preset demo
-    python train.py ... --resume                            # goes on from the newest checkpoint
+    python train.py ... --resume      # goes on from the newest checkpoint, or begins
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end),
 checkpoint-<step>.pt (the last two) and best.pt. Every field of TrainConfig, ModelConfig and
 FeatureConfig is a flag.
+
+Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
+a checkpoint, to be resumed: 75 time limit, 128 + n signal n (138 SIGUSR1, 143 SIGTERM).
 
 You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Training v1.0 RNN-T.
 """
@@ -20,11 +23,12 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import islice
@@ -71,7 +75,9 @@ class TrainConfig:
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
-    resume: bool = False
+    resume: bool = False  # go on with what is in the run directory
+    restart: bool = False  # delete what is in the run directory
+    skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
     seed: int = 1
     loader_workers: int = 1  # processes that prepare batches
     eval_batch_size: int = 32
@@ -83,15 +89,23 @@ class TrainConfig:
             raise ValueError(f"preset: {self.preset!r}, expected one of {sorted(PRESETS)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision: {self.precision!r}, expected auto, bf16 or fp32")
-        for name in ("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name in ("lr", "clip_norm", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected more than 0")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 <= x < 1")
+        for names, is_valid, expected in (
+            (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
+             lambda x: x >= 1, "at least 1"),
+            (("lr", "epsilon", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
+            (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
+              "time_limit_s", "checkpoint_every_s", "seed", "loader_workers"),
+             lambda x: x >= 0, "at least 0"),
+            (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
+            (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
+        ):  # fmt: skip
+            for name in names:
+                if not is_valid(getattr(self, name)):
+                    raise ValueError(f"{name}: {getattr(self, name)}, expected {expected}")
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
+        if self.resume and self.restart:
+            raise ValueError("resume and restart exclude each other")
 
 
 # What else a preset changes: small corpora need small batches, hence more steps. LAMB turns every
@@ -103,6 +117,11 @@ RECIPES = {
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, loader_workers=2),
 }  # fmt: skip
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what batch systems send before they kill
+EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "SIGUSR1": 128 + signal.SIGUSR1,
+               "SIGTERM": 128 + signal.SIGTERM}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ flags and ranks
@@ -353,7 +372,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     trainer.parallel.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     moments = step_moments(trainer, batches)
-    count = sum(len(b.ids) for b in batches)
+    count = sum(b.asked for b in batches)  # the same on every rank
     total = 0.0
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -369,7 +388,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
     update_ema(trainer.ema, trainer.model, cfg.ema_decay)
-    return total / count, grad_norm
+    return total / sum(len(b.ids) for b in batches), grad_norm
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.Utterance],
@@ -394,17 +413,59 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------- log and checkpoints
+
+
+class Log:
+    """log.jsonl and the console, on rank 0 only."""
+
+    def __init__(self, out: Path, ranks: Ranks) -> None:
+        self.path = out / "log.jsonl" if ranks.rank == 0 else None
+
+    def write(self, event: str, **values: object) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def say(self, line: str) -> None:
+        if self.path is not None:
+            print(line, flush=True)
+
+    def rewind(self, progress: "Progress") -> None:
+        """Removes what was logged after the checkpoint that a run goes on from: it comes again."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off in the middle when the run was killed
+                continue
+            last = progress.evaluated if record["event"] == "eval" else progress.step
+            if record["step"] <= last:
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Writes beside `path` and renames, so that `path` is always whole."""
+    """Writes beside `path` and renames, so that `path` is always whole.
+
+    Raises:
+        OSError: the disk is full, the folder gone or read-only; what was at `path` is still there.
+    """
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(checkpoint | {"sha256": decode.digest(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer, on a full disk
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -413,86 +474,61 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 class Progress:
-    """Where a run is: epoch and step count from 1, `batch` steps of the epoch are done."""
+    """Where a run is: in `epoch`, from 1, `batch` steps are done; `step` counts from 1."""
 
     def __init__(self) -> None:
         self.epoch, self.batch, self.step = 1, 0, 0
+        self.loss_sum = 0.0  # over the steps of this epoch
+        self.seconds = 0.0  # of training and evaluating, over all restarts
         self.best_wer = math.inf
         self.evaluated = 0  # step of the newest evaluation
 
 
-def write_checkpoint(trainer: Trainer, progress: Progress, tokenizer: Tokenizer,
-                     features: FeatureConfig, is_best: bool = False) -> None:  # fmt: skip
-    """checkpoint-<step>.pt, of which the last two stay, and best.pt; rank 0 writes.
+def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint in the run directory, if --resume asks for it.
 
-    Contents: weights, averaged weights, optimiser state, position (epoch, steps done in it,
-    step), best WER, the three configs and the tokenizer. Random numbers need no state: each is
-    a function of the seed and the position.
+    Raises:
+        ValueError: a run is there and neither --resume nor --restart is given, or nothing of it
+            is readable, or it is not of this version.
     """
-    if trainer.ranks.rank != 0:
-        return
-    out = Path(trainer.cfg.out)
-    checkpoint = {
-        "format": 1,
-        "model": trainer.model.state_dict(),
-        "ema": trainer.ema.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "progress": vars(progress),
-        "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
-        "model_config": asdict(trainer.model.cfg),
-        "feature_config": asdict(features),
-        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
-    }
-    path = out / f"checkpoint-{progress.step:08d}.pt"
-    save_checkpoint(path, checkpoint)
-    if is_best:
-        partial = out / "best.partial"
-        shutil.copyfile(path, partial)
-        os.replace(partial, out / "best.pt")
-    for old in list_checkpoints(out)[:-2]:
-        old.unlink()
-    print(f"wrote {path}{' and best.pt' if is_best else ''}", flush=True)
-
-
-def resume_checkpoint(cfg: TrainConfig, model_cfg: ModelConfig) -> dict | None:
-    """The newest checkpoint in the run directory, if --resume asks for it and there is one."""
-    present = list_checkpoints(Path(cfg.out))
+    out = Path(cfg.out)
+    present = list_checkpoints(out)
+    there = [*out.glob("best.pt"), *present]
+    if not there or cfg.restart:
+        return None
     if not cfg.resume:
-        if present:
-            raise ValueError(f"{present[-1]} exists: give --resume to go on, or another --out")
-        return None
-    if not present:
-        return None
-    checkpoint = decode.load_checkpoint(present[-1])
-    stored = ModelConfig(**checkpoint["model_config"])
-    for field in fields(ModelConfig):
-        old, new = getattr(stored, field.name), getattr(model_cfg, field.name)
-        # The tokenizer may have found fewer pieces than asked for.
-        if old != new and field.name != "vocab_size":
-            raise ValueError(f"{present[-1]} has {field.name} {old}, this run {new}")
-    return checkpoint
+        raise ValueError(f"{there[-1]} exists: give --resume to go on, --restart to delete it, "
+                         "or another --out")  # fmt: skip
+    for path in reversed(present):
+        try:
+            return path, decode.load_checkpoint(path)
+        except decode.DamagedCheckpoint as error:
+            log.say(f"warning: {error}; trying the one before")
+    raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
+
+
+def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence) -> None:
+    """ValueError that names the field in which a run differs from the checkpoint it continues."""
+    stored = checkpoint["train_config"]["preset"]
+    if stored != preset:
+        raise ValueError(f"{path} has preset {stored}, this run {preset}")
+    asked = {"vocab_size": checkpoint["asked_vocab_size"]}
+    old_configs = (checkpoint["model_config"] | asked, checkpoint["feature_config"])
+    for config, stored in zip(configs, old_configs, strict=True):
+        for field, new in asdict(config).items():
+            old = stored.get(field)
+            if old != new:
+                raise ValueError(f"{path} has {field} {old}, this run {new}")
+
+
+def forget_run(out: Path) -> None:
+    """Deletes what training wrote to its run directory, and nothing else."""
+    for path in (*list_checkpoints(out), *out.glob("*.partial"), out / "best.pt",
+                 out / "log.jsonl"):  # fmt: skip
+        path.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------- the loop
-
-
-class Log:
-    """log.jsonl and the console, on rank 0 only."""
-
-    def __init__(self, out: Path, ranks: Ranks) -> None:
-        self.file = None
-        if ranks.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            self.file = (out / "log.jsonl").open("a", encoding="utf-8")
-
-    def write(self, event: str, **values: object) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps({"event": event, **values}) + "\n")
-            self.file.flush()
-
-    def say(self, line: str) -> None:
-        if self.file is not None:
-            print(line, flush=True)
 
 
 def git_commit() -> str | None:
@@ -526,7 +562,7 @@ def groups(items: Iterable, size: int) -> Iterator[list]:
 
 
 class Run:
-    """One training run: the data, the loop over epochs and steps, and what they report."""
+    """One training run: the data, the loop over epochs and steps, what it reports and saves."""
 
     def __init__(self, trainer: Trainer, features: FeatureConfig, tokenizer: Tokenizer,
                  train: Sequence[data.Utterance], dev: Sequence[data.Utterance],
@@ -535,6 +571,9 @@ class Run:
         self.train, self.dev = train, dev
         self.progress = Progress()
         self.started = self.saved = time.monotonic()
+        self.signal = 0  # the last one of STOP_SIGNALS
+        self.first_step = 0  # that this process did not do
+        self.asked_vocab_size = trainer.model.cfg.vocab_size  # the texts may give fewer pieces
         cfg = trainer.cfg
         self.global_batch = cfg.batch_size * cfg.accumulation * trainer.ranks.world
         self.steps_per_epoch = len(train) // self.global_batch
@@ -547,23 +586,50 @@ class Run:
             np.random.default_rng((cfg.seed, epoch)),
         )  # fmt: skip
         mine = order[self.progress.batch :, ranks.rank :: ranks.world]
-        dataset = data.SpeechDataset(self.train, self.tokenizer, self.features, cfg.seed, epoch)
+        dataset = data.SpeechDataset(
+            self.train, self.tokenizer, self.features, cfg.seed, epoch, cfg.skip_bad
+        )
         return data.batch_loader(
             dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers
         )
 
-    def out_of_time(self) -> bool:
-        """Rank 0 decides, so that all ranks stop at the same step."""
+    def stop_reason(self, bad_input: bool = False) -> str | None:
+        """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
         late = 0 < self.trainer.cfg.time_limit_s < time.monotonic() - self.started
-        return all_sum(torch.tensor(int(late and self.trainer.ranks.rank == 0)),
-                       self.trainer.ranks) > 0  # fmt: skip
+        # One step at least, or a job that is put back in the queue might never get on.
+        late = late and self.progress.step > self.first_step
+        mine = "bad input" if bad_input else ""
+        mine = mine or (signal.Signals(self.signal).name if self.signal else "")
+        reasons = ("", "time limit", "SIGUSR1", "SIGTERM", "bad input")
+        code = torch.tensor(reasons.index(mine or ("time limit" if late else "")))
+        if self.trainer.ranks.world > 1:
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+        return reasons[int(code)] or None
+
+    def next_batches(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]:
+        """The micro-batches of the next step; or none, and the reason to stop before it."""
+        found, problem = [], None
+        try:
+            found = next(batches)
+        except (OSError, ValueError) as error:
+            # From a worker process comes its whole traceback, which ends in the message.
+            problem = str(error).strip().splitlines()[-1]
+        reason = self.stop_reason(bad_input=problem is not None)
+        if reason == "bad input":
+            self.save()
+            raise ValueError(problem or "another rank has met bad input")
+        return found, reason
 
     def run_epoch(self) -> str | None:
         """Returns the reason to stop before the epoch's end, if there is one."""
         cfg, progress = self.trainer.cfg, self.progress
         epoch_started = waited_from = time.monotonic()
-        losses, utterances = [], 0
-        for batches in groups(self.epoch_loader(), cfg.accumulation):
+        first, batches = progress.batch, groups(self.epoch_loader(), cfg.accumulation)
+        left_out = 0
+        while progress.batch < self.steps_per_epoch:
+            current, reason = self.next_batches(batches)
+            if reason is not None:
+                return reason
             data_s = time.monotonic() - waited_from
             progress.step += 1
             progress.batch += 1
@@ -571,23 +637,26 @@ class Run:
                 progress.step, progress.epoch, cfg.lr, cfg.warmup_epochs, cfg.hold_epochs,
                 self.steps_per_epoch, cfg.lr_gamma, cfg.lr_min,
             )  # fmt: skip
-            loss, grad_norm = train_step(self.trainer, batches, progress.step, lr)
-            step_s = time.monotonic() - waited_from
-            self.report_step(loss, lr, grad_norm, step_s, data_s)
-            losses.append(loss)
-            utterances += self.global_batch
-            if self.out_of_time():
-                return "time limit"
-            if time.monotonic() - self.saved > cfg.checkpoint_every_s:
+            loss, grad_norm = train_step(self.trainer, current, progress.step, lr)
+            progress.loss_sum += loss
+            left_out += sum(b.asked - len(b.ids) for b in current)
+            self.report_step(loss, lr, grad_norm, time.monotonic() - waited_from, data_s)
+            at_end = progress.batch == self.steps_per_epoch  # where `run` saves anyway
+            if time.monotonic() - self.saved >= cfg.checkpoint_every_s and not at_end:
                 self.save()
             waited_from = time.monotonic()
         seconds = time.monotonic() - epoch_started
-        loss, rate = sum(losses) / len(losses), utterances / seconds
-        self.log.write("epoch", epoch=progress.epoch, loss=loss, utts_per_s=rate, seconds=seconds)
+        loss = progress.loss_sum / self.steps_per_epoch
+        rate = (self.steps_per_epoch - first) * self.global_batch / seconds
+        self.log.write("epoch", epoch=progress.epoch, step=progress.step, loss=loss,
+                       utts_per_s=rate, seconds=seconds)  # fmt: skip
         self.log.say(
             f"epoch {progress.epoch} | avg train utts/s {rate:.1f} | avg loss {loss:.2f} | "
             f"took {seconds:.1f} s"
         )
+        if left_out := int(all_sum(torch.tensor(left_out), self.trainer.ranks)):
+            self.log.say(f"epoch {progress.epoch} | {left_out} bad utterances left out")
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         return None
 
     def report_step(self, loss: float, lr: float, grad_norm: float, step_s: float,
@@ -609,44 +678,109 @@ class Run:
             hours = (time.monotonic() - self.started) * left / 3600
             self.log.say(f"projected: {hours:.2f} h for the rest of {cfg.epochs} epochs")
 
-    def save(self, is_best: bool = False) -> None:
-        write_checkpoint(self.trainer, self.progress, self.tokenizer, self.features, is_best)
-        self.saved = time.monotonic()
+    def seconds(self) -> float:
+        """Of training and evaluating, over all restarts; sets the clock that `started` is."""
+        return self.progress.seconds + time.monotonic() - self.started
 
-    def evaluate(self, epoch: int) -> float:
+    def save(self, is_best: bool = False) -> None:
+        """checkpoint-<step>.pt, of which the last two stay, and best.pt; rank 0 writes.
+
+        Contents: weights, averaged weights, optimiser state, position and best WER (Progress),
+        the three configs, the number of ranks and the tokenizer. Random numbers need no state:
+        each is a function of the seed and the position.
+        """
+        self.saved = time.monotonic()
+        trainer, progress = self.trainer, self.progress
+        if trainer.ranks.rank != 0:
+            return
+        out = Path(trainer.cfg.out)
+        checkpoint = {
+            "format": decode.CHECKPOINT_FORMAT,
+            "model": trainer.model.state_dict(),
+            "ema": trainer.ema.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "progress": vars(progress) | {"seconds": self.seconds()},
+            "ranks": trainer.ranks.world,
+            "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
+            "model_config": asdict(trainer.model.cfg),
+            "asked_vocab_size": self.asked_vocab_size,
+            "feature_config": asdict(self.features),
+            "tokenizer": torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8),
+        }
+        # In this order: killed between the two, a resumed run evaluates again, with this result.
+        if is_best:
+            save_checkpoint(out / "best.pt", checkpoint)
+        path = out / f"checkpoint-{progress.step:08d}.pt"
+        save_checkpoint(path, checkpoint)
+        for old in list_checkpoints(out)[:-2]:
+            old.unlink()
+        self.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
+
+    def restore(self, checkpoint: dict) -> None:
+        """Goes on where `checkpoint` stands, with other ranks or batches at the next epoch."""
+        trainer, progress = self.trainer, self.progress
+        trainer.model.load_state_dict(checkpoint["model"])
+        trainer.ema.load_state_dict(checkpoint["ema"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        vars(progress).update(checkpoint["progress"])
+        self.log.rewind(progress)
+        self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
+        old = checkpoint["train_config"]
+        shape = (checkpoint["ranks"], old["batch_size"], old["accumulation"])
+        ours = (trainer.ranks.world, trainer.cfg.batch_size, trainer.cfg.accumulation)
+        if shape != ours:
+            if progress.batch > 0:
+                progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+            # The schedule counts steps of today's size.
+            done = progress.evaluated == progress.step
+            progress.step = (progress.epoch - 1) * self.steps_per_epoch
+            progress.evaluated = progress.step if done else 0
+            self.log.say("ranks x batch x accumulation was {} x {} x {}, now {} x {} x {}: "
+                         .format(*shape, *ours) + f"goes on at epoch {progress.epoch}")  # fmt: skip
+
+    def evaluate(self) -> None:
         """Scores the dev split and writes a checkpoint."""
+        progress = self.progress
+        epoch = progress.epoch if progress.batch else progress.epoch - 1
         result = evaluate(self.trainer, self.tokenizer, self.dev, self.features)
-        hours = (time.monotonic() - self.started) / 3600
-        self.log.write("eval", epoch=epoch, step=self.progress.step, hours=hours, **result)
+        is_best = result["wer"] < progress.best_wer
+        progress.best_wer = min(result["wer"], progress.best_wer)
+        progress.evaluated = progress.step
+        self.log.write("eval", epoch=epoch, step=progress.step, hours=self.seconds() / 3600,
+                       **result)  # fmt: skip
         self.log.say(f"epoch {epoch} | dev ema wer {100 * result['wer']:.2f} % | "
                      f"{result['errors']:,} errors in {result['words']:,} words | "
                      f"rtf {result['rtf']:.4f} | took {result['seconds']:.1f} s")  # fmt: skip
-        is_best = result["wer"] < self.progress.best_wer
-        self.progress.best_wer = min(result["wer"], self.progress.best_wer)
-        self.progress.evaluated = self.progress.step
         self.save(is_best)
-        return result["wer"]
+
+    def finished(self) -> str | None:
+        if self.progress.best_wer <= self.trainer.cfg.target_wer:
+            return "target wer"
+        return "epochs" if self.progress.epoch > self.trainer.cfg.epochs else None
 
     def run(self) -> str:
-        """Trains until a limit is reached and returns which."""
-        cfg, progress = self.trainer.cfg, self.progress
-        while progress.epoch <= cfg.epochs:
-            if progress.best_wer <= cfg.target_wer:
-                return "target wer"
-            epoch, reason = progress.epoch, None
-            if progress.batch < self.steps_per_epoch:  # a checkpoint may stand at its end
-                reason = self.run_epoch()
-            if progress.batch == self.steps_per_epoch:
-                progress.epoch, progress.batch = epoch + 1, 0
-            self.evaluate(epoch)
-            if reason is not None:
-                return reason
-        return "epochs"
+        """Trains until a limit is reached or a signal arrives, and returns which."""
+        progress = self.progress
+        self.first_step = progress.step
+        if progress.batch == 0 and progress.evaluated < progress.step:
+            self.evaluate()  # the run ended between an epoch and its evaluation
+        reason = self.finished()
+        while reason is None:
+            reason = self.run_epoch()
+            self.save()
+            if reason in (None, "time limit"):
+                self.evaluate()
+                reason = reason or self.finished() or self.stop_reason()
+        return reason
 
 
 def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[list, list]:
     """Training utterances of all splits without the long ones, and the whole dev split."""
-    train = [u for split in cfg.train_splits for u in data.read_split(cfg.data, split, features)]
+    train = [
+        u
+        for split in cfg.train_splits
+        for u in data.read_split(cfg.data, split, features, cfg.skip_bad)
+    ]
     dev = data.read_split(cfg.data, cfg.dev_split, features)
     train, note = data.drop_long(train, features)
     for name, utterances in (("train", train), ("dev", dev)):
@@ -656,40 +790,66 @@ def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[li
     return train, dev
 
 
-def main() -> None:
+def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: ModelConfig,
+                features: FeatureConfig, log: Log) -> None:  # fmt: skip
+    """Every training text must have labels, and should have no more of them than frames.
+
+    Raises:
+        ValueError: with the ids of the utterances that the tokenizer cannot express.
+    """
+    frame_s = features.hop * features.splice * cfg.stack / features.sample_rate_hz
+    crowded, wrong = 0, []
+    for utterance in train:
+        try:
+            crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
+        except ValueError as error:
+            wrong.append(data.Problem("error", "text", utterance.id, str(error)))
+    if wrong:
+        raise ValueError("\n".join(["texts cannot be used:", *data.describe(wrong)]))
+    if crowded:
+        log.say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels "
+                f"than encoder frames of {1000 * frame_s:.0f} ms")  # fmt: skip
+
+
+def main() -> int:
     # 1 configs and ranks
     cfg, model_cfg, features = parse_configs(sys.argv[1:])
     ranks = init_ranks(cfg.timeout_s)
-    log = Log(Path(cfg.out), ranks)
+    out = Path(cfg.out)
+    log = Log(out, ranks)
     # Denormal numbers, which small LSTM gates produce, are many times slower to multiply.
     torch.set_flush_denormal(True)
-    checkpoint = resume_checkpoint(cfg, model_cfg)
+    found = find_checkpoint(cfg, log)
 
     # 2 data
     train, dev = load_corpus(cfg, features, log)
-    if checkpoint is None:
-        model_proto = data.train_tokenizer((u.text for u in train), model_cfg.vocab_size)
+    asked_vocab_size = model_cfg.vocab_size
+    if found is None:
+        tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), asked_vocab_size))
+        if tokenizer.vocab_size != asked_vocab_size:
+            log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give "
+                    f"{asked_vocab_size}")  # fmt: skip
     else:
-        model_proto = checkpoint["tokenizer"].numpy().tobytes()
-    tokenizer = Tokenizer(model_proto)
-    if tokenizer.vocab_size != model_cfg.vocab_size:
-        log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give "
-                f"{model_cfg.vocab_size}")  # fmt: skip
-        model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
+        path, checkpoint = found
+        tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+        check_same_run(path, checkpoint, cfg.preset, (model_cfg, features))
+    model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
+    check_texts(train, tokenizer, model_cfg, features, log)
 
     # 3 model and optimiser
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if found is None:
+            forget_run(out)
     trainer = make_trainer(cfg, model_cfg, ranks)
     run = Run(trainer, features, tokenizer, train, dev, log)
-    if checkpoint is not None:
-        trainer.model.load_state_dict(checkpoint["model"])
-        trainer.ema.load_state_dict(checkpoint["ema"])
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        vars(run.progress).update(checkpoint["progress"])
-        log.say(f"resumed at step {run.progress.step}, epoch {run.progress.epoch}")
+    run.asked_vocab_size = asked_vocab_size
+    if found is not None:
+        run.restore(checkpoint)
 
     # 4 say what is about to happen
     start = describe_start(trainer, features)
-    log.write("start", **start)
+    log.write("start", step=run.progress.step, **start)
     log.say(f"model: {start['parameters']:,} parameters, {tokenizer.vocab_size} classes; "
             f"{ranks.world} ranks x {start['threads']} threads, {start['precision']}; "
             f"{run.steps_per_epoch} steps of {run.global_batch} utterances an epoch; "
@@ -699,15 +859,18 @@ def main() -> None:
                 "raise --batch-size or --accumulation if the WER stays at 100 %")  # fmt: skip
 
     # 5 train
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
     reason = run.run()
     log.write("end", reason=reason, best_wer=run.progress.best_wer, step=run.progress.step)
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
     if ranks.world > 1:
         dist.destroy_process_group()
+    return EXIT_STATUS.get(reason, 0)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        sys.exit(main())
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

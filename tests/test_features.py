@@ -117,11 +117,13 @@ def test_8_khz_stereo_gives_both_warnings(tmp_path):
     assert len(set(messages)) == 2
 
 
-@pytest.mark.parametrize("name", ["missing.flac", ""], ids=["file", "folder"])
-def test_missing_audio_is_an_error_that_names_the_file(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing.flac", "No such file or directory"), ("", "Is a directory")]
+)
+def test_missing_audio_is_an_error_that_names_the_file(tmp_path, name, reason):
+    with pytest.raises(OSError, match=reason) as error:
         data.load_audio(tmp_path / name)
-    assert str(error.value) == f"{tmp_path / name}: no such audio file"
+    assert str(error.value) == f"{tmp_path / name}: {reason}"
 
 
 def test_text_is_an_error_that_names_the_file(tmp_path):
@@ -136,7 +138,7 @@ def test_half_a_flac_is_an_error(tmp_path):
     path = tmp_path / "a.flac"
     soundfile.write(path, noise(32000), 16000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="not readable as audio"):
+    with pytest.raises(ValueError, match="truncated"):
         data.load_audio(path)
 
 

@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing is lost: stopped, killed or damaged runs go on as if nothing had happened.
+
+    python -m pytest tests/test_restart.py
+
+Every case is a whole run of train.main on a tiny corpus, stopped in one way or other at a chosen
+step, and compared with a run that was never stopped: same losses in log.jsonl, same bytes of
+weights. The slow one kills a process at 50 random moments.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import soundfile
+import torch
+from tones import REPO, TINY, checkpoints, events, run_train, tiny_corpus
+
+import data
+import decode
+import train
+
+LAST = "checkpoint-00000012.pt"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(corpus, monkeypatch):
+    """run(out, *words, at={step: action}) -> exit status; an action happens before its step."""
+    handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
+    real_step = train.train_step
+
+    def start(out, *words, at=None, data_root=corpus):
+        def step_with_action(trainer, batches, step, lr):
+            if step in (at or {}):
+                at[step]()
+            return real_step(trainer, batches, step, lr)
+
+        monkeypatch.setattr(train, "train_step", step_with_action)
+        argv = ["train.py", "--data", str(data_root), "--out", str(out), *TINY, *map(str, words)]
+        monkeypatch.setattr(sys, "argv", argv)
+        return train.main()
+
+    yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_flush_denormal(False)  # main turns it on for good
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """words -> run directory of three epochs without a stop."""
+    made = {}
+
+    def directory(*words, launcher=()):
+        key = (words, tuple(launcher))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / "run"
+            done = run_train(corpus, made[key], *words, launcher=launcher)
+            assert done.returncode == 0, done.stderr
+        return made[key]
+
+    return directory
+
+
+class Killed(BaseException):
+    """Ends a run like SIGKILL: nothing in the program handles it."""
+
+
+def kill():
+    raise Killed
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            same_tensors(value, b[key])
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[key]), key
+
+
+def assert_same_run(out, expected):
+    """Steps, epochs and evaluations in the log, and everything in the last checkpoint."""
+    for kind, keys in (("step", ("step", "epoch", "loss", "lr", "grad_norm")),
+                       ("epoch", ("epoch", "loss")), ("eval", ("epoch", "errors"))):  # fmt: skip
+        ours, theirs = ([[e[k] for k in keys] for e in events(d, kind)] for d in (out, expected))
+        assert ours == theirs, kind
+    ours, theirs = (decode.load_checkpoint(d / LAST) for d in (out, expected))
+    for part in ("model", "ema", "optimizer"):
+        same_tensors(ours[part], theirs[part])
+    for name in ("epoch", "batch", "step", "loss_sum", "best_wer", "evaluated"):
+        assert ours["progress"][name] == theirs["progress"][name]
+    ours, theirs = (decode.load_checkpoint(d / "best.pt") for d in (out, expected))
+    same_tensors(ours["ema"], theirs["ema"])
+
+
+# ------------------------------------------------------------------------------ stops and restarts
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 12])
+def test_a_run_killed_before_any_step_goes_on_as_if_nothing_had_happened(
+    run, whole, tmp_path, step
+):
+    with pytest.raises(Killed):
+        run(tmp_path, "--checkpoint-every-s", 0, at={step: kill})
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_a_run_without_periodic_checkpoints_repeats_the_epoch(run, whole, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, at={7: kill})
+    assert [e["step"] for e in events(tmp_path, "step")] == [1, 2, 3, 4, 5, 6]
+    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+@pytest.mark.parametrize("words", [("--precision", "bf16"), ("--accumulation", "2")],
+                         ids=["bf16", "accumulation"])  # fmt: skip
+def test_resuming_is_exact_in_other_modes_too(run, whole, tmp_path, words):
+    words = (*words, "--epochs", 6) if "--accumulation" in words else words
+    with pytest.raises(Killed):
+        run(tmp_path, *words, "--checkpoint-every-s", 0, at={6: kill})
+    assert run(tmp_path, *words, "--resume") == 0
+    assert_same_run(tmp_path, whole(*words))
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_exactly(corpus, whole, tmp_path):
+    words = ("--batch-size", 1)
+    stopped = run_train(corpus, tmp_path, *words, "--time-limit-s", 1e-6, launcher=TORCHRUN)
+    assert stopped.returncode != 0
+    assert [e["event"] for e in events(tmp_path)][-1] == "end"
+    done = run_train(corpus, tmp_path, *words, "--resume", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    kept = [e for e in events(tmp_path, "eval") if e["step"] % 4 == 0]  # one more at the stop
+    assert [e["errors"] for e in kept] == [
+        e["errors"] for e in events(whole(*words, launcher=TORCHRUN), "eval")
+    ]
+    ours, theirs = (decode.load_checkpoint(d / LAST)
+                    for d in (tmp_path, whole(*words, launcher=TORCHRUN)))  # fmt: skip
+    same_tensors(ours["model"], theirs["model"])
+
+
+@pytest.mark.parametrize("number", train.STOP_SIGNALS)
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_ends_the_run_after_the_step_with_a_status_of_its_own(
+    run, whole, tmp_path, number, step
+):
+    assert run(tmp_path, at={step: send(number)}) == 128 + number
+    assert events(tmp_path)[-1]["reason"] == number.name
+    assert checkpoints(tmp_path)[-1] == f"checkpoint-{step:08d}.pt"
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_the_time_limit_has_a_status_of_its_own_and_one_step_is_done_before_it(run, tmp_path):
+    assert run(tmp_path, "--time-limit-s", 1e-6) == 75
+    assert checkpoints(tmp_path) == ["checkpoint-00000001.pt"]
+    assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
+    assert checkpoints(tmp_path)[-1] == "checkpoint-00000002.pt"
+
+
+def test_a_run_killed_while_it_evaluates_evaluates_again(run, whole, tmp_path, monkeypatch):
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *_: kill())
+    with pytest.raises(Killed):
+        run(tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]  # written before
+    monkeypatch.setattr(train, "evaluate", real)
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_killed_between_best_and_checkpoint_there_is_one_best(run, whole, tmp_path, monkeypatch):
+    """The evaluation is repeated; its result is found best again."""
+    real, saved = train.save_checkpoint, []
+
+    def save(path, checkpoint):
+        saved.append(path.name)
+        if saved[-2:-1] == ["best.pt"]:
+            kill()
+        real(path, checkpoint)
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    monkeypatch.setattr(train, "save_checkpoint", real)
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_a_finished_run_is_left_as_it_is(run, whole, tmp_path):
+    assert run(tmp_path) == 0
+    before = (tmp_path / LAST).read_bytes()
+    assert run(tmp_path, "--resume") == 0
+    assert (tmp_path / LAST).read_bytes() == before
+    assert events(tmp_path)[-1]["reason"] == "epochs"
+
+
+def test_more_epochs_continue_a_finished_run(run, whole, tmp_path):
+    assert run(tmp_path, "--epochs", 2) == 0
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_restart_deletes_the_run_and_nothing_else(run, whole, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
+    run(tmp_path, "--time-limit-s", 1e-6)
+    assert run(tmp_path, "--restart") == 0
+    assert_same_run(tmp_path, whole())
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_best_alone_is_a_run_too(run, tmp_path):
+    run(tmp_path, "--epochs", 1)
+    for name in checkpoints(tmp_path):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="best.pt exists: give --resume"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        run(tmp_path, "--resume")
+
+
+def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_path, capsys):
+    run(tmp_path, at={6: send(signal.SIGTERM)})  # two steps into the second epoch
+    capsys.readouterr()
+    assert run(tmp_path, "--resume", "--batch-size", 4) == 0
+    said = capsys.readouterr().out
+    assert "was 1 x 2 x 1, now 1 x 4 x 1: goes on at epoch 3" in said
+    # The schedule counts steps of the new size: two an epoch.
+    assert [e["step"] for e in events(tmp_path, "step")][-2:] == [5, 6]
+    assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_at_the_next_epoch(corpus, tmp_path):
+    stopped = run_train(corpus, tmp_path, "--time-limit-s", 1e-6)
+    assert stopped.returncode == 75, stopped.stderr
+    done = run_train(corpus, tmp_path, "--resume", "--batch-size", 1, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert "was 1 x 2 x 1, now 2 x 1 x 1: goes on at epoch 2" in done.stdout
+    assert [e["epoch"] for e in events(tmp_path, "epoch")] == [2, 3]
+
+
+# ------------------------------------------------------------------------------------------- damage
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_damaged_newest_checkpoint_is_passed_over(run, whole, tmp_path, capsys, damage):
+    run(tmp_path, "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
+    assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000007.pt"]
+    damage(tmp_path / "checkpoint-00000007.pt")
+    capsys.readouterr()
+    assert run(tmp_path, "--resume") == 0
+    assert "checkpoint-00000007.pt" in capsys.readouterr().out.splitlines()[0]
+    assert_same_run(tmp_path, whole())
+
+
+def test_without_a_readable_checkpoint_nothing_is_done(run, tmp_path):
+    run(tmp_path, "--checkpoint-every-s", 0, at={3: send(signal.SIGTERM)})
+    for name in checkpoints(tmp_path):
+        flip(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"no readable checkpoint-\*.pt to resume; --restart"):
+        run(tmp_path, "--resume")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_flipped_bit_is_noticed(whole, tmp_path):
+    contents = (whole() / LAST).read_bytes()
+    path = tmp_path / "flipped.pt"
+    noticed = 0
+    for place in random.Random(1).sample(range(len(contents)), 60):
+        spoilt = bytearray(contents)
+        spoilt[place] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        try:
+            found = decode.load_checkpoint(path)
+        except ValueError:
+            noticed += 1
+        else:  # a bit of the archive's own bookkeeping that no value depends on
+            assert decode.digest(found) == decode.digest(decode.load_checkpoint(whole() / LAST))
+    assert noticed > 30
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, whole, tmp_path):
+    run(tmp_path, "--time-limit-s", 1e-6)
+    path = tmp_path / "checkpoint-00000001.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"format": 1}, path)
+    with pytest.raises(ValueError, match="00000001.pt: format 1, this version reads"):
+        run(tmp_path, "--resume")
+
+
+# ------------------------------------------------------------------------------------ full disks
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(corpus, tmp_path):
+    """A limit on the size of files does what a full disk does: writing fails in the middle."""
+    first = run_train(corpus, tmp_path, "--epochs", 1)
+    assert first.returncode == 0, first.stderr
+    size = (tmp_path / "checkpoint-00000004.pt").stat().st_size
+    before = (tmp_path / "checkpoint-00000004.pt").read_bytes()
+    command = [sys.executable, str(REPO / "train.py"), "--data", str(corpus), "--out",
+               str(tmp_path), *TINY, "--resume"]  # fmt: skip
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))  # noqa: E731
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=300,
+                          check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "checkpoint-00000008.pt could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]
+    assert (tmp_path / "checkpoint-00000004.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_vanished_run_directory_ends_the_run(run, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="run"):
+        run(out, at={6: lambda: out.rename(tmp_path / "elsewhere")})
+    assert checkpoints(tmp_path / "elsewhere") == ["checkpoint-00000004.pt"]
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file" / "run")
+
+
+# ---------------------------------------------------------------- files that go bad in training
+
+
+@pytest.fixture
+def own_corpus(tmp_path):
+    return tiny_corpus(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
+    run, whole, own_corpus, tmp_path, workers
+):
+    path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
+    good = path.read_bytes()
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="1-2-0003.flac: truncated"):
+        run(out, "--loader-workers", workers, data_root=own_corpus,
+            at={4: lambda: path.write_bytes(good[:500])})  # fmt: skip
+    path.write_bytes(good)
+    assert checkpoints(out)
+    assert run(out, "--resume", data_root=own_corpus) == 0
+    assert_same_run(out, whole())
+
+
+def test_skip_bad_goes_on_without_the_file_and_counts_it(run, own_corpus, tmp_path, capsys):
+    path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
+    out = tmp_path / "run"
+    with pytest.warns(UserWarning, match="left out: .*1-2-0003.flac"):
+        status = run(out, "--skip-bad", data_root=own_corpus, at={4: path.unlink})
+    assert status == 0
+    assert len(events(out, "step")) == 12
+    said = capsys.readouterr().out
+    assert "epoch 2 | 1 bad utterances left out" in said
+    assert "epoch 3 | 1 bad utterances left out" in said
+
+
+def test_a_batch_of_bad_files_alone_ends_the_run(run, own_corpus, tmp_path):
+    def spoil():
+        for path in (own_corpus / "train" / "1" / "2").glob("*.flac"):
+            path.write_bytes(b"")
+
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="none of the utterances of a batch"),
+    ):
+        run(tmp_path / "run", "--skip-bad", data_root=own_corpus, at={4: spoil})
+
+
+def test_a_text_that_the_tokenizer_cannot_express_is_named_at_the_start(run, own_corpus, tmp_path):
+    run(tmp_path / "run", "--time-limit-s", 1e-6, data_root=own_corpus)
+    transcript = own_corpus / "train" / "1" / "2" / "1-2.trans.txt"
+    transcript.write_text(transcript.read_text().replace("1-2-0001 TWO", "1-2-0001 ŻÓŁW"))
+    with pytest.raises(ValueError, match="1-2-0001: 'ŻÓŁW': the tokenizer has no piece"):
+        run(tmp_path / "run", "--resume", data_root=own_corpus)
+
+
+# ------------------------------------------------------------------------------------ SIGKILL
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lose_nothing(corpus, tmp_path):
+    """Each life is killed up to a second after its first step; a checkpoint follows every step."""
+    words = ["--epochs", "100", "--checkpoint-every-s", "0", "--lr-gamma", "0.99", "--resume"]
+    undisturbed = tmp_path / "undisturbed"
+    done = run_train(corpus, undisturbed, *words)
+    assert done.returncode == 0, done.stderr
+    out, moments, kills, steps = tmp_path / "killed", random.Random(5), 0, 0
+    command = [sys.executable, str(REPO / "train.py"), "--data", str(corpus), "--out", str(out),
+               *TINY, *words]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while kills < 50:
+        life = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        for line in life.stdout:
+            if line.startswith("wrote"):
+                break
+        time.sleep(moments.random())
+        life.kill()
+        life.communicate()
+        kills += 1
+        before, steps = steps, max((e["step"] for e in events(out, "step")), default=0)
+        assert steps >= before - 1  # one checkpoint a step
+        for path in (*out.glob("checkpoint-*.pt"), *out.glob("best.pt")):
+            decode.load_checkpoint(path)  # never torn
+        if life.returncode == 0:  # it was faster than the clock
+            break
+    assert kills >= 10
+    done = run_train(corpus, out, *words)
+    assert done.returncode == 0, done.stderr
+    for kind, keys in (("step", ("step", "loss")), ("eval", ("epoch", "errors"))):
+        ours, theirs = ([[e[k] for k in keys] for e in events(d, kind)] for d in (out, undisturbed))
+        assert ours == theirs
+    ours, theirs = (
+        decode.load_checkpoint(d / "checkpoint-00000400.pt") for d in (out, undisturbed)
+    )
+    for part in ("model", "ema", "optimizer"):
+        same_tensors(ours[part], theirs[part])
+
+
+def test_a_torn_line_of_the_log_is_removed(run, whole, tmp_path):
+    run(tmp_path, at={3: send(signal.SIGTERM)})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')
+    assert run(tmp_path, "--resume") == 0
+    assert all(json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert_same_run(tmp_path, whole())
+
+
+def test_loading_finds_what_was_saved(tmp_path):
+    checkpoint = {"format": decode.CHECKPOINT_FORMAT, "x": torch.arange(3), "y": (1, [2.5, None])}
+    train.save_checkpoint(tmp_path / "a.pt", checkpoint)
+    assert decode.digest(decode.load_checkpoint(tmp_path / "a.pt")) == decode.digest(checkpoint)
+    assert data.FORMATS  # imported for its side of the contract: soundfile reads all of them
+    assert all(name in soundfile.available_formats() for names in data.FORMATS.values()
+               for name in names)  # fmt: skip
