@@ -68,8 +68,21 @@ class FeatureConfig:
         return -(-self.num_mels * self.splice // self.align) * self.align
 
     def __post_init__(self) -> None:
-        if not 0 < self.speed_min <= self.speed_max:
-            raise ValueError(f"speed_min {self.speed_min} > speed_max {self.speed_max}")
+        for names, is_valid, expected in (
+            (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
+              "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
+            (("dither", "freq_masks", "freq_mask_max", "time_masks"),
+             lambda x: x >= 0, "at least 0"),
+            (("preemphasis", "time_mask_max"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("max_utterance_s", "speed_min"), lambda x: x > 0, "more than 0"),
+            (("trim_db",), lambda x: x <= 0, "at most 0"),
+            (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
+            (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
+            (("speed_max",), lambda x: x >= self.speed_min, f"at least {self.speed_min}"),
+        ):  # fmt: skip
+            for name in names:
+                if not is_valid(getattr(self, name)):
+                    raise ValueError(f"{name}: {getattr(self, name)}, expected {expected}")
 
 
 DEFAULT = FeatureConfig()

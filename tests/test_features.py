@@ -496,7 +496,7 @@ def test_speed_changes_nothing_but_the_pitch_of_a_tone(frequency_hz):
 
 
 def test_impossible_speeds_are_an_error():
-    with pytest.raises(ValueError, match=r"speed_min 1\.2 > speed_max 1\.1"):
+    with pytest.raises(ValueError, match=r"speed_max: 1\.1, expected at least 1\.2"):
         FeatureConfig(speed_min=1.2, speed_max=1.1)
 
 

@@ -969,7 +969,17 @@ def test_flags_win_over_the_preset_wherever_they_stand(words):
         ["--precision", "fp16"],
         ["--enc-dropout", "1.25"],
         ["--stack", "0"],
-        ["--speed-min", "1.75"],
+        ["--speed-max", "0.75"],
+        ["--hop", "0"],
+        ["--time-mask-max", "1.5"],
+        ["--freq-mask-max", "81"],
+        ["--fft-size", "256"],
+        ["--trim-db", "3"],
+        ["--lr-min", "0.5"],
+        ["--lr-gamma", "1.01"],
+        ["--seed", "-1"],
+        ["--epochs", "many"],
+        ["--unknown", "1"],
     ],
 )
 def test_a_wrong_flag_ends_with_status_2_and_is_named(words, capsys):

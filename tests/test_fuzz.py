@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random input to everything that reads files: it works, or fails with the documented errors.
+
+    python -m pytest tests/test_fuzz.py                # some hundred inputs
+    python -m pytest tests/test_fuzz.py -m slow        # more than 10,000
+
+Hypothesis draws the inputs from a fixed seed and shrinks what fails.
+"""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import decode
+from data import FeatureConfig, Problem
+
+COUNTS = [pytest.param(100, id="quick"), pytest.param(4000, id="long", marks=pytest.mark.slow)]
+
+
+def fuzz(count, strategy, check):
+    """Runs `check` on `count` inputs."""
+    seen = []
+    common = dict(max_examples=count, deadline=None, derandomize=True, database=None,
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+
+    @settings(**common)
+    @given(strategy)
+    def one(value):
+        seen.append(0)
+        check(value)
+
+    one()
+    assert len(seen) >= count / 2  # hypothesis stops early when it has tried everything
+
+
+def encode(samples, name, rate=16000, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=name, **options)
+    return buffer.getvalue()
+
+
+TONE = 0.3 * np.sin(np.arange(2400) / 7)
+GOOD = {
+    "flac": encode(TONE, "FLAC"), "wav": encode(TONE, "WAV", subtype="FLOAT"),
+    "ogg": encode(TONE, "OGG"),
+}  # fmt: skip
+
+
+@st.composite
+def spoilt_audio(draw):
+    """Suffix and bytes: a good file cut, with bytes changed, put in or left out."""
+    suffix = draw(st.sampled_from(sorted(GOOD)))
+    contents = bytearray(GOOD[suffix])
+    for _ in range(draw(st.integers(1, 6))):
+        if not contents:
+            break
+        # Headers are short and matter most.
+        place = draw(st.integers(0, len(contents) - 1) | st.integers(0, min(99, len(contents) - 1)))
+        kind = draw(st.sampled_from(["change", "insert", "delete", "cut"]))
+        if kind == "change":
+            contents[place] = draw(st.integers(0, 255))
+        elif kind == "insert":
+            contents[place:place] = draw(st.binary(min_size=1, max_size=40))
+        elif kind == "delete":
+            del contents[place : place + draw(st.integers(1, 40))]
+        else:
+            del contents[place:]
+    return suffix, bytes(contents)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.filterwarnings("ignore")
+def test_spoilt_audio_is_read_or_refused(tmp_path, count):
+    def check(drawn):
+        suffix, contents = drawn
+        path = tmp_path / f"1-2-0000.{suffix}"
+        path.write_bytes(contents)
+        try:
+            samples, rate = data.read_audio(path)
+        except (OSError, ValueError) as error:
+            expected = Problem("error", "audio not readable", "1-2-0000", str(error))
+            found = data.probe_audio("1-2-0000", path, FeatureConfig(), decode=True)
+            assert found == (0, [expected])
+            assert path.name in expected.message
+            return
+        assert len(samples) > 0
+        assert np.isfinite(samples).all()
+        assert rate > 0
+
+    fuzz(count, spoilt_audio(), check)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_samples_have_finite_features(count):
+    numbers = st.floats(-1, 1, width=32) | st.sampled_from([0.0, 1.0, -1.0, 1e-30, 1e-7])
+    short = st.lists(numbers, min_size=1, max_size=700).map(lambda x: np.array(x, np.float32))
+
+    def check(drawn):
+        samples, seed = drawn
+        rng = None if seed is None else np.random.default_rng(seed)
+        feats = data.features(samples, FeatureConfig(), rng)
+        assert feats.shape[1] == 256
+        assert torch.isfinite(feats).all()
+
+    fuzz(count, st.tuples(short, st.none() | st.integers(0, 99)), check)
+
+
+LINE = st.sampled_from(["1-2-0000 ONE TWO", "1-2-0001 THREE", "1-2-0000 ", "1-3-0000 ONE"])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_transcript_gives_good_lines_and_problems(tmp_path, count):
+    folder = tmp_path / "1" / "2"
+    folder.mkdir(parents=True)
+    path = folder / "1-2.trans.txt"
+    lines = st.lists(LINE | st.text(max_size=30), max_size=6).map("\n".join).map(str.encode)
+
+    def check(contents):
+        path.write_bytes(contents)
+        problems: list[Problem] = []
+        good = list(data.read_transcripts(path, problems))
+        for where, utterance_id, text in good:
+            assert where.startswith(f"{path}:")
+            assert utterance_id.startswith("1-2-")
+            assert text.split() == text.split(" ")
+            assert text.split()
+        errors = [p for p in problems if p.level == "error"]
+        if all(p.kind != "transcript not readable" for p in errors):
+            pieces = contents.decode().split("\n")
+            assert len(good) + len(errors) == len(pieces) - (pieces[-1] == "")
+
+    fuzz(count, lines | st.binary(max_size=80), check)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_what_is_no_checkpoint_is_refused(tmp_path, count):
+    buffer = io.BytesIO()
+    torch.save({"format": decode.CHECKPOINT_FORMAT, "x": torch.arange(40)}, buffer)
+    good, path = buffer.getvalue(), tmp_path / "a.pt"
+
+    def check(drawn):
+        place, patch = drawn
+        path.write_bytes(good[:place] + patch + good[place + len(patch) :])
+        with pytest.raises(ValueError, match="a.pt"):  # there is no checksum in it
+            decode.load_checkpoint(path)
+
+    fuzz(count, st.tuples(st.integers(0, len(good)), st.binary(max_size=30)), check)
