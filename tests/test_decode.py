@@ -448,6 +448,29 @@ def test_bad_files_are_reported_and_good_ones_transcribed_all_the_same(scene, tm
     assert [line.split(":")[0] for line in lines] == [str(text), str(absent), str(empty)]
 
 
+def test_a_folder_of_good_and_bad_files_is_transcribed(scene, main, tmp_path):
+    folder = tmp_path / "calls" / "monday"
+    folder.mkdir(parents=True)
+    for name, source in (("b.flac", scene.audio[0]), ("d.flac", scene.audio[2])):
+        (folder / name).write_bytes(source.read_bytes())
+    (folder / "a.wav").write_bytes(b"")
+    (folder / "c.flac").write_text("version https://git-lfs.github.com/spec/v1")
+    (folder / "notes.txt").write_text("no audio")
+    status, printed, errors = main("--checkpoint", scene.checkpoint, tmp_path / "calls")
+    assert status == 1
+    expected = [f"{folder}/{name}\t{scene.texts[i]}" for name, i in (("b.flac", 0), ("d.flac", 2))]
+    assert printed.splitlines() == expected
+    assert [line.split(":")[0] for line in errors.splitlines()] == [
+        f"{folder}/a.wav", f"{folder}/c.flac",
+    ]  # fmt: skip
+
+
+def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
+    status, _, errors = main("--checkpoint", scene.checkpoint, tmp_path)
+    assert status == 1
+    assert f"{tmp_path}: no .flac, .wav, .ogg files" in errors
+
+
 def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):
     done = scene.run("--data", scene.root, "--split", "dev")
     assert done.returncode == 0, done.stderr
