@@ -180,8 +180,8 @@ def change_speed(samples: np.ndarray, factor: float, cfg: FeatureConfig = DEFAUL
     return slower[: math.ceil(len(samples) * target_hz / cfg.sample_rate_hz)]
 
 
-def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """Cuts what is quieter than `trim_db` below the loudest window from both ends.
+def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple[int, int]:
+    """Start and end, in samples, of what is less than `trim_db` below the loudest window.
 
     The rule is DALI's NonsilentRegion: from the first to the last window of `trim_window`
     samples whose mean square reaches the threshold, the last one whole. All-zero audio stays.
@@ -191,7 +191,13 @@ def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarra
     energy[window:] -= energy[:-window].copy()
     energy = energy[window - 1 :]  # (n - window + 1,) sums over samples[i : i + window]
     loud = np.flatnonzero(energy >= energy.max() * 10 ** (cfg.trim_db / 10))
-    return samples[loud[0] : loud[-1] + window]
+    return int(loud[0]), int(loud[-1]) + window
+
+
+def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """Cuts what is quieter from both ends."""
+    start, end = nonsilent_region(samples, cfg)
+    return samples[start:end]
 
 
 # ---------------------------------------------------------------------------- samples to features
@@ -303,6 +309,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.pieces.decode(list(ids))
+
+    def starts_word(self, id_: int) -> bool:
+        return self.pieces.id_to_piece(id_).startswith("\u2581")  # sentencepiece's space
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -14,11 +14,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import seedrun
@@ -78,7 +79,7 @@ class Lattice(nn.Module):
     def joint(self, encoded, predicted):
         nodes = zip(encoded.tolist(), predicted.int().tolist(), strict=True)
         likeliest = [self.arcs[b].get((t, u), self.cfg.blank) for (b, t), (u,) in nodes]
-        return nn.functional.one_hot(torch.tensor(likeliest), self.cfg.vocab_size)
+        return nn.functional.one_hot(torch.tensor(likeliest), self.cfg.vocab_size).float()
 
 
 def walk(arcs, lens, **caps):
@@ -143,6 +144,20 @@ def test_the_default_caps_are_the_originals():
 
 def test_one_frame_is_enough():
     assert walk([{(0, 0): 1, (0, 1): 2}, {}], [1, 1])[0] == [[1, 2], []]
+
+
+def test_the_path_is_handed_over_arc_by_arc():
+    model = Lattice([{(0, 0): 1, (0, 1): 2, (2, 2): 3}, {}]).eval()
+    paths = []
+    decode.greedy_decode(model, torch.zeros(2, 3, 1), torch.tensor([3, 1]), arcs=paths)
+    blank = model.cfg.blank
+    taken = [(0, 1), (0, 2), (0, blank), (1, blank), (2, 3), (2, blank)]
+    assert [[(a.frame, a.label) for a in path] for path in paths] == [taken, [(0, blank)]]
+    # The likeliest of 9 classes has logit 1, the others 0.
+    likeliest, other = 1 - math.log(math.e + 8), -math.log(math.e + 8)
+    for arc in paths[0]:
+        assert arc.log_prob == pytest.approx(likeliest)
+        assert arc.blank_log_prob == pytest.approx(likeliest if arc.label == blank else other)
 
 
 # ---------------------------------------------------------------------------------- random models
@@ -231,6 +246,17 @@ def test_an_utterance_shorter_than_the_stack_is_one_frame():
     lens = torch.tensor([1, 5, 8, 9, 16][: len(feats)]).clamp_max(feats.shape[1])
     expected = [decode_alone(model, feats[b, :n]) for b, n in enumerate(lens)]
     assert decode.greedy_decode(model, feats, lens) == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_of_the_path_are_the_hypothesis(seed):
+    model, batch, paths = random_model(seed), random_batch(seed), []
+    hypotheses = decode.greedy_decode(model, *batch, max_symbols_per_frame=4, arcs=paths)
+    assert hypotheses == batch_hypotheses(seed)
+    for path, hypothesis, frames in zip(paths, hypotheses, (batch[1] + 1) // 2, strict=True):
+        assert [arc.label for arc in path if arc.label != model.cfg.blank] == hypothesis
+        assert sorted({arc.frame for arc in path}) == list(range(frames))
+        assert all(arc.log_prob >= arc.blank_log_prob for arc in path)
 
 
 def test_decoding_needs_no_gradient():
@@ -368,6 +394,47 @@ def test_levenshtein_is_the_least_number_of_edits():
         assert {word: decode.levenshtein(start, word) for word in words} == distance
 
 
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "expected"),
+    [
+        ("a b c", "a b c", ["a a", "b b", "c c"]),
+        ("a x c", "a b c", ["a a", "x b", "c c"]),
+        ("a c", "a b c", ["a a", "- b", "c c"]),
+        ("a b x c", "a b c", ["a a", "b b", "x -", "c c"]),
+        ("", "a b", ["- a", "- b"]),
+        ("a", "", ["a -"]),
+    ],
+)
+def test_alignment_names_the_words_that_stand_for_each_other(hypothesis, reference, expected):
+    pairs = decode.align(hypothesis.split(), reference.split())
+    assert [" ".join(word or "-" for word in pair) for pair in pairs] == expected
+
+
+def test_alignment_keeps_both_sides_in_order():
+    for a, b in product(["".join(x) for x in product("ab", repeat=4)], repeat=2):
+        pairs = decode.align(a, b)
+        assert "".join(x for x, _ in pairs if x) == a
+        assert "".join(y for _, y in pairs if y) == b
+
+
+def test_the_most_frequent_errors_are_counted():
+    hypotheses = ["ON THE SIX", "ON THE SIX", "A CAT", "SIX"]
+    references = ["ON THE SEX", "ON A SEX", "CAT", "SIX OF"]
+    assert decode.describe_errors(hypotheses, references) == [
+        "substitutions: 3: SEX -> SIX (2), A -> THE (1)",
+        "insertions: 1: A (1)",
+        "deletions: 1: OF (1)",
+    ]
+    assert decode.describe_errors(hypotheses, references, most=1)[0].endswith("SEX -> SIX (2)")
+    assert decode.describe_errors(["A"], ["A"])[1] == "insertions: 0"
+
+
+def test_a_model_of_blanks_is_told_in_words():
+    assert decode.describe_blanks(300, 100, 50) == ["blank ratio: 0.750, 0.333 symbols a frame"]
+    _, line = decode.describe_blanks(300, 4, 50)
+    assert line == "the model emits (almost) only blanks: 4 symbols for 50 words"
+
+
 def test_evaluation_batches_hold_every_utterance_once_longest_first():
     lengths = [3.0, 9.0, 1.0, 7.0, 5.0]
     utterances = [data.Utterance(str(i), "", s, "") for i, s in enumerate(lengths)]
@@ -400,9 +467,11 @@ class Scene:
             "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
         }  # fmt: skip
         train.save_checkpoint(self.checkpoint, self.contents)
-        feats = [data.features(data.load_audio(path)) for path in self.audio]
-        alone = [decode.greedy_decode(model, f[None], torch.tensor([len(f)])) for f in feats]
-        self.texts = [tokenizer.decode(hypothesis) for (hypothesis,) in alone]
+        self.model, self.tokenizer = model, tokenizer
+        self.feats = [data.features(data.load_audio(path)) for path in self.audio]
+        alone = [decode.greedy_decode(model, f[None], torch.tensor([len(f)])) for f in self.feats]
+        self.labels = [hypothesis for (hypothesis,) in alone]
+        self.texts = [tokenizer.decode(hypothesis) for hypothesis in self.labels]
         assert len(set(self.texts)) == len(TEXTS), self.texts
         assert all(self.texts)
 
@@ -514,6 +583,7 @@ def test_a_split_with_errors_is_not_scored(scene, main):
         ["a.flac", "--split", "dev"],
         ["a.flac", "--batch-size", "0"],
         ["a.flac", "--batch-size", "two"],
+        ["--data", "corpus", "--split", "dev", "--ctm", "c.ctm"],
         ["a.flac", "--beam", "4"],
         ["a.flac", "--batch", "4"],  # no abbreviations
     ],
@@ -528,6 +598,134 @@ def test_the_checkpoint_flag_is_required(main, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         main("a.flac")
     assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_a_score_says_what_the_errors_are(scene, main):
+    status, out, _ = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "dev")
+    assert status == 0
+    lines = decode.describe_errors(scene.texts, TEXTS)
+    assert out.splitlines()[1:4] == lines
+    shares = re.fullmatch(r"blank ratio: ([0-9.]+), ([0-9.]+) symbols a frame", out.splitlines()[4])
+    frames = sum(-(-len(f) // scene.model.cfg.stack) for f in scene.feats)
+    symbols = sum(map(len, scene.labels))
+    assert shares[1] == f"{frames / (frames + symbols):.3f}"
+    assert shares[2] == f"{symbols / frames:.3f}"
+
+
+# ------------------------------------------------------------------------------ what was heard when
+
+
+def emission(frame, label, confidence):
+    return decode.Arc(frame, label, math.log(confidence), math.log(0.001))
+
+
+def test_words_begin_at_their_first_piece_and_end_after_the_frame_of_the_last(scene):
+    tokenizer = scene.tokenizer
+    pieces = [tokenizer.encode(word) for word in ("ONE", "SIX")]
+    path, frames, chances = [], iter(range(2, 99, 2)), iter(np.linspace(0.9, 0.1, 50))
+    expected = []
+    for word, ids in zip(("ONE", "SIX"), pieces, strict=True):
+        arcs = []
+        for label in ids:
+            t = next(frames)
+            arcs += [emission(t, label, next(chances)), emission(t, tokenizer.blank, 0.8)]
+        path += arcs
+        lowest = min(math.exp(a.log_prob) for a in arcs if a.label != tokenizer.blank)
+        expected.append((word, 5 + 0.12 * arcs[0].frame, 5 + 0.12 * (arcs[-1].frame + 1), lowest))
+    assert len(pieces[0]) > 1  # else the test says nothing of pieces
+    words = decode.words_of(path, tokenizer, 0.12, 5.0)
+    assert [w.text for w in words] == ["ONE", "SIX"]
+    assert [tuple(w)[1:] for w in words] == [pytest.approx(e[1:]) for e in expected]
+
+
+def test_a_frame_of_the_democratized_model_has_240_ms():
+    cfg = train.PRESETS["democratized"]
+    assert (
+        decode.frame_seconds(train.Transducer(replace(cfg, enc_hidden=1)), FeatureConfig()) == 0.24
+    )
+
+
+def read_ctm(path):
+    comment, *rows = path.read_text(encoding="utf-8").splitlines()
+    assert comment == ";; times are those of emissions, in frames of 0.060 s"
+    return [row.split() for row in rows]
+
+
+@pytest.fixture
+def heard(scene, main, tmp_path):
+    """Words by ctm and by JSON of all files."""
+    status, *_ = main("--checkpoint", scene.checkpoint, *scene.audio, "--batch-size", 3,
+                      "--ctm", tmp_path / "a.ctm", "--json", tmp_path / "a.json")  # fmt: skip
+    assert status == 0
+    return read_ctm(tmp_path / "a.ctm"), json.loads((tmp_path / "a.json").read_text())
+
+
+def test_word_times_are_written_for_all_files(scene, heard):
+    _, as_json = heard
+    assert as_json["precision_s"] == 0.06  # stack 2
+    assert [f["path"] for f in as_json["files"]] == list(map(str, scene.audio))
+    assert [f["text"] for f in as_json["files"]] == scene.texts
+    for path, file, feats in zip(scene.audio, as_json["files"], scene.feats, strict=True):
+        assert " ".join(w["text"] for w in file["words"]) == " ".join(file["text"].split())
+        starts = [w["start_s"] for w in file["words"]]
+        assert starts == sorted(starts)
+        assert file["words"], path
+        for w in file["words"]:
+            assert 0 <= w["start_s"] < w["end_s"] <= 0.06 * -(-len(feats) // 2) + 1e-9
+            assert 1 / 20 < w["confidence"] <= 1
+
+
+def test_ctm_and_json_say_the_same(scene, heard):
+    rows, as_json = heard
+    expected = [
+        [path.stem, "1", f"{w['start_s']:.3f}", f"{w['end_s'] - w['start_s']:.3f}", w["text"],
+         f"{w['confidence']:.3f}"]
+        for path, file in zip(scene.audio, as_json["files"], strict=True)
+        for w in file["words"]
+    ]  # fmt: skip
+    assert rows == expected
+
+
+def test_times_count_from_the_start_of_the_file(scene, main, tmp_path):
+    """Silence is cut off before decoding; it is in the times all the same."""
+    sound, starts = data.load_audio(scene.audio[0]), []
+    for silence in (4_000, 12_345):  # longer than trimming leaves
+        path = tmp_path / f"{silence}.wav"
+        soundfile.write(path, np.concatenate([np.zeros(silence), sound]), 16000, "FLOAT")
+        main("--checkpoint", scene.checkpoint, path, "--json", tmp_path / "a.json")
+        (file,) = json.loads((tmp_path / "a.json").read_text())["files"]
+        starts.append(np.array([w["start_s"] for w in file["words"]]))
+    assert starts[1] - starts[0] == pytest.approx((12_345 - 4_000) / 16000)
+    assert starts[0].min() > (4_000 - 2_048) / 16000  # a window of 2048 that reaches the sound
+
+
+def test_words_of_a_picture_are_labelled_with_what_was_said():
+    words = [decode.Word(text, t, t + 0.5, 0.9) for t, text in enumerate(["A", "X", "C", "D"])]
+    heard = decode.Heard("", "A X C D", words, [], -0.25)
+    assert decode.label_words(heard, "A B C") == [
+        (0, "A", "black"), (1, "X (B)", "red"), (2, "C", "black"), (3, "+D", "red"),
+    ]  # fmt: skip
+    assert decode.label_words(heard, "A M X C D")[1] == (0.5, "-M", "red")
+    assert decode.label_words(heard, "M A X C D")[0] == (-0.25, "-M", "red")
+    assert {colour for _, _, colour in decode.label_words(heard, None)} == {"black"}
+
+
+def test_a_reference_is_looked_for_beside_the_file(scene, tmp_path):
+    assert [decode.find_reference(str(path)) for path in scene.audio] == TEXTS
+    assert decode.find_reference(str(tmp_path / "a.flac")) is None
+
+
+def test_a_picture_is_drawn(scene, main, tmp_path):
+    picture = tmp_path / "heard.png"
+    status, *_ = main("--checkpoint", scene.checkpoint, scene.audio[3], "--plot", picture)
+    assert status == 0
+    assert main("--checkpoint", scene.checkpoint, *scene.audio, "--plot", picture)[::2] == (
+        1, f"--plot: {len(TEXTS)} audio files, expected 1\n"
+    )  # fmt: skip
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (500, 800)
+    red = (pixels[..., 0] > 0.9) & (pixels[..., 1:3].max(-1) < 0.2)
+    assert red.sum() > 100  # random weights make errors
 
 
 # ------------------------------------------------------------------------------------- checkpoints
