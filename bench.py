@@ -2,10 +2,11 @@
 """Every performance figure of the README, one subcommand each; the last line printed is JSON.
 
     python bench.py step [--data ROOT --split S] [flags of train.py]   # where a step's time goes
+    python bench.py report [--data ROOT --split S] [flags of train.py]  # what its reports cost
     python bench.py loss                                # joint network and loss, fused and plain
     python bench.py features [--data ROOT --split S]    # processor time of the front end
     python bench.py decode --checkpoint C --data ROOT --split S        # greedy search
-    python bench.py curves RUN [RUN ...] --png FILE     # WER against time, from log.jsonl
+    python bench.py curves RUN [RUN ...] --png FILE     # compares runs, from log.jsonl
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
 """
@@ -24,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import soundfile
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 import data
 import decode
 import loss
+import report
 import train
 from model import PRESETS, ModelConfig
 
@@ -186,23 +187,29 @@ class Stopwatch:
                     setattr(owner, name, function)
 
 
-def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Trains for --steps after --warmup steps, by train.train_step, and prints the stages."""
+@contextlib.contextmanager
+def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
+             log: report.Log | None = None) -> Iterator[train.Run]:  # fmt: skip
+    """A run with train.py's flags in `words` and recordings for so many steps."""
     needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
     cfg, model_cfg, features = train.parse_configs([*needed, *words])
     ranks = train.init_ranks(cfg.timeout_s)
     torch.set_flush_denormal(True)
-    rate = gemm_tflops()
-    per_rank = cfg.batch_size * cfg.accumulation
-    wanted = (args.warmup + args.steps) * per_rank * ranks.world
+    wanted = steps * cfg.batch_size * cfg.accumulation * ranks.world
     with recordings(args, min(wanted, 512)) as utterances:
         tokenizer = LabelCount(model_cfg.vocab_size)
         if args.data:
             texts = (u.text for u in utterances)
             tokenizer = data.Tokenizer(data.train_tokenizer(texts, model_cfg.vocab_size))
         trainer = train.make_trainer(cfg, model_cfg, ranks)
-        run = train.Run(trainer, features, tokenizer, utterances, [], None)
-        watch, rows = Stopwatch(), []
+        yield train.Run(trainer, features, tokenizer, utterances, [], log)
+
+
+def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Trains for --steps after --warmup steps, by train.train_step, and prints the stages."""
+    rate = gemm_tflops()
+    with open_run(args, words, args.warmup + args.steps) as run:
+        trainer, watch, rows = run.trainer, Stopwatch(), []
         steps = iter_steps(run, args.warmup + args.steps)
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
@@ -211,11 +218,13 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
             batches = next(steps)
             watch.seconds["wait for data"] += time.perf_counter() - started
             with watch.watch(trainer):
-                train.train_step(trainer, batches, step + 1, cfg.lr)
+                train.train_step(trainer, batches, step + 1, trainer.cfg.lr)
             seconds = time.perf_counter() - started
-            flops = sum(forward_flops(model_cfg, b.feat_lens, b.target_lens) for b in batches)
+            flops = sum(
+                forward_flops(trainer.model.cfg, b.feat_lens, b.target_lens) for b in batches
+            )
             rows.append((seconds, flops))
-    report_step(args, cfg, ranks, rows, watch, rate)
+    report_step(args, trainer.cfg, trainer.ranks, rows, watch, rate)
 
 
 def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
@@ -248,6 +257,39 @@ def report_step(args: argparse.Namespace, cfg: train.TrainConfig, ranks: train.R
         "batch": cfg.batch_size, "accumulation": cfg.accumulation, "ranks": ranks.world,
         "threads": torch.get_num_threads(), "preset": cfg.preset,
     })  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def bench_report(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Steps with and without what a run reports of them, in turns, and one drawing of curves."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = report.Log(Path(folder), rank=0)
+        with open_run(args, words, args.steps, log) as run:
+            everything = list(iter_steps(run, args.steps))
+
+            def seconds(is_reported: bool) -> float:
+                started = time.perf_counter()
+                for batches in everything:
+                    run.progress.step += 1
+                    run.progress.batch += 1
+                    lr = run.trainer.cfg.lr
+                    loss, norm = train.train_step(run.trainer, batches, run.progress.step, lr)
+                    if is_reported:
+                        run.report_step(loss, lr, norm, 1.0, 0.0)
+                return time.perf_counter() - started
+
+            seconds(False)  # oneDNN builds its kernels
+            turns = [(seconds(True), seconds(False)) for _ in range(args.turns)]
+            draw_s = median_seconds(log.draw, 5)
+    for a, b in turns:
+        print(f"{args.steps} steps: {a:.2f} s with reports, {b:.2f} s without")
+    share = statistics.median(a / b - 1 for a, b in turns)
+    step_s = statistics.median(b for _, b in turns) / args.steps
+    print(f"reports take {100 * share:.2f} % of a step; an evaluation draws the curves in "
+          f"{draw_s:.2f} s, the time of {draw_s / step_s:.1f} steps")  # fmt: skip
+    finish({"report_share": share, "draw_s": draw_s, "step_s": step_s, "turns": turns})
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -367,49 +409,21 @@ def bench_decode(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------ curves
 
 
-def read_run(folder: Path) -> list[dict]:
-    """One row an evaluation: epoch, hours (of steps and evaluations so far), loss, wer."""
-    rows, seconds, epoch = [], 0.0, {}
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        seconds += record.get("step_s", 0.0) + (record["seconds"] if "wer" in record else 0.0)
-        if record["event"] == "epoch":
-            epoch = record
-        if record["event"] == "eval":
-            rows.append({
-                "epoch": record["epoch"], "hours": seconds / 3600, "wer": record["wer"],
-                "loss": epoch.get("loss"), "utts_per_s": epoch.get("utts_per_s"),
-            })  # fmt: skip
-    if not rows:
-        raise ValueError(f"{folder}/log.jsonl: no evaluation yet")
-    return rows
-
-
 def bench_curves(args: argparse.Namespace) -> None:
-    """Table of every run and a picture of all: WER and training loss against hours."""
-    runs = {folder.name: read_run(folder) for folder in args.runs}
-    for name, rows in runs.items():
+    """Table of every run and one picture of all, as train.py draws it."""
+    runs = {folder.name: report.read_run(folder) for folder in args.runs}
+    for name, (_, evals) in runs.items():
+        if not evals:
+            raise ValueError(f"{name}/log.jsonl: no evaluation yet")
         print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'loss':>9}{'utts/s':>8}")
-        for r in rows:
-            print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}"
-                  f"{r['loss'] or math.nan:>9.1f}{r['utts_per_s'] or math.nan:>8.1f}")  # fmt: skip
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, rows in runs.items():
-        hours = [r["hours"] for r in rows]
-        axes[0].plot(hours, [min(100.0, 100 * r["wer"]) for r in rows], marker=".", label=name)
-        axes[1].plot(hours, [r["loss"] or math.nan for r in rows], marker=".", label=name)
-    axes[0].set(xlabel="hours", ylabel="dev WER, %", ylim=(0, 102), title="word error rate")
-    axes[1].set(xlabel="hours", ylabel="nats per utterance", title="training loss (augmented)")
-    axes[1].set_ylim(bottom=0)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.legend()
-    figure.savefig(args.png, dpi=120)
-    finish({name: {"best_wer": min(r["wer"] for r in rows), "hours": rows[-1]["hours"],
-                   "epochs": rows[-1]["epoch"]} for name, rows in runs.items()})  # fmt: skip
+        for r in evals:
+            nats, rate = r.get("loss", math.nan), r.get("utts_per_s", math.nan)
+            print(
+                f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{nats:>9.1f}{rate:>8.1f}"
+            )
+    report.draw_curves(runs, args.png)
+    finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
+                   "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -424,6 +438,9 @@ def main() -> None:
     step = commands.add_parser("step", allow_abbrev=False)
     step.add_argument("--warmup", type=int, default=10, help="steps left out")
     step.add_argument("--steps", type=int, default=30, help="steps measured")
+    reports = commands.add_parser("report", allow_abbrev=False)
+    reports.add_argument("--steps", type=int, default=20, help="steps in a turn")
+    reports.add_argument("--turns", type=int, default=4, help="with reports, and as many without")
     lossy = commands.add_parser("loss", allow_abbrev=False)
     lossy.add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     lossy.add_argument("--batch-size", type=int, default=32)
@@ -433,18 +450,19 @@ def main() -> None:
     decoding = commands.add_parser("decode", allow_abbrev=False)
     decoding.add_argument("--checkpoint", required=True)
     decoding.add_argument("--batch-size", type=int, default=64)
-    for command in (step, features, decoding):
+    for command in (step, reports, features, decoding):
         command.add_argument("--data", required=command is decoding, help="corpus root")
         command.add_argument("--split", required=command is decoding, help="folder below it")
     curves = commands.add_parser("curves", allow_abbrev=False)
     curves.add_argument("runs", nargs="+", type=Path, help="run directories")
     curves.add_argument("--png", required=True, type=Path)
     args, words = parser.parse_known_args()
-    if words and args.command != "step":
+    if words and args.command not in ("step", "report"):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     if getattr(args, "data", None) and not args.split:
         parser.error("--data needs --split")
-    run = {"step": functools.partial(bench_step, words=words), "loss": bench_loss,
+    run = {"step": functools.partial(bench_step, words=words),
+           "report": functools.partial(bench_report, words=words), "loss": bench_loss,
            "features": bench_features, "decode": bench_decode, "curves": bench_curves}  # fmt: skip
     try:
         run[args.command](args)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 # Stands for log 0. Finite, so that differences of two of them are 0 and not NaN.
 LOG_ZERO = -1e30
@@ -54,6 +55,7 @@ class Lattice:
     `costs` is (B,), the negative log-likelihoods.
     """
 
+    @record_function("lattice")
     def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor,
                  target_lens: Tensor) -> None:  # fmt: skip
         B, T, U1 = blank.shape
@@ -77,6 +79,7 @@ class Lattice:
         self.costs = -alpha[self.end[0], self.end[1], 1 + self.end[2]]  # (B,)
         self.alpha, self.blank, self.label = alpha, blank, label
 
+    @record_function("lattice")
     def posteriors(self) -> tuple[Tensor, Tensor]:
         """Probabilities that a path takes the blank and the label arc of each node.
 

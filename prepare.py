@@ -329,7 +329,7 @@ def write_demo(folder: Path, lines: Sequence[Line], seed: int) -> float:
     num_samples = 0
     with tempfile.TemporaryDirectory() as scratch:
         espeak = Espeak(Path(scratch))
-        for line in lines:
+        for line in tqdm(lines, desc="speaking", unit="utterance", disable=None, leave=False):
             speech = espeak.say(line.text, vary(line.voice, rng), rng.getrandbits(31))
             speech = soxr.resample(speech, espeak.sample_rate_hz, SAMPLE_RATE_HZ)
             samples = record(speech, rng)

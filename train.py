@@ -6,9 +6,9 @@
     python train.py ... --resume      # goes on from the newest checkpoint, or begins
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
-Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end),
-checkpoint-<step>.pt (the last two) and best.pt. Every field of TrainConfig, ModelConfig and
-FeatureConfig is a flag.
+Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
+same for MLPerf's compliance checker), curves.png, checkpoint-<step>.pt (the last two) and best.pt.
+Every field of TrainConfig, ModelConfig and FeatureConfig is a flag.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
 a checkpoint, to be resumed: 75 time limit, 128 + n signal n (138 SIGUSR1, 143 SIGTERM).
@@ -18,7 +18,6 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 
 import argparse
 import copy
-import json
 import math
 import os
 import platform
@@ -27,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -40,12 +40,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+from tqdm import tqdm
 
 import data
 import decode
+import report
 from data import Batch, FeatureConfig, Tokenizer
 from loss import joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
+from report import Log
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,20 @@ class TrainConfig:
     loader_workers: int = 1  # processes that prepare batches
     eval_batch_size: int = 32
     log_every: int = 10  # steps between lines on the console; log.jsonl has all
+    tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
+    profile: bool = False  # measure where the time of five steps goes
     timeout_s: float = 600.0  # longest wait for another rank
+    submission_division: str = "open"  # what mllog.log claims: closed fixes MLPerf's recipe
+    submission_org: str = "none"  # who submits
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r}, expected one of {sorted(PRESETS)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision: {self.precision!r}, expected auto, bf16 or fp32")
+        if self.submission_division not in ("open", "closed"):
+            raise ValueError(f"submission_division: {self.submission_division!r}, "
+                             "expected open or closed")  # fmt: skip
         for names, is_valid, expected in (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
@@ -203,13 +214,17 @@ def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
     return x
 
 
+def processor() -> str:
+    """What Linux says about the processors; nothing on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
 def processor_multiplies_bf16() -> bool:
     """AMX or AVX-512 (x86) and BF16 (Arm) name themselves in the processor's flags."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+    return bool(set(processor().split()) & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 # ------------------------------------------------------------------------------------ optimiser
@@ -234,6 +249,7 @@ def lr_at(step: int, epoch: int, lr: float,  # noqa: PLR0913 - the schedule's ow
     return max(scale * lr, lr_min)
 
 
+@record_function("clip_gradients")
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients so that their common norm is at most `max_norm`; returns the norm."""
     grads = [p.grad for p in parameters]
@@ -291,6 +307,7 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
+@record_function("update_ema")
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model, for parameters and buffers."""
@@ -402,51 +419,22 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
         batches[ranks.rank :: ranks.world],
         cfg.loader_workers,
     )
-    texts = decode.decode_batches(trainer.ema, tokenizer, loader)
+    counts = Counter()
+    bar = tqdm(loader, desc="dev", unit="batch", leave=False, disable=report.hide_bar(ranks.rank))
+    texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts)
     mine = [u for u in utterances if u.id in texts]
-    counts = decode.word_errors([texts[u.id] for u in mine], [u.text for u in mine])
-    errors, words = all_sum(torch.tensor(counts), ranks).tolist()
+    errors, words = decode.word_errors([texts[u.id] for u in mine], [u.text for u in mine])
+    sums = torch.tensor([errors, words, counts["frames"], counts["labels"]])
+    errors, words, frames, labels = all_sum(sums, ranks).tolist()
     seconds = time.perf_counter() - started
     return {
         "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
         "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
+        "frames": frames, "labels": labels,
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------- log and checkpoints
-
-
-class Log:
-    """log.jsonl and the console, on rank 0 only."""
-
-    def __init__(self, out: Path, ranks: Ranks) -> None:
-        self.path = out / "log.jsonl" if ranks.rank == 0 else None
-
-    def write(self, event: str, **values: object) -> None:
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, **values}) + "\n")
-
-    def say(self, line: str) -> None:
-        if self.path is not None:
-            print(line, flush=True)
-
-    def rewind(self, progress: "Progress") -> None:
-        """Removes what was logged after the checkpoint that a run goes on from: it comes again."""
-        if self.path is None or not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut off in the middle when the run was killed
-                continue
-            last = progress.evaluated if record["event"] == "eval" else progress.step
-            if record["step"] <= last:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+# ---------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -524,7 +512,8 @@ def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence)
 def forget_run(out: Path) -> None:
     """Deletes what training wrote to its run directory, and nothing else."""
     for path in (*list_checkpoints(out), *out.glob("*.partial"), out / "best.pt",
-                 out / "log.jsonl"):  # fmt: skip
+                 *out.glob("events.out.tfevents.*"), out / "log.jsonl", out / "mllog.log",
+                 out / "curves.png", out / "trace.json"):  # fmt: skip
         path.unlink(missing_ok=True)
 
 
@@ -573,6 +562,9 @@ class Run:
         self.started = self.saved = time.monotonic()
         self.signal = 0  # the last one of STOP_SIGNALS
         self.first_step = 0  # that this process did not do
+        self.epoch_loss = math.inf  # mean over the last epoch
+        self.norms: deque[float] = deque(maxlen=100)  # of the gradient in the last steps
+        self.profiled = not trainer.cfg.profile or trainer.ranks.rank != 0  # nothing to do
         self.asked_vocab_size = trainer.model.cfg.vocab_size  # the texts may give fewer pieces
         cfg = trainer.cfg
         self.global_batch = cfg.batch_size * cfg.accumulation * trainer.ranks.world
@@ -592,6 +584,19 @@ class Run:
         return data.batch_loader(
             dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers
         )
+
+    def epoch_steps(self) -> Iterator[list[Batch]]:
+        """Micro-batches of every step that is left in the epoch."""
+        left = self.steps_per_epoch - self.progress.batch
+        steps = groups(self.epoch_loader(), self.trainer.cfg.accumulation)
+        if not self.profiled and left > report.PROFILE_STEPS:
+            self.profiled = True
+            steps = report.profiled(steps, left, self.log)
+        return iter(tqdm(
+            steps, desc=f"epoch {self.progress.epoch}", unit="step", leave=False,
+            total=self.steps_per_epoch, initial=self.progress.batch,
+            disable=report.hide_bar(self.trainer.ranks.rank),
+        ))  # fmt: skip
 
     def stop_reason(self, bad_input: bool = False) -> str | None:
         """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
@@ -624,13 +629,14 @@ class Run:
         """Returns the reason to stop before the epoch's end, if there is one."""
         cfg, progress = self.trainer.cfg, self.progress
         epoch_started = waited_from = time.monotonic()
-        first, batches = progress.batch, groups(self.epoch_loader(), cfg.accumulation)
-        left_out = 0
+        first, batches = progress.batch, self.epoch_steps()
+        left_out, waited_s = 0, 0.0
         while progress.batch < self.steps_per_epoch:
             current, reason = self.next_batches(batches)
             if reason is not None:
                 return reason
             data_s = time.monotonic() - waited_from
+            waited_s += data_s
             progress.step += 1
             progress.batch += 1
             lr = lr_at(
@@ -656,6 +662,8 @@ class Run:
         )
         if left_out := int(all_sum(torch.tensor(left_out), self.trainer.ranks)):
             self.log.say(f"epoch {progress.epoch} | {left_out} bad utterances left out")
+        report.warn_of_epoch(self.log, loss, self.epoch_loss, progress.best_wer, waited_s / seconds)
+        self.epoch_loss = loss
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         return None
 
@@ -673,6 +681,8 @@ class Run:
                 f"loss {loss:.2f} | utts/s {rate:.1f} | took {step_s:.2f} s | lrate {lr:.2e} | "
                 f"grad norm {grad_norm:.2f} | data wait {data_s:.2f} s"
             )
+        report.warn_of_gradient(self.log, grad_norm, self.norms)
+        self.norms.append(grad_norm)
         if progress.step == 50:
             left = (cfg.epochs * self.steps_per_epoch - 50) / 50
             hours = (time.monotonic() - self.started) * left / 3600
@@ -723,7 +733,7 @@ class Run:
         trainer.ema.load_state_dict(checkpoint["ema"])
         trainer.optimizer.load_state_dict(checkpoint["optimizer"])
         vars(progress).update(checkpoint["progress"])
-        self.log.rewind(progress)
+        self.log.rewind(progress.step, progress.evaluated)
         self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
         old = checkpoint["train_config"]
         shape = (checkpoint["ranks"], old["batch_size"], old["accumulation"])
@@ -742,7 +752,10 @@ class Run:
         """Scores the dev split and writes a checkpoint."""
         progress = self.progress
         epoch = progress.epoch if progress.batch else progress.epoch - 1
+        self.log.mllog("eval_start", epoch_num=epoch)
         result = evaluate(self.trainer, self.tokenizer, self.dev, self.features)
+        self.log.mllog("eval_accuracy", result["wer"], epoch_num=epoch)
+        self.log.mllog("eval_stop", epoch_num=epoch)
         is_best = result["wer"] < progress.best_wer
         progress.best_wer = min(result["wer"], progress.best_wer)
         progress.evaluated = progress.step
@@ -751,7 +764,9 @@ class Run:
         self.log.say(f"epoch {epoch} | dev ema wer {100 * result['wer']:.2f} % | "
                      f"{result['errors']:,} errors in {result['words']:,} words | "
                      f"rtf {result['rtf']:.4f} | took {result['seconds']:.1f} s")  # fmt: skip
+        report.warn_of_evaluation(self.log, result, epoch > self.trainer.cfg.warmup_epochs)
         self.save(is_best)
+        self.log.draw()
 
     def finished(self) -> str | None:
         if self.progress.best_wer <= self.trainer.cfg.target_wer:
@@ -766,12 +781,84 @@ class Run:
             self.evaluate()  # the run ended between an epoch and its evaluation
         reason = self.finished()
         while reason is None:
+            epoch = progress.epoch
+            self.log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
+            self.log.mllog("epoch_start", epoch_num=epoch)
             reason = self.run_epoch()
+            self.log.mllog("epoch_stop", epoch_num=epoch)
             self.save()
             if reason in (None, "time limit"):
                 self.evaluate()
+                self.log.mllog("block_stop", first_epoch_num=epoch)
                 reason = reason or self.finished() or self.stop_reason()
         return reason
+
+
+# --------------------------------------------------------------------- MLPerf's log, and main
+
+
+def log_start(log: Log, cfg: TrainConfig, ranks: Ranks, started_s: float, reading_s: float) -> None:
+    """Start of the program and of reading data. From rules 2.0 on, the checker wants the
+    submission before init_stop."""
+    names = [line.partition(": ")[2] for line in processor().splitlines() if "model name" in line]
+    log.mllog("cache_clear", False, at_s=started_s)  # file system caches stay as they are
+    log.mllog("init_start", at_s=started_s)
+    log.mllog("submission_benchmark", "rnnt", at_s=started_s)
+    log.mllog("submission_division", cfg.submission_division, at_s=started_s)
+    log.mllog("submission_org", cfg.submission_org, at_s=started_s)
+    log.mllog(
+        "submission_platform", f"{ranks.world} ranks, {(names or ['CPU'])[0]}", at_s=started_s
+    )
+    log.mllog("submission_status", "onprem", at_s=started_s)
+    log.mllog("init_stop", at_s=reading_s)
+    log.mllog("run_start", at_s=reading_s)
+    for tensor in ("pre_rnn", "post_rnn", "pred_embed", "dec_rnn", "joint_enc", "joint_pred",
+                   "joint_net"):  # fmt: skip
+        log.mllog("weights_initialization", tensor=tensor)
+
+
+def log_settings(run: Run) -> None:
+    """Every setting that MLPerf wants to know of an RNN-T run, with the value in force.
+
+    A resumed run says them again: the checker takes the same value twice and no other one.
+    """
+    cfg, model_cfg, features = run.trainer.cfg, run.trainer.model.cfg, run.features
+    settings = {
+        "seed": cfg.seed,
+        "global_batch_size": run.global_batch,
+        "gradient_accumulation_steps": cfg.accumulation,
+        # Whole batches only, as the published logs count: 278,528 are 272 batches of 1024.
+        "train_samples": run.steps_per_epoch * run.global_batch,
+        "eval_samples": len(run.dev),
+        "opt_name": type(run.trainer.optimizer).__name__.lower(),
+        "opt_base_learning_rate": cfg.lr,
+        "opt_lamb_learning_rate_min": cfg.lr_min,
+        "opt_learning_rate_warmup_epochs": cfg.warmup_epochs,
+        "opt_lamb_learning_rate_hold_epochs": cfg.hold_epochs,
+        "opt_lamb_learning_rate_decay_poly_power": cfg.lr_gamma,
+        "opt_learning_rate_alt_warmup_func": True,  # lr_at has this form and no other
+        "opt_learning_rate_alt_decay_func": True,
+        "opt_lamb_beta_1": cfg.beta1,
+        "opt_lamb_beta_2": cfg.beta2,
+        "opt_lamb_epsilon": cfg.epsilon,
+        "opt_weight_decay": cfg.weight_decay,
+        "opt_gradient_clip_norm": cfg.clip_norm,
+        "model_eval_ema_factor": cfg.ema_decay,
+        "model_weights_initialization_scale": model_cfg.weights_init_scale,
+        "eval_max_prediction_symbols": decode.MAX_SYMBOLS,
+        "data_train_max_duration": features.max_utterance_s,
+        "data_train_num_buckets": features.num_buckets,
+        "data_speed_perturbaton_min": features.speed_min,  # MLPerf's spelling
+        "data_speed_perturbaton_max": features.speed_max,
+        "data_spec_augment_freq_n": features.freq_masks,
+        "data_spec_augment_freq_min": 0,  # a mask may be empty
+        "data_spec_augment_freq_max": features.freq_mask_max,
+        "data_spec_augment_time_n": features.time_masks,
+        "data_spec_augment_time_min": 0,
+        "data_spec_augment_time_max": features.time_mask_max,
+    }
+    for key, value in settings.items():
+        run.log.mllog(key, value)
 
 
 def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[list, list]:
@@ -813,15 +900,17 @@ def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: Mode
 
 def main() -> int:
     # 1 configs and ranks
+    started_s = time.time()
     cfg, model_cfg, features = parse_configs(sys.argv[1:])
     ranks = init_ranks(cfg.timeout_s)
     out = Path(cfg.out)
-    log = Log(out, ranks)
+    log = Log(out, ranks.rank, cfg.tensorboard)
     # Denormal numbers, which small LSTM gates produce, are many times slower to multiply.
     torch.set_flush_denormal(True)
     found = find_checkpoint(cfg, log)
 
     # 2 data
+    reading_s = time.time()
     train, dev = load_corpus(cfg, features, log)
     asked_vocab_size = model_cfg.vocab_size
     if found is None:
@@ -844,8 +933,14 @@ def main() -> int:
     trainer = make_trainer(cfg, model_cfg, ranks)
     run = Run(trainer, features, tokenizer, train, dev, log)
     run.asked_vocab_size = asked_vocab_size
+    if cfg.profile and run.steps_per_epoch <= report.PROFILE_STEPS:
+        raise ValueError(f"--profile: {run.steps_per_epoch} steps in an epoch, expected at least "
+                         f"{report.PROFILE_STEPS + 1}")  # fmt: skip
     if found is not None:
         run.restore(checkpoint)
+    else:
+        log_start(log, cfg, ranks, started_s, reading_s)
+    log_settings(run)
 
     # 4 say what is about to happen
     start = describe_start(trainer, features)
@@ -863,7 +958,11 @@ def main() -> int:
         signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
     reason = run.run()
     log.write("end", reason=reason, best_wer=run.progress.best_wer, step=run.progress.step)
+    reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
+    log.mllog("run_stop", status="success" if reached else "aborted")
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
+    start_time = time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s))
+    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},{start_time}")
     if ranks.world > 1:
         dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+import torch
+
+import train
 
 REPO = Path(__file__).resolve().parent.parent
 RATE_HZ = 16000
@@ -57,6 +61,16 @@ def run_train(corpus, out, *words, launcher=()):
                "--out", str(out), *TINY, *map(str, words)]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+
+
+def run_here(*words):
+    """train.main in this process, which keeps its signal handlers; returns the status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        patch.setattr(train.signal, "signal", lambda *_: None)
+        status = train.main()
+    torch.set_flush_denormal(False)  # main turns it on for good
+    return status
 
 
 def events(out, kind=None):

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mllog.log is what MLPerf's compliance checker asks for, with the values in force:
+
+    python -m pytest tests/test_mllog.py        # the checker: pip install mlperf-logging==4.1.68
+
+Short runs of train.main on tones, evaluation replaced by a fixed score: one with the values that
+the closed division fixes and 2703 dev utterances, one of the demo recipe. Where ../shared exists,
+the closed log has the keys and values of a minimal compliant one, and the checker's verdict on it
+after each of the recorded edits is the recorded one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from test_train import CONSTANTS, OF_A_RUN, ORACLES, needs_oracles, oracle
+from tones import TINY, run_here, tiny_corpus, write_tones
+
+import train
+
+DEV_UTTERANCES = 2703  # of dev-clean; the closed division fixes it
+CLOSED = [
+    "--train-splits", "train", "--dev-split", "dev-clean", "--preset", "baseline",
+    "--batch-size", "8",
+    "--enc-hidden", "16", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "20",
+    "--loader-workers", "0", "--target-wer", "0.058", "--submission-division", "closed",
+    "--submission-org", "Ours", "--seed", "2021",
+]  # fmt: skip
+
+
+def write_links(root, split, count):
+    """`count` utterances with one recording."""
+    (path,) = write_tones(root, split, ["ONE"], [0.1])
+    ids = [f"1-2-{i:04d}" for i in range(count)]
+    for name in ids[1:]:
+        os.link(path, path.with_name(f"{name}.flac"))
+    lines = "".join(f"{name} ONE\n" for name in ids)
+    (path.parent / "1-2.trans.txt").write_text(lines, encoding="utf-8")
+
+
+def run_main(words, wers):
+    """train.main in this process with these scores for its evaluations; returns mllog.log."""
+    scores = iter(wers)
+
+    def evaluate(*_):
+        return {"wer": next(scores), "errors": 1, "words": 20, "rtf": 0.1, "seconds": 0.1,
+                "frames": 99, "labels": 20}  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        run_here(*words)
+    return words[words.index("--out") + 1] / "mllog.log"
+
+
+def read(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith(":::MLLOG ") for line in lines)
+    return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tiny_corpus(tmp_path_factory.mktemp("corpus"))
+    write_links(root, "dev-clean", DEV_UTTERANCES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def closed(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("closed")
+    return read(run_main(["--data", corpus, "--out", out, *CLOSED], [0.0579]))
+
+
+@pytest.fixture(scope="module")
+def opened(corpus, tmp_path_factory):
+    """A run of one epoch in the open division, which is the default."""
+    out = tmp_path_factory.mktemp("open")
+    return read(run_main(["--data", corpus, "--out", out, *TINY, "--epochs", "1"], [0.2]))
+
+
+@pytest.fixture
+def compliance(tmp_path):
+    """The verdict of mlperf_logging's checker on a list of events."""
+    checker = pytest.importorskip(
+        "mlperf_logging.compliance_checker.mlp_compliance",
+        reason="pip install mlperf-logging==4.1.68",
+    )
+
+    def verdict(lines, ruleset="1.0.0"):
+        path = tmp_path / "edited.log"
+        text = "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
+        check = checker.make_checker("training", ruleset, quiet=True, werror=False)
+        return "pass" if check.check_file(str(path), f"training_{ruleset}/common.yaml") else "FAIL"
+
+    return verdict
+
+
+def line_id(line):
+    tensor = line["metadata"].get("tensor")
+    return line["key"] if tensor is None else f"{line['key']}/{tensor}"
+
+
+def set_value(lines, key, value):
+    assert any(line["key"] == key for line in lines)
+    return [{**line, "value": value} if line["key"] == key else line for line in lines]
+
+
+# ------------------------------------------------------------------------------------- what it says
+
+
+def one(lines, key):
+    (line,) = [line for line in lines if line["key"] == key]
+    return line
+
+
+def test_events_come_in_mlperfs_order(opened):
+    intervals = [line["key"] for line in opened if line["event_type"] != "POINT_IN_TIME"]
+    assert intervals == [
+        "init_start", "init_stop", "run_start", "block_start", "epoch_start", "epoch_stop",
+        "eval_start", "eval_stop", "block_stop", "run_stop",
+    ]  # fmt: skip
+    times = [line["time_ms"] for line in opened]
+    assert times == sorted(times)
+    kinds = {line["key"].rpartition("_")[2]: line["event_type"] for line in opened}
+    assert (kinds["start"], kinds["stop"]) == ("INTERVAL_START", "INTERVAL_END")
+
+
+def test_every_line_names_the_line_of_train_py_that_wrote_it(opened):
+    source = Path(train.__file__).read_text(encoding="utf-8").splitlines()
+    for line in opened:
+        assert line["metadata"]["file"] == "train.py"
+        assert ".mllog(" in source[line["metadata"]["lineno"] - 1]
+
+
+def test_settings_are_those_of_the_configs(opened):
+    values = {line["key"]: line["value"] for line in opened}
+    expected = {
+        "opt_base_learning_rate": 0.2, "opt_learning_rate_warmup_epochs": 1,
+        "model_eval_ema_factor": 0.7,
+        "data_train_num_buckets": 2, "data_train_max_duration": 1.0, "global_batch_size": 2,
+        "opt_lamb_learning_rate_decay_poly_power": train.RECIPES["demo"]["lr_gamma"],
+        "opt_lamb_learning_rate_hold_epochs": train.RECIPES["demo"]["hold_epochs"],
+        "train_samples": 8, "eval_samples": 3, "eval_accuracy": 0.2,
+        "submission_division": "open",
+    }  # fmt: skip
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "wer", "status"),
+    [
+        ([], 0.9, "success"),  # no target: all epochs are the aim
+        (["--target-wer", "0.5"], 0.5, "success"),
+        (["--target-wer", "0.5"], 0.51, "aborted"),
+        (["--time-limit-s", "1e-6"], 0.9, "aborted"),
+    ],
+)
+def test_the_run_succeeds_if_it_reaches_its_aim(corpus, tmp_path, words, wer, status):
+    words = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "1", *words]
+    assert one(read(run_main(words, [wer])), "run_stop")["metadata"]["status"] == status
+
+
+def test_a_resumed_run_starts_once_and_repeats_its_settings(corpus, compliance, tmp_path):
+    words = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "2"]
+    run_main([*words, "--time-limit-s", "1e-6"], [0.9])
+    lines = read(run_main([*words, "--resume"], [0.8, 0.7]))
+    one(lines, "run_start")
+    assert [line["value"] for line in lines if line["key"] == "eval_accuracy"] == [0.9, 0.8, 0.7]
+    assert [line["value"] for line in lines if line["key"] == "seed"] == [1, 1]
+    assert compliance(lines) == "pass"
+
+
+def test_an_attempt_without_a_checkpoint_leaves_no_line(opened, corpus, tmp_path):
+    (tmp_path / "mllog.log").write_text("an attempt that broke off\n")
+    words = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "1"]
+    assert [line["key"] for line in read(run_main(words, [0.2]))] == [
+        line["key"] for line in opened
+    ]
+
+
+@needs_oracles
+def test_the_closed_log_has_every_key_and_fixed_value_of_the_minimal_one(closed):
+    minimal = read(ORACLES / "mlperf" / "minimal_closed_rnnt.log")
+    assert {line_id(line) for line in closed} == {line_id(line) for line in minimal}
+    ours = {line["key"]: line["value"] for line in closed if line["key"] not in OF_A_RUN}
+    assert ours == {key: CONSTANTS[key][0] for key in CONSTANTS}
+    for key in ("seed", "eval_samples", "submission_benchmark", "submission_division"):
+        assert one(closed, key)["value"] == one(minimal, key)["value"]
+
+
+# ------------------------------------------------------------------------ what the checker says
+
+RULESETS = ["1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0"]  # all that have rnnt
+
+
+@pytest.mark.parametrize("ruleset", RULESETS)
+def test_both_divisions_pass(closed, opened, compliance, ruleset):
+    assert (compliance(closed, ruleset), compliance(opened, ruleset)) == ("pass", "pass")
+
+
+@needs_oracles
+@pytest.mark.parametrize("ruleset", ["1.0.0", "2.1.0", "3.1.0"])
+@pytest.mark.parametrize("division", ["closed", "open"])
+def test_a_line_is_missed_as_recorded(closed, opened, compliance, division, ruleset):
+    lines = closed if division == "closed" else opened
+    recorded = oracle("mlperf/compliance_mutations.json")[f"drop_one_line_{division}"]
+    for dropped, verdicts in recorded.items():
+        rest = [line for line in lines if line_id(line) != dropped]
+        assert len(rest) == len(lines) - 1, dropped
+        assert compliance(rest, ruleset) == verdicts[ruleset], dropped
+
+
+@needs_oracles
+def test_a_changed_value_is_judged_as_recorded(closed, compliance):
+    recorded = oracle("mlperf/compliance_mutations.json")["change_one_value_closed_1.0.0"]
+    for change, verdict in recorded.items():
+        key, value = change.split("=")
+        if value != "x" and not isinstance(one(closed, key)["value"], str):
+            value = json.loads(value)
+        assert compliance(set_value(closed, key, value)) == verdict, change
+
+
+@needs_oracles
+def test_whole_logs_are_judged_as_recorded(closed, opened, compliance):
+    samples, stop = one(closed, "train_samples"), one(closed, "run_stop")
+    assert closed[-1] == stop
+    aborted = {**stop, "metadata": {**stop["metadata"], "status": "aborted"}}
+    without = {**stop, "metadata": {k: v for k, v in stop["metadata"].items() if k != "status"}}
+    logs = {
+        "duplicate identical train_samples line": [*closed, samples],
+        "duplicate train_samples with another value": [*closed, {**samples, "value": 1}],
+        "run_stop status aborted": [*closed[:-1], aborted],
+        "run_stop without status": [*closed[:-1], without],
+        "eval_accuracy 0.0": set_value(closed, "eval_accuracy", 0.0),
+        "open: eval_accuracy 0.9": set_value(opened, "eval_accuracy", 0.9),
+        "open: eval_accuracy 1.0 only": set_value(opened, "eval_accuracy", 1.0),
+    }
+    recorded = oracle("mlperf/compliance_mutations.json")["other"]
+    assert {name: compliance(log) for name, log in logs.items()} == recorded
