@@ -7,6 +7,7 @@
     python bench.py features [--data ROOT --split S]    # processor time of the front end
     python bench.py decode --checkpoint C --data ROOT --split S        # greedy search
     python bench.py curves RUN [RUN ...] --png FILE     # compares runs, from log.jsonl
+    python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 15 minutes
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
 """
@@ -16,19 +17,23 @@ import contextlib
 import functools
 import json
 import math
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import data
@@ -86,13 +91,19 @@ def finish(result: dict) -> None:
 
 # ---------------------------------------------------------------------------- synthetic recordings
 
-# Quantiles 0, 1/32, ..., 1 of the 28,253 train-clean-100 utterances of at most 16.7 s, in seconds.
-CLEAN_100_SECONDS = (
-    1.41, 3.44, 4.77, 6.14, 7.52, 8.79, 9.91, 10.86, 11.57, 12.12, 12.52, 12.84, 13.12, 13.37,
-    13.58, 13.78, 13.97, 14.14, 14.3, 14.46, 14.6, 14.74, 14.86, 15.0, 15.14, 15.26, 15.4, 15.52,
-    15.66, 15.8, 15.95, 16.18, 16.7,
-)  # fmt: skip
-CLEAN_100_LABELS_PER_S = 58.3 / 12.69  # of 1023 sentencepieces
+SHAPES = Path(__file__).with_name("docs") / "train-clean-100.json"
+
+
+def read_shapes(path: Path = SHAPES) -> tuple[list[list[tuple[float, int]]], int]:
+    """Buckets of (seconds, labels) as the sampler makes them, and the utterances of an epoch."""
+    shapes = json.loads(path.read_text(encoding="utf-8"))
+    return [[tuple(pair) for pair in bucket] for bucket in shapes["buckets"]], shapes["utterances"]
+
+
+def draw_shapes(count: int) -> list[tuple[float, int]]:
+    """(seconds, labels) of `count` random utterances of train-clean-100."""
+    pairs = [pair for bucket in read_shapes()[0] for pair in bucket]
+    return [pairs[i] for i in np.random.default_rng(1).integers(0, len(pairs), count)]
 
 
 class LabelCount:
@@ -105,20 +116,18 @@ class LabelCount:
         return np.random.default_rng(int(text)).integers(0, self.vocab_size - 1, int(text)).tolist()
 
 
-def synthesize(folder: Path, count: int) -> list[data.Utterance]:
-    """`count` FLAC files of noise at speech level, lengths drawn from CLEAN_100_SECONDS."""
-    rng = np.random.default_rng(1)
-    utterances = []
-    for i in range(count):
-        seconds = float(np.interp(rng.random() * 32, range(33), CLEAN_100_SECONDS))
+def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
+    """A split `noise` in LibriSpeech's form: FLAC at speech level, texts for LabelCount."""
+    rng, folder, lines = np.random.default_rng(1), root / "noise/1/1", []
+    folder.mkdir(parents=True)
+    for i, (seconds, labels) in enumerate(shapes):
         noise = rng.standard_normal(round(seconds * 16000))
         # An envelope of syllables, so that FLAC has silence to compress as speech has.
         envelope = np.abs(np.sin(np.arange(len(noise)) * math.pi / 4000)) ** 3
-        path = folder / f"1-1-{i:04d}.flac"
-        soundfile.write(path, (800 * noise * envelope).astype(np.int16), 16000)
-        labels = str(round(seconds * CLEAN_100_LABELS_PER_S))
-        utterances.append(data.Utterance(path.stem, str(path), seconds, labels))
-    return utterances
+        name = f"1-1-{i:04d}"
+        soundfile.write(folder / f"{name}.flac", (800 * noise * envelope).astype(np.int16), 16000)
+        lines.append(f"{name} {labels}\n")
+    (folder / "1-1.trans.txt").write_text("".join(lines), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -128,10 +137,15 @@ def recordings(args: argparse.Namespace, count: int) -> Iterator[list[data.Utter
         yield data.drop_long(data.read_split(args.data, args.split))[0]
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield synthesize(Path(folder), count)
+        synthesize(Path(folder), draw_shapes(count))
+        yield data.read_split(folder, "noise")
 
 
 # ------------------------------------------------------------------------------------ step
+
+
+# What train.py must be told, of no effect on a step.
+NEEDED = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
 
 
 class Stopwatch:
@@ -191,8 +205,7 @@ class Stopwatch:
 def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
              log: report.Log | None = None) -> Iterator[train.Run]:  # fmt: skip
     """A run with train.py's flags in `words` and recordings for so many steps."""
-    needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
-    cfg, model_cfg, features = train.parse_configs([*needed, *words])
+    cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
     ranks = train.init_ranks(cfg.timeout_s)
     torch.set_flush_denormal(True)
     wanted = steps * cfg.batch_size * cfg.accumulation * ranks.world
@@ -297,10 +310,8 @@ def bench_report(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     """Random arguments of joint_transducer_loss, with train-clean-100's lengths."""
-    rng = np.random.default_rng(1)
-    seconds = np.interp(rng.random(batch) * 32, range(33), CLEAN_100_SECONDS)
-    enc_lens = torch.from_numpy(np.ceil(seconds / 0.03 / cfg.stack)).long()
-    target_lens = torch.from_numpy(np.round(seconds * CLEAN_100_LABELS_PER_S)).long()
+    seconds, labels = torch.tensor(draw_shapes(batch), dtype=torch.float64).T
+    enc_lens, target_lens = torch.ceil(seconds / 0.03 / cfg.stack).long(), labels.long()
     T, U, J, V = int(enc_lens.max()), int(target_lens.max()), cfg.joint_hidden, cfg.vocab_size
     torch.manual_seed(1)
     inputs = (torch.randn(batch, T, J), torch.randn(batch, U + 1, J),
@@ -309,11 +320,12 @@ def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     return tuple(x.requires_grad_() for x in inputs), (targets, enc_lens, target_lens)
 
 
-def plain_loss(inputs: tuple, lattice: tuple, blank: int, dropout: float) -> Tensor:
+def plain_loss(inputs: tuple, lattice: tuple, blank: int, dropout: float,
+               reduction: str = "mean") -> Tensor:  # fmt: skip
     """Linear layer and transducer_loss on (B, T, U+1, V) logits that exist all at once."""
     encoded, predicted, weight, bias = inputs
     hidden = F.dropout(F.relu(encoded[:, :, None] + predicted[:, None]), dropout)
-    return loss.transducer_loss(F.linear(hidden, weight, bias), *lattice, blank)
+    return loss.transducer_loss(F.linear(hidden, weight, bias), *lattice, blank, reduction)
 
 
 def bench_loss(args: argparse.Namespace) -> None:
@@ -426,6 +438,228 @@ def bench_curves(args: argparse.Namespace) -> None:
                    "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------ ladder
+
+# What two of the ideas gave in intel/e2eAIOK's overview of its RNN-T, in time to WER 0.25: one node
+# 175,275 s, four 33,965, this model 18,200, normalised 17,005, fewer CCL workers 15,849.
+ORIGINAL = {"stack 8, 512 x 4": 33_965 / 18_200, "normalisation": 18_200 / 17_005}
+PLAIN_ROWS = 4  # utterances whose logits the plain loss holds at once
+
+
+class Rung(NamedTuple):
+    """How to train: a preset and the ideas that are switched on."""
+
+    words: tuple[str, ...] = ("--preset", "baseline")
+    ranks: int = 1
+    fused: bool = False  # joint network and loss
+    precision: str = "fp32"
+    workers: int = 0  # processes that prepare features; 0: the training process does, between steps
+
+
+def add_ladder_flags(rung: argparse.ArgumentParser, ladder: argparse.ArgumentParser) -> None:
+    rung.add_argument("--batch", type=int, required=True, help="utterances of a bucket, all ranks")
+    rung.add_argument("--plain-loss", action="store_true", help="all logits exist at once")
+    ladder.add_argument("--ranks", type=int, default=2, help="of the rung that has several")
+    ladder.add_argument("--shapes", type=Path, default=SHAPES, help="buckets of (seconds, labels)")
+    ladder.add_argument("--png", type=Path, default=SHAPES.with_name("ladder.png"))
+    ladder.add_argument("--runs", type=Path, nargs="+", default=[], help="run directories")
+    ladder.add_argument("--target-wer", type=float, default=0.1, help="epochs that --runs took")
+    ladder.add_argument("--server-cores", type=int, default=64, help="projection: of a server")
+    ladder.add_argument("--efficiency", type=float, default=0.8, help="projection: of its cores")
+    ladder.add_argument("--network-gbit", type=float, default=25, help="projection: per second")
+    ladder.add_argument("--global-batch", type=int, default=1024, help="projection")
+    for command in (rung, ladder):
+        command.add_argument("--seconds", type=float, default=45, help="of a rung, at least a pass")
+
+
+def make_rungs(ranks: int) -> tuple[dict[str, Rung], dict[str, Rung]]:
+    """Name -> rung: those that add up, and our own ideas alone on top of the original's."""
+    democratized = ("--preset", "democratized")
+    ladder = {"baseline, fp32": Rung()}
+    ladder["stack 8, 512 x 4"] = Rung((*democratized, "--no-normalization"))
+    ladder["normalisation"] = base = Rung(democratized)
+    ideas = {
+        f"{ranks} ranks": {"ranks": ranks}, "fused joint and loss": {"fused": True},
+        "bf16": {"precision": "bf16"}, "features in workers": {"workers": 1},
+    }  # fmt: skip
+    alone = {name: base._replace(**idea) for name, idea in ideas.items()}
+    for name, idea in ideas.items():
+        base = ladder[name] = base._replace(**idea)
+    return ladder, alone
+
+
+def plain_joint_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - stands for the fused one
+                     weight: Tensor, bias: Tensor, targets: Tensor, enc_lens: Tensor,
+                     target_lens: Tensor, blank: int, dropout: float,
+                     reduction: str) -> Tensor:  # fmt: skip
+    """Costs (B,) like loss.joint_transducer_loss, by plain_loss on PLAIN_ROWS utterances a time.
+
+    Only right where all costs weigh the same, as in train_step: the gradient of some rows is taken
+    at once, so that their graph can go, and carried on by a term that is 0.
+    """
+    assert reduction == "none", reduction
+    costs = []
+    for rows in torch.arange(len(targets)).split(PLAIN_ROWS):
+        inputs = (encoded[rows], predicted[rows], weight, bias)
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        lattice = (targets[rows], enc_lens[rows], target_lens[rows])
+        cost = plain_loss(leaves, lattice, blank, dropout, "none")  # (rows,)
+        grads = torch.autograd.grad(cost.sum(), leaves)
+        carrier = sum((x * g).sum() for x, g in zip(inputs, grads, strict=True))
+        costs.append(cost.detach() + (carrier - carrier.detach()) / len(rows))
+    return torch.cat(costs)
+
+
+def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Seconds of a step of --batch utterances in each bucket of a corpus sorted by bucket."""
+    cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
+    ranks = train.init_ranks(cfg.timeout_s)
+    torch.set_flush_denormal(True)
+    if args.plain_loss:
+        train.joint_transducer_loss = plain_joint_loss
+    trainer = train.make_trainer(cfg, model_cfg, ranks)
+    utterances = data.read_split(args.data, args.split, features)
+    tokenizer = LabelCount(model_cfg.vocab_size)
+    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch=1)
+    mine = [bucket[ranks.rank :: ranks.world].tolist()
+            for bucket in torch.arange(len(utterances)).split(args.batch)]  # fmt: skip
+    times: list[list[float]] = [[] for _ in mine]
+    began = started = time.perf_counter()
+    for i, batch in enumerate(data.batch_loader(dataset, mine * 1000, cfg.loader_workers)):
+        train.train_step(trainer, [batch], i + 1, cfg.lr)
+        times[i % len(mine)].append(time.perf_counter() - started)
+        late = time.perf_counter() - began > args.seconds
+        # Rank 0 decides for all.
+        late = train.all_sum(torch.tensor(int(late and ranks.rank == 0)), ranks) > 0
+        if late and i + 1 >= len(mine):
+            break
+        started = time.perf_counter()
+    if ranks.rank == 0:
+        # The first step of a shape builds kernels. Where there is no second, that hardly matters.
+        finish({
+            "step_s": [statistics.median(t[1:] or t) for t in times], "steps": sum(map(len, times)),
+            "peak_rss_gb": peak_rss_gb(), "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        })  # fmt: skip
+
+
+def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> dict:
+    """bench_rung in processes of its own. Raises ValueError with its last line if it fails."""
+    launcher = [sys.executable]
+    if rung.ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node", str(rung.ranks)]  # fmt: skip
+    command = [*launcher, __file__, "rung", "--batch", str(batch), *words, *rung.words,
+               "--batch-size", str(batch // rung.ranks), "--precision", rung.precision,
+               "--loader-workers", str(rung.workers),
+               *([] if rung.fused else ["--plain-loss"])]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // rung.ranks))}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        said = (result.stderr.strip() or "nothing said").splitlines()[-1]
+        raise ValueError(f"{' '.join(command)}: status {result.returncode}: {said}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def project_hours(epoch_s: float, cores: int, parameters: int, servers: int,
+                  args: argparse.Namespace) -> float:  # fmt: skip
+    """Hours of 49 epochs on `servers` servers, from the seconds of one on `cores` cores here.
+
+    The work is shared by all cores at --efficiency; then a ring all-reduce of the float32 gradient
+    passes 2 (n-1)/n of it through every server's network, once in --global-batch utterances.
+    """
+    work_s = epoch_s * cores / (servers * args.server_cores * args.efficiency)
+    reduce_s = 2 * (servers - 1) / servers * 32 * parameters / (args.network_gbit * 1e9)
+    return 49 * (work_s + args.utterances / args.global_batch * reduce_s) / 3600
+
+
+def epochs_to(rows: list[dict], target_wer: float) -> int | None:
+    return next((row["epoch"] for row in rows if row["wer"] <= target_wer), None)
+
+
+def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Seconds of an epoch of train-clean-100 on every rung: table, picture, JSON, projection."""
+    buckets, args.utterances = read_shapes(args.shapes)
+    batch, threads = len(buckets[0]), torch.get_num_threads()
+    if batch % args.ranks:
+        raise ValueError(f"--ranks {args.ranks} does not divide the batch of {batch}")
+    results: dict[str, list[dict]] = {}
+    measured: dict[Rung, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
+        words = ["--data", folder, "--split", "noise", "--seconds", str(args.seconds), *words]
+        for kind, rungs in zip(("ladder", "alone"), make_rungs(args.ranks), strict=True):
+            results[kind] = []
+            for name, rung in rungs.items():
+                if rung not in measured:  # the first of our ideas is on the ladder and alone
+                    measured[rung] = measure_rung(rung, batch, threads, words)
+                row = {"name": name, **rung._asdict(), **measured[rung]}
+                # Buckets hold equally many utterances, so their steps weigh the same.
+                row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
+                results[kind].append(row)
+                print(f"{kind}: {name}: {row['epoch_s']:.0f} s an epoch", flush=True)
+    report_ladder(args, results, threads)
+
+
+def add_speedups(ladder: list[dict], alone: list[dict]) -> None:
+    """Of every rung over the one before, over the first, and of each idea over the third."""
+    for before, row in zip(ladder[:1] + ladder, ladder, strict=False):
+        row["speedup"] = before["epoch_s"] / row["epoch_s"]
+        row["cumulative"] = ladder[0]["epoch_s"] / row["epoch_s"]
+        row["original"] = ORIGINAL.get(row["name"])
+        row["alone"] = None
+    for row, single in zip(ladder[3:], alone, strict=True):
+        row["alone"] = ladder[2]["epoch_s"] / single["epoch_s"]
+
+
+def report_ladder(args: argparse.Namespace, results: dict, threads: int) -> None:
+    add_speedups(results["ladder"], results["alone"])
+    columns = ("speedup", "cumulative", "alone", "original")
+    print(f"{'':<24}{'s an epoch':>12}" + "".join(f"{name:>12}" for name in columns))
+    for row in results["ladder"]:
+        gains = ("-" if row[name] is None else f"{row[name]:.2f}x" for name in columns)
+        print(f"{row['name']:<24}{row['epoch_s']:>12.0f}" + "".join(f"{x:>12}" for x in gains))
+    for folder in args.runs:
+        epoch = epochs_to(report.read_run(folder)[1], args.target_wer)
+        print(f"{folder.name}: WER {100 * args.target_wer:g} % after {epoch or 'no'} epochs")
+        results.setdefault("epochs_to_target", {})[folder.name] = epoch
+    last = results["ladder"][-1]
+    results["hours_of_49_epochs"] = {"here": 49 * last["epoch_s"] / 3600} | {
+        name: project_hours(last["epoch_s"], threads, last["parameters"], servers, args)
+        for name, servers in (("one server", 1), ("four servers", 4))
+    }
+    hours = ", ".join(f"{k} {v:.1f}" for k, v in results["hours_of_49_epochs"].items())
+    print(f"hours of 49 epochs of train-clean-100: {hours}")
+    print(f"assumed of a server: {args.server_cores} cores, each as fast as one of the {threads} "
+          f"here at an efficiency of {args.efficiency}; a network of {args.network_gbit} Gbit/s, "
+          f"all-reduce not overlapped, global batch {args.global_batch}, with which 49 epochs must "
+          "still be enough; decoding and checkpoints left out; lattices as of an untrained model, "
+          "whose nodes are all visited")  # fmt: skip
+    draw_ladder(args.png, results)
+    args.png.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},
+            "hours_of_49_epochs": results["hours_of_49_epochs"]})  # fmt: skip
+
+
+def draw_ladder(png: Path, results: dict) -> None:
+    """Bars: seconds of an epoch; line: cumulative speed-up. Right: what our ideas give alone."""
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(3, 2))
+    names, seconds, total = ([row[key] for row in results["ladder"]]
+                             for key in ("name", "epoch_s", "cumulative"))  # fmt: skip
+    axes[0].bar_label(axes[0].bar(names, seconds), fmt="%.0f")
+    axes[0].set(ylabel="s an epoch of train-clean-100", title="each idea on top of the last")
+    line = axes[0].twinx()
+    line.plot(names, total, color="black", marker="o")
+    line.set(ylabel="cumulative speed-up", ylim=(0, 1.15 * max(total)))
+    ours = {row["name"]: row["alone"] for row in results["ladder"][3:]}
+    axes[1].bar_label(axes[1].bar(*zip(*ours.items(), strict=True), color="C1"), fmt="%.2f")
+    axes[1].set(ylabel="speed-up", title="alone, on the original's model in fp32")
+    for ax in axes:
+        ax.tick_params("x", rotation=30)
+    figure.savefig(png)
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -450,20 +684,25 @@ def main() -> None:
     decoding = commands.add_parser("decode", allow_abbrev=False)
     decoding.add_argument("--checkpoint", required=True)
     decoding.add_argument("--batch-size", type=int, default=64)
-    for command in (step, reports, features, decoding):
-        command.add_argument("--data", required=command is decoding, help="corpus root")
-        command.add_argument("--split", required=command is decoding, help="folder below it")
+    rung, ladder = (commands.add_parser(name, allow_abbrev=False) for name in ("rung", "ladder"))
+    add_ladder_flags(rung, ladder)
+    for command in (step, reports, features, decoding, rung):
+        needed = command in (decoding, rung)
+        command.add_argument("--data", required=needed, help="corpus root")
+        command.add_argument("--split", required=needed, help="folder below it")
     curves = commands.add_parser("curves", allow_abbrev=False)
     curves.add_argument("runs", nargs="+", type=Path, help="run directories")
     curves.add_argument("--png", required=True, type=Path)
     args, words = parser.parse_known_args()
-    if words and args.command not in ("step", "report"):
+    with_words = {"step": bench_step, "report": bench_report, "rung": bench_rung,
+                  "ladder": bench_ladder}  # fmt: skip
+    if words and args.command not in with_words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     if getattr(args, "data", None) and not args.split:
         parser.error("--data needs --split")
-    run = {"step": functools.partial(bench_step, words=words),
-           "report": functools.partial(bench_report, words=words), "loss": bench_loss,
-           "features": bench_features, "decode": bench_decode, "curves": bench_curves}  # fmt: skip
+    run = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
+           "curves": bench_curves}  # fmt: skip
+    run |= {name: functools.partial(f, words=words) for name, f in with_words.items()}
     try:
         run[args.command](args)
     except (OSError, ValueError) as error:

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench.py ladder measures what it says: python -m pytest tests/test_ladder.py"""
+
+import gzip
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import data
+from loss import joint_transducer_loss
+
+REPO = Path(__file__).resolve().parent.parent
+TRAIN_CLEAN_100 = REPO.parent / "shared/librispeech/train-clean-100.tsv.gz"
+
+
+def random_batch(batch: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
+    """Arguments of the loss with unequal lengths: T <= 6, U <= 4, J = 8, V = 5."""
+    torch.manual_seed(1)
+    shapes = ((batch, 6, 8), (batch, 5, 8), (5, 8), (5,))
+    inputs = tuple(torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes)
+    lens = torch.arange(batch) % 6 + 1, torch.arange(batch) % 5
+    return inputs, (torch.randint(0, 4, (batch, 4)), *lens)
+
+
+@pytest.mark.parametrize("batch", [1, bench.PLAIN_ROWS, 2 * bench.PLAIN_ROWS + 1])
+def test_plain_loss_of_the_first_rungs_has_the_fused_value_and_gradient(batch):
+    inputs, lattice = random_batch(batch, torch.float64)
+    results = []
+    for function in (joint_transducer_loss, bench.plain_joint_loss):
+        costs = function(*inputs, *lattice, 4, 0.0, "none")
+        grads = torch.autograd.grad(costs.sum() / batch, inputs)
+        results.append((costs, *grads))
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-9, atol=1e-9)
+
+
+def test_each_rung_adds_one_idea_and_alone_is_on_top_of_the_originals():
+    ladder, alone = bench.make_rungs(2)
+    rungs = list(ladder.values())
+    for before, after in zip(rungs, rungs[1:], strict=False):
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    assert rungs[-1] == bench.Rung(("--preset", "democratized"), 2, True, "bf16", 1)
+    assert list(alone) == list(ladder)[3:]
+    for rung in alone.values():
+        assert sum(a != b for a, b in zip(rungs[2], rung, strict=True)) == 1
+
+
+def test_speedups():
+    ladder = [{"name": str(i), "epoch_s": s} for i, s in enumerate([100.0, 50.0, 40.0, 20.0, 5.0])]
+    ladder[2]["name"] = "normalisation"
+    bench.add_speedups(ladder, [{"epoch_s": 16.0}, {"epoch_s": 10.0}])
+    assert [row["speedup"] for row in ladder] == [1, 2, 1.25, 2, 4]
+    assert [row["cumulative"] for row in ladder] == [1, 2, 2.5, 5, 20]
+    assert [row["alone"] for row in ladder] == [None, None, None, 2.5, 4]
+    assert ladder[2]["original"] == pytest.approx(1.0703, abs=1e-4)
+
+
+def test_projected_hours():
+    args = Namespace(utterances=10_240, global_batch=1024, server_cores=40, efficiency=0.5,
+                     network_gbit=32)  # fmt: skip
+    # 100 s on 2 cores are 10 s on 40 at half of their speed.
+    assert bench.project_hours(100, 2, 10**9, 1, args) == pytest.approx(49 * 10 / 3600)
+    # On four servers 2.5 s, and ten times 3/2 of a second for 32 Gbit each to 3/2 of it.
+    assert bench.project_hours(100, 2, 10**9, 4, args) == pytest.approx(49 * (2.5 + 15) / 3600)
+
+
+def test_epochs_to_a_target():
+    rows = [{"epoch": 1, "wer": 1.0}, {"epoch": 2, "wer": 0.1}, {"epoch": 3, "wer": 0.05}]
+    assert bench.epochs_to(rows, 0.1) == 2
+    assert bench.epochs_to(rows, 0.01) is None
+
+
+def test_noise_has_the_asked_lengths_and_labels(tmp_path):
+    shapes = [(0.5, 3), (1.25, 7), (0.3, 0)]
+    bench.synthesize(tmp_path, shapes)
+    utterances = data.read_split(tmp_path, "noise")
+    assert [u.duration_s for u in utterances] == pytest.approx([s for s, _ in shapes])
+    assert [len(bench.LabelCount(32).encode(u.text)) for u in utterances] == [3, 7, 0]
+
+
+# ---- shapes of train-clean-100 ----------------------------------------------------------------
+
+
+def test_stored_shapes_are_those_of_six_buckets():
+    buckets, utterances = bench.read_shapes()
+    assert utterances == 28_253
+    assert [len(bucket) for bucket in buckets] == [32] * 6
+    seconds = [s for bucket in buckets for s, _ in bucket]
+    assert seconds == sorted(seconds)
+    assert max(seconds) <= data.DEFAULT.max_utterance_s
+    assert np.mean(seconds) == pytest.approx(12.65, abs=0.01)
+    assert np.mean([n for bucket in buckets for _, n in bucket]) == pytest.approx(58.1, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRAIN_CLEAN_100.exists(), reason=f"{TRAIN_CLEAN_100} is not there")
+def test_stored_shapes_are_drawn_from_train_clean_100():
+    """Takes a minute: it trains the tokenizer."""
+    lines = gzip.decompress(TRAIN_CLEAN_100.read_bytes()).decode().splitlines()
+    rows = [line.split("\t") for line in lines[1:]]
+    tokenizer = data.Tokenizer(data.train_tokenizer((text for _, _, text in rows), 1024))
+    rows = [row for row in rows if float(row[1]) <= data.DEFAULT.max_utterance_s]
+    seconds = np.array([float(row[1]) for row in rows])
+    labels = np.array([len(tokenizer.encode(row[2])) for row in rows])
+    buckets = []
+    for bucket in np.array_split(np.argsort(seconds, kind="stable"), 6):
+        buckets.append([])
+        for i, part in enumerate(np.array_split(bucket, 32)):
+            part = part[np.argsort(labels[part], kind="stable")]
+            chosen = part[int((i * 11 % 32 + 0.5) / 32 * len(part))]
+            buckets[-1].append((round(float(seconds[chosen]), 2), int(labels[chosen])))
+    assert bench.read_shapes() == (buckets, len(rows))
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "16"]
+
+
+def run_bench(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "bench.py", *map(str, words)], cwd=REPO, text=True,
+                          capture_output=True, timeout=900, check=False)  # fmt: skip
+
+
+def write_shapes(path: Path) -> Path:
+    buckets = [[[0.4, 2], [0.5, 3]], [[0.8, 5], [1.0, 4]]]
+    path.write_text(json.dumps({"utterances": 400, "buckets": buckets}))
+    return path
+
+
+@pytest.mark.slow
+def test_ladder_of_a_tiny_model(tmp_path):
+    """Ten processes that measure one pass each, and everything that is made from it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    evals = [{"event": "eval", "epoch": e, "step": e, "wer": 1 / e, "seconds": 1.0}
+             for e in range(1, 12)]  # fmt: skip
+    (run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
+    result = run_bench("ladder", "--shapes", write_shapes(tmp_path / "shapes.json"), "--seconds", 0,
+                       "--png", tmp_path / "ladder.png", "--runs", run, *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((tmp_path / "ladder.json").read_text())
+    assert [row["name"] for row in stored["ladder"]] == list(bench.make_rungs(2)[0])
+    assert len(stored["alone"]) == 4
+    assert stored["alone"][0]["step_s"] == stored["ladder"][3]["step_s"]
+    for row in stored["ladder"] + stored["alone"]:
+        assert len(row["step_s"]) == row["steps"] == 2
+        assert row["epoch_s"] == pytest.approx(sum(row["step_s"]) / 2 * 200)
+        assert row["threads"] == max(1, torch.get_num_threads() // row["ranks"])
+    assert stored["epochs_to_target"] == {"run": 10}
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert said["hours_of_49_epochs"] == stored["hours_of_49_epochs"]
+    assert list(said["epoch_s"].values()) == [row["epoch_s"] for row in stored["ladder"]]
+    assert "run: WER 10 % after 10 epochs" in result.stdout
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_rung_goes_round_the_buckets_until_its_time_is_up(tmp_path):
+    bench.synthesize(tmp_path, [(0.4, 2), (0.5, 3), (0.8, 5), (1.0, 4)])
+    result = run_bench("rung", "--data", tmp_path, "--split", "noise", "--batch", 2, "--batch-size",
+                       2, "--seconds", 5, "--loader-workers", 1, *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["steps"] > 2
+    assert len(measured["step_s"]) == 2
+
+
+@pytest.mark.slow
+def test_a_rung_that_fails_fails_the_ladder_with_its_reason(tmp_path):
+    result = run_bench("ladder", "--shapes", write_shapes(tmp_path / "shapes.json"), "--stack", 0)
+    assert result.returncode == 1
+    assert "stack: 0, expected at least 1" in result.stderr
+
+
+def test_ranks_that_do_not_divide_the_batch_are_an_error(tmp_path):
+    shapes = write_shapes(tmp_path / "shapes.json")
+    with pytest.raises(ValueError, match="--ranks 3 does not divide the batch of 2"):
+        bench.bench_ladder(Namespace(shapes=shapes, ranks=3), [])

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tune.py reads, runs, prunes, survives and reports: python -m pytest tests/test_tune.py
+
+Trials run a stand-in for run.sh that writes the log.jsonl of a training run of known WER; the
+tuners, their deaths and the studies are real.
+"""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import train
+import tune
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Three epochs of 10 s by its log. The WER falls to 100 times the distance of lr from 0.004 and a
+# tenth. Above lr 0.02 it fails. Trials from number HOPELESS on have a bad WER and, unless somebody
+# ends them, minutes to go. GO names a file without which the second epoch does not end.
+STAND_IN = """
+import argparse, json, os, pathlib, sys, time
+words = sys.argv[1:]
+if os.environ.get("DRY_RUN") == "1":
+    print("corpus  demo in d")
+    print("launch  env OMP_NUM_THREADS=2 python train.py --data d --train-splits t --dev-split e"
+          " --out out/demo --preset demo " + " ".join(words))
+    sys.exit()
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float, default=0.004)
+parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--out", type=pathlib.Path)
+args, _ = parser.parse_known_args(words)
+(args.out / "words").open("a").write(" ".join(words) + "\\n")
+(args.out / "pid").write_text(str(os.getpid()))
+log = (args.out / "log.jsonl").open("a")
+done = (args.out / "log.jsonl").read_text().count('"eval"')
+def write(event, **values):
+    log.write(json.dumps({"event": event, **values}) + "\\n")
+    log.flush()
+write("start")
+for epoch in range(done + 1, args.epochs + 1):
+    write("step", step=epoch, step_s=9.0)
+    if args.lr > 0.02:
+        print("train.py: step 1: gradient norm is nan\\n", file=sys.stderr)
+        sys.exit(3)
+    while epoch == 2 and not os.path.exists(os.environ.get("GO", "/")):
+        time.sleep(0.05)
+    hopeless = int(args.out.name[-4:]) >= int(os.environ.get("HOPELESS", 99))
+    wer = 1 if hopeless else min(1, 0.3 / epoch + 100 * abs(args.lr - 0.004))
+    write("eval", epoch=epoch, step=epoch, wer=wer, seconds=1.0)
+    time.sleep(300 if hopeless and epoch < args.epochs else float(os.environ.get("EPOCH_S", 0)))
+"""
+
+CONFIG = """\
+model_parameter:
+  project: sda
+  experiment: rnnt
+  parameters:
+  - {name: learning_rate, transformation: log, type: double, bounds: {min: 1e-3, max: 1.0e-2}}
+  - bounds: {min: 1, max: 10}
+    name: warmup_epochs
+    type: int
+metrics:
+- {name: training_time, objective: minimize, threshold: 43200}
+- {name: WER, objective: minimize, threshold: 0.25}
+observation_budget: 6
+"""
+
+
+class Case:
+    """A folder with a stand-in, a file to search by, and tuners that use both."""
+
+    def __init__(self, root: Path):
+        self.root, self.out = root, root / "study"
+        self.config, self.stand_in = root / "tune.yaml", root / "stand_in.py"
+        self.stand_in.write_text(STAND_IN)
+        self.config.write_text(CONFIG)
+        self.started: list[subprocess.Popen] = []
+
+    def command(self, *words: str) -> list[str]:
+        return ["tune.py", "--config", str(self.config), "--out", str(self.out),
+                "--run", f"{sys.executable} {self.stand_in}", *words]  # fmt: skip
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen:
+        """A tuner as a process, where it matters that it is one."""
+        process = subprocess.Popen(
+            [sys.executable, *self.command(*words)], cwd=REPO, env={**os.environ, **env}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(self, *words: str, **env: str) -> tuple[str, str | None]:
+        """A tuner in this process: its output and the message it ended with, None if it worked."""
+        said, error = io.StringIO(), None
+        with (
+            mock.patch.object(sys, "argv", self.command(*words)),
+            mock.patch.dict(os.environ, env),
+            mock.patch.object(tune, "POLL_S", 0.05),
+            contextlib.redirect_stdout(said),
+        ):
+            try:
+                tune.main()
+            except SystemExit as end:
+                error = end.code
+        return said.getvalue(), error
+
+    def trials(self) -> list:
+        storage = f"sqlite:///{self.out}/study.db"
+        return optuna.load_study(study_name=None, storage=storage).get_trials()
+
+    def change(self, old: str, new: str) -> None:
+        assert CONFIG.count(old) == 1, old
+        self.config.write_text(CONFIG.replace(old, new))
+
+
+@pytest.fixture
+def case(tmp_path):
+    case = Case(tmp_path)
+    yield case
+    for process in case.started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Zombies are dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- the file ---------------------------------------------------------------------------------
+
+
+def test_the_file_of_the_original(case):
+    search = tune.read_search(case.config)
+    assert search.name == "sda/rnnt"
+    assert search.space == {
+        "lr": optuna.distributions.FloatDistribution(1e-3, 1e-2, log=True),
+        "warmup_epochs": optuna.distributions.IntDistribution(1, 10),
+    }
+    assert search.thresholds == [43200, 0.25]
+    assert search.budget == 6
+
+
+def test_lists_booleans_and_no_threshold(case):
+    case.change(
+        "  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
+        "  - {name: stack, type: int, grid: [4, 6]}\n"
+        "  - {name: normalization, type: categorical, categorical_values: [true, False]}\n"
+        "  - {name: train_splits, type: categorical, categorical_values: [a b, a]}\n",
+    )
+    case.config.write_text(case.config.read_text().replace(", threshold: 0.25", ""))
+    search = tune.read_search(case.config)
+    assert search.space["stack"].choices == (4, 6)
+    assert search.space["normalization"].choices == (True, False)
+    assert search.thresholds == [43200, float("inf")]
+    words = tune.flags({"stack": 4, "normalization": False, "train_splits": "a b", "lr": 1e-5})
+    assert words == ["--stack", "4", "--no-normalization", "--train-splits", "a", "b",
+                     "--lr", "1e-05"]  # fmt: skip
+
+
+def test_what_is_said_about_the_machine_is_named_as_having_no_effect(case, capsys):
+    case.config.write_text(CONFIG + "ppn: 2\nhosts:\n- localhost\n")
+    tune.read_search(case.config)
+    said = capsys.readouterr().out
+    assert f"{case.config}:13: ppn has no effect" in said
+    assert f"{case.config}:15: hosts has no effect" in said
+
+
+LR = CONFIG.splitlines()[4]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("learning_rate", "learning_rat", 5, "learning_rat is no field"),
+        ("    name: warmup_epochs", "    name: epoch", 7, "epoch is no field"),
+        ("learning_rate", "out", 5, "out is no field"),
+        ("    name: warmup_epochs", "    name: lr", 6, "lr stands twice"),
+        ("    type: int", "    type: integer", 8, "expected double or int or categorical"),
+        ("    type: int", "    type: double", None, None),  # a float field: allowed
+        ("    name: warmup_epochs\n    type: int", "    name: stack\n    type: double", 8,
+         "stack is int, not double"),
+        ("    name: warmup_epochs", "    name: epochs\n    grid: [1]", 6, "grid or bounds alone"),
+        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
+        ("{min: 1, max: 10}", "{min: 10, max: 10}", 6, "min 10, max 10, expected min < max"),
+        ("{min: 1, max: 10}", "{min: 1}", 6, "max is missing"),
+        ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
+        ("min: 1e-3", "min: 0", 5, "expected 0 < min < max"),
+        ("max: 1.0e-2", "max: .nan", 5, "expected number, not '.nan'"),
+        ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
+        ("transformation: log", "prior: log", 5, "prior: unknown or twice"),
+        ("    type: int", "    type: int\n    type: int", 9, "type: unknown or twice"),
+        (LR, "  - {name: preset, type: categorical, grid: [demo]}", 5,
+         "expected categorical_values alone"),
+        (LR, "  - {name: stack, type: int, grid: [4, 4]}", 5, "a value stands twice"),
+        (LR, "  - {name: stack, type: int, grid: []}", 5, "expected a list with something in it"),
+        (LR, "  - {name: normalization, type: categorical, categorical_values: [yes]}", 5,
+         "expected boolean, not 'yes'"),
+        (LR, "  - {name: warmup_epochs, type: int, bounds: {min: 1, max: 2}}", 6,
+         "warmup_epochs stands twice"),
+        ("  experiment: rnnt\n", "", 2, "experiment is missing"),
+        ("name: WER", "name: CER", 11, "expected training_time or WER, not 'CER'"),
+        ("name: WER", "name: training_time", 11, "training_time stands twice"),
+        ("0.25", "low", 11, "expected number, not 'low'"),
+        ("{name: WER, objective: minimize", "{name: WER, objective: maximize", 11,
+         "expected minimize"),
+        ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 10,
+         "expected training_time and WER"),
+        ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
+        ("observation_budget: 6", "observation_budget: [6]", 12, "expected int"),
+        ("observation_budget: 6", "budget: 6", 12, "budget: unknown or twice"),
+        ("  project: sda", "  project: 'sda", 2, "line"),
+        ("  project: sda", "\tproject: sda", 2, "line"),
+    ],
+)  # fmt: skip
+def test_an_error_names_its_line(case, old, new, line, message):
+    case.change(old, new)
+    if message is None:
+        tune.read_search(case.config)
+        return
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        tune.read_search(case.config)
+    place = f"line {line}" if message == "line" else f"{case.config}:{line}: "
+    assert place in str(error.value), error.value
+
+
+@pytest.mark.parametrize("content", [b"", b"a: \xff\n", b"- 1\n", b"a: 1\n---\nb: 2\n"])
+def test_what_is_no_such_file_is_an_error_that_names_it(case, content):
+    case.config.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(case.config))):
+        tune.read_search(case.config)
+
+
+def test_values_that_train_py_refuses_name_their_line(case):
+    case.change(
+        "{min: 1, max: 10}\n    name: warmup_epochs\n    type: int",
+        "{min: 0.5, max: 1.5}\n    name: beta1\n    type: double",
+    )
+    _, error = case.run()
+    assert f"{case.config}:6: " in error
+    assert "beta1: 1.5, expected 0 <= x < 1" in error
+    assert not case.out.exists()
+
+
+def test_words_that_train_py_refuses_end_the_search_before_it_begins(case):
+    _, error = case.run("--epoch", "3")
+    assert "unrecognized arguments: --epoch 3" in error
+    assert not case.out.exists()
+
+
+def test_a_command_that_does_not_launch_is_an_error(case):
+    case.stand_in.write_text("import sys; sys.exit('CORPUS=timit, expected demo')")
+    _, error = case.run()
+    assert "CORPUS=timit, expected demo" in error
+
+
+# ---- the search -------------------------------------------------------------------------------
+
+
+def test_a_search_from_beginning_to_end(case):
+    out, error = case.run("--epochs", "3", RANKS="1", OMP_NUM_THREADS="1")
+    assert error is None
+    trials = case.trials()
+    assert len(trials) == 6
+    # The demo preset's own values come first.
+    assert trials[0].params == {"lr": 0.004, "warmup_epochs": 2}
+    assert trials[0].values == [30.0, pytest.approx(0.1)]
+    for t in trials:
+        assert 1e-3 <= t.params["lr"] <= 1e-2
+        expected = f"--epochs 3 --lr {t.params['lr']} --warmup-epochs {t.params['warmup_epochs']}"
+        folder = case.out / f"trial-{t.number:04d}"
+        assert (folder / "words").read_text() == f"{expected} --out {folder}\n"
+    lines = out.splitlines()
+    assert lines[-1] == (
+        f"env RANKS=1 OMP_NUM_THREADS=1 {sys.executable} {case.stand_in} --epochs 3 --lr 0.004"
+        f" --warmup-epochs 2 --out {case.out}/best"
+    )
+    assert lines[-2] == "best: trial 0, WER 10.00 % after 30 s"
+    header = next(i for i, line in enumerate(lines) if line.startswith("trial  state"))
+    rows = [re.match(r"\d +(complete|pruned) ", row) for row in lines[header + 1 : header + 7]]
+    assert all(rows)
+    assert (case.out / "pareto.png").stat().st_size > 5000
+
+
+def test_constraints_follow_the_thresholds(case):
+    case.change("threshold: 0.25", "threshold: 0.15")
+    case.config.write_text(case.config.read_text().replace("43200", "29"))
+    out, error = case.run()
+    assert error is None
+    first = case.trials()[0]
+    assert first.constraints == {"training_time": 1.0, "WER": pytest.approx(-0.05)}
+    assert "no trial meets all thresholds" in out
+
+
+def study_of(*curves: list[float]) -> optuna.Study:
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for curve in curves:
+        trial = study.ask()
+        trial.set_user_attr("wers", {str(i): wer for i, wer in enumerate(curve, 1)})
+        study.tell(trial, [1.0, curve[-1]])
+    return study
+
+
+def test_worse_than_the_median_at_the_same_epoch_is_hopeless():
+    study = study_of([0.9, 0.5], [0.8, 0.4], [0.7, 0.3])
+    assert tune.hopeless(study, 3, {"1": 0.81}) == (
+        "WER 0.810 after epoch 1, median of 3 others 0.800"
+    )
+    assert tune.hopeless(study, 3, {"1": 0.8}) is None
+    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.4}) is None
+    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41}) is not None
+    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41, "3": 0.9}) is None  # nobody came so far
+    assert tune.hopeless(study, 0, {"1": 0.9}) is None  # two others are too few
+
+
+def test_hopeless_trials_are_ended_with_all_they_started(case):
+    # A bash of its own between tuner and trial, as run.sh is one.
+    wrapper = case.root / "run.sh"
+    wrapper.write_text(f'{sys.executable} {case.stand_in} "$@"\nexit\n')
+    out, error = case.run("--run", f"bash {wrapper}", HOPELESS="4")
+    assert error is None
+    trials = case.trials()
+    assert [t.number for t in trials if t.state == TrialState.PRUNED][-2:] == [4, 5]
+    for t in trials[4:]:
+        assert re.match(r"WER 1.000 after epoch 1, median of \d others", t.user_attrs["reason"])
+        assert not is_alive(int((case.out / f"trial-{t.number:04d}/pid").read_text()))
+        assert t.user_attrs["reason"] in out
+
+
+def test_the_last_epoch_is_too_late_to_be_pruned(case):
+    out, error = case.run("--epochs", "1", HOPELESS="4")
+    assert error is None
+    assert all(t.state == TrialState.COMPLETE for t in case.trials())
+
+
+def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
+    case.change("max: 1.0e-2", "max: 1")
+    out, error = case.run()
+    assert error is None
+    trials = case.trials()
+    assert len(trials) == 6
+    failed = [t for t in trials if t.state == TrialState.FAIL]
+    assert failed
+    assert {t.user_attrs["reason"] for t in failed} == {
+        "status 3, 0 evaluations: train.py: step 1: gradient norm is nan"
+    }
+    assert "gradient norm is nan" in out
+
+
+def test_a_search_in_which_all_fails_is_an_error(case):
+    case.change("min: 1e-3, max: 1.0e-2", "min: 0.1, max: 1")
+    out, error = case.run()
+    assert "no trial was completed" in error
+    assert "no trial with the values train.py would take" in out
+    assert len(case.trials()) == 6
+
+
+# ---- death and company ------------------------------------------------------------------------
+
+
+def test_a_killed_tuner_takes_its_trial_along_and_the_next_one_goes_on(case):
+    go = case.root / "go"
+    tuner = case.start(GO=str(go))
+    log = case.out / "trial-0000/log.jsonl"
+    wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
+    pid = int((log.parent / "pid").read_text())
+    assert is_alive(pid)
+    tuner.send_signal(signal.SIGKILL)
+    tuner.communicate(timeout=30)
+    wait_for(lambda: not is_alive(pid), 10)
+
+    go.touch()
+    out, error = case.run(GO=str(go))
+    assert error is None
+    trials = case.trials()
+    assert trials[0].state == TrialState.FAIL
+    assert [t.state for t in trials].count(TrialState.FAIL) == 1
+    assert len(trials) == 7  # six that count, and the one that was cut off
+    (again,) = [t for t in trials if t.user_attrs.get("folder") == "trial-0000"]
+    assert again.params == trials[0].params
+    assert again.values == [30.0, pytest.approx(0.1)]  # step 2 counts once
+    assert (log.parent / "words").read_text().count("\n") == 2
+    assert log.read_text().count('"eval"') == 3
+    assert "cut off; went on under another number" in out
+
+
+def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
+    first, error = case.run()
+    assert error is None
+    before = [t.datetime_complete for t in case.trials()]
+    again, error = case.run()
+    assert error is None
+    assert again.splitlines()[-2:] == first.splitlines()[-2:]
+    assert [t.datetime_complete for t in case.trials()] == before
+    case.change("observation_budget: 6", "observation_budget: 7")
+    case.run()
+    assert len(case.trials()) == 7
+    assert "take another --out" in case.run("--epochs", "3")[1]
+    case.change("max: 10", "max: 9")
+    assert "take another --out" in case.run()[1]
+    assert len(case.trials()) == 7
+
+
+@pytest.mark.slow
+def test_two_tuners_share_one_study(case):
+    tuners = [case.start(EPOCH_S="0.3") for _ in range(2)]
+    results = [tuner.communicate(timeout=240) for tuner in tuners]
+    assert [t.returncode for t in tuners] == [0, 0], results
+    trials = case.trials()
+    assert len(trials) == 6  # exactly the budget
+    assert all(t.state.is_finished() for t in trials)
+    ran = [re.findall(r"^trial (\d+) in", out, re.MULTILINE) for out, _ in results]
+    assert all(ran), ran
+    assert sorted(map(int, ran[0] + ran[1])) == list(range(6))
+    # Both waited for the last trial and report the same.
+    assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_killed_tuner_goes_to_the_other(case):
+    go = case.root / "go"
+    first = case.start(GO=str(go))
+    log = case.out / "trial-0000/log.jsonl"
+    wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
+    second = case.start(GO=str(go))
+    wait_for((case.out / "trial-0001/pid").exists)
+    first.kill()
+    first.communicate()
+    go.touch()
+    out, err = second.communicate(timeout=240)
+    assert second.returncode == 0, err
+    assert "trial-0000: --lr 0.004" in out
+    assert len(case.trials()) == 7
+
+
+# ---- with run.sh itself -----------------------------------------------------------------------
+
+
+def test_run_sh_shows_its_launch(case):
+    """The real run.sh: its dry run is what parameters are checked against."""
+    search = tune.read_search(case.config)
+    defaults = tune.check_values(search, ["env", "CORPUS=demo", "bash", "run.sh", "--epochs", "5"])
+    assert defaults["epochs"] == 5
+    assert defaults["preset"] == "demo"
+    assert defaults["warmup_epochs"] == train.RECIPES["demo"]["warmup_epochs"]
+    tune.check_values(tune.read_search(REPO / "docs/tune-demo.yaml"), ["bash", "run.sh"])
+
+
+def test_json_lines_are_followed_past_a_half_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "a"}\n{"event": "b{"event": "c"}\n{"event": "d"}\n{"eve')
+    done = subprocess.Popen(["true"])
+    done.wait()
+    assert [r["event"] for r in tune.follow(path, done)] == ["a", "d"]
