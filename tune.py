@@ -376,14 +376,17 @@ def open_study(out: Path, search: Search, defaults: dict) -> optuna.Study:
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{out / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
     )
+    refusal = ValueError(f"{out} has a search of another name or with other parameters, thresholds "
+                         "or words for train.py: take another --out")  # fmt: skip
+    if set(optuna.get_all_study_names(storage)) - {search.name}:
+        raise refusal
     study = optuna.create_study(
         study_name=search.name, storage=storage, load_if_exists=True,
         directions=["minimize"] * len(METRICS),
         sampler=optuna.samplers.TPESampler(n_startup_trials=4),
     )  # fmt: skip
-    if study.user_attrs.setdefault("about", about) != about:
-        raise ValueError(f"{out} has a study with other parameters, thresholds or words for "
-                         "train.py: take another --out")  # fmt: skip
+    if study.user_attrs.get("about", about) != about:
+        raise refusal
     study.set_user_attr("about", about)
     if not study.trials:
         try:
@@ -518,6 +521,8 @@ def main() -> None:
         report(study, search, out)
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tune.py: interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -418,8 +418,9 @@ def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
     case.run()
     assert len(case.trials()) == 7
     assert "take another --out" in case.run("--epochs", "3")[1]
-    case.change("max: 10", "max: 9")
-    assert "take another --out" in case.run()[1]
+    for old, new in (("max: 10", "max: 9"), ("experiment: rnnt", "experiment: other")):
+        case.change(old, new)
+        assert "take another --out" in case.run()[1]
     assert len(case.trials()) == 7
 
 
