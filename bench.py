@@ -206,7 +206,7 @@ def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
              log: report.Log | None = None) -> Iterator[train.Run]:  # fmt: skip
     """A run with train.py's flags in `words` and recordings for so many steps."""
     cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
-    ranks = train.init_ranks(cfg.timeout_s)
+    ranks, _ = train.init_ranks(cfg)
     torch.set_flush_denormal(True)
     wanted = steps * cfg.batch_size * cfg.accumulation * ranks.world
     with recordings(args, min(wanted, 512)) as utterances:

@@ -2,25 +2,34 @@
 # SPDX-License-Identifier: Apache-2.0
 # From a clone to a transcript: set up, prepare a corpus, train, score the dev split, transcribe three files.
 #
-#   bash run.sh                                   the demo corpus, one process on every core
+#   bash run.sh                                   the demo corpus, one process for each NUMA node
 #   RANKS=2 bash run.sh --epochs 20               two ranks on this machine; words go to train.py and win
+#   HOSTS=my-hosts bash run.sh                    on the machines listed there, with mpirun (see hosts)
 #   CORPUS=mini-librispeech bash run.sh           or librispeech-100, librispeech-960, downloaded to $DATA
 #   DRY_RUN=1 bash run.sh                         prints what it would launch and why, writes nothing
 #   bash run.sh test [--slow] [words for pytest]  the tests; --slow adds the long ones
 #
 # Writes .venv, the corpus in $DATA and the run in $OUT; relative paths start at this folder.
 # A second call continues the run in $OUT. The first step that fails gives the exit status.
+# Other hosts need this folder, with its .venv, and $DATA at the same paths; run it on the first of them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- knobs of the machine; everything about the model and its training is a word for train.py ----
-RANKS=${RANKS:-1}                # processes; an LSTM gains less from a second thread than from a second rank
+RANKS=${RANKS:-}                 # processes on each host; default: as hosts says, or one for each NUMA node
+HOSTS=${HOSTS:-hosts}            # file of the machines to train on
+LAUNCHER=${LAUNCHER:-auto}       # auto, mpirun (Intel MPI, Open MPI, MPICH), torchrun, ipex
+BACKEND=${BACKEND:-auto}         # of torch.distributed: auto, ccl, gloo, mpi
+SSH=${SSH:-ssh}                  # how mpirun reaches other hosts; a wrapper may add port and key
+VENV=${VENV:-.venv}              # Python environment,
+REQUIREMENTS=${REQUIREMENTS:-requirements.txt}  # made from this file
 CORPUS=${CORPUS:-demo}           # demo is synthesised, the others are downloaded unless $DATA has them
 DATA=${DATA:-data/$CORPUS}       # large corpora often belong on another disk
 OUT=${OUT:-out/$CORPUS}          # checkpoints and logs of this run
+CGROUPS=${CGROUPS:-/sys/fs/cgroup}  # where control groups are mounted
 DRY_RUN=${DRY_RUN:-0}            # 1: decide and print only
-PYTHON=.venv/bin/python
+PYTHON=$VENV/bin/python
 
 # ---- functions ----
 die() {
@@ -42,8 +51,8 @@ last_value() {
   printf '%s\n' "$value"
 }
 
-# physical_cores CPUS: distinct cores behind a list such as 0-3,8. Two hyper-threads share one core's
-# matrix unit, so counting CPUs would start twice the threads that can work.
+# physical_cores CPUS: one line "node cpu" for each core behind a list such as 0-3,8, NUMA node by NUMA node.
+# The hyper-threads of a core share its matrix unit: the first stands for all.
 physical_cores() {
   lscpu -p=CPU,CORE,SOCKET,NODE | awk -F, -v cpus="$1" '
     BEGIN {
@@ -53,8 +62,102 @@ physical_cores() {
         for (cpu = ends[1] + 0; cpu <= ends[last] + 0; cpu++) allowed[cpu]
       }
     }
-    !/^#/ && ($1 in allowed) && !seen[$2, $3]++ { cores++ }
-    END { print cores + 0 }'
+    !/^#/ && ($1 in allowed) && !seen[$2, $3]++ { print $4 + 0, $1 }' | sort -n -k1,1 -k2,2
+}
+
+# mask CPU...: the set of CPUs as a hexadecimal number, by digits since it outgrows 64 bits.
+mask() {
+  printf '%s\n' "$@" | awk '
+    { digit[place = int($1 / 4)] += 2 ^ ($1 % 4); if (place > top) top = place }
+    END { printf "0x"; for (place = top + 0; place >= 0; place--) printf "%x", digit[place] }'
+}
+
+# cpu_quota: how many CPUs' time the control group grants, rounded up; nothing if it sets no limit.
+cpu_quota() {
+  local group
+  group=$(sed -n 's/^0:://p' /proc/self/cgroup)
+  awk '$1 != "max" { print int(($1 + $2 - 1) / $2) }' "$CGROUPS$group/cpu.max" 2>/dev/null || true
+}
+
+# read_hosts: $HOSTS into the array hosts; slots, if given, into RANKS.
+read_hosts() {
+  local line name slots rest number=0 file_slots=unread
+  [[ -r $HOSTS ]] || die "HOSTS=$HOSTS cannot be read"
+  while IFS= read -r line || [[ $line ]]; do
+    number=$((number + 1))
+    read -r name slots rest <<<"${line%%#*}"
+    if [[ -z $name ]]; then continue; fi
+    [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "$HOSTS:$number: '$name' is no host name"
+    [[ "$slots $rest" =~ ^(slots=[1-9][0-9]*)?" "$ ]] || die "$HOSTS:$number: '$slots${rest:+ $rest}', expected slots=N"
+    [[ " ${hosts[*]} " != *" $name "* ]] || die "$HOSTS:$number: $name stands twice"
+    [[ $file_slots == unread || $file_slots == "$slots" ]] ||
+      die "$HOSTS:$number: '$slots' after '$file_slots'; every host runs the same number of ranks"
+    hosts+=("$name")
+    file_slots=$slots
+  done <"$HOSTS"
+  ((${#hosts[@]})) || die "$HOSTS names no host"
+  if [[ $file_slots == slots=* ]]; then
+    RANKS=${RANKS:-${file_slots#slots=}}
+    [[ $RANKS == "${file_slots#slots=}" ]] || die "RANKS=$RANKS, but $HOSTS says $file_slots"
+  fi
+}
+
+# check_hosts: names the hosts that cannot be used, all within 30 s; mpirun alone may take minutes.
+check_hosts() {
+  local host python failed=""
+  local -A check
+  python=$(realpath -ms "$PYTHON")
+  for host in "${hosts[@]}"; do
+    timeout 25 "$SSH" -o BatchMode=yes -o ConnectTimeout=20 "$host" test -x "$(printf %q "$python")" </dev/null &
+    check[$host]=$!
+  done
+  for host in "${hosts[@]}"; do
+    wait "${check[$host]}" || failed+=" $host (status $?)"
+  done
+  [[ -z $failed ]] || die "$HOSTS: no $python reached by $SSH on$failed; 1: not there, 124: no answer, 255: no login"
+}
+
+# mpi_kind: which mpirun the path leads to; they differ in almost every flag.
+mpi_kind() {
+  case $(mpirun --version 2>&1) in
+    *"Intel(R) MPI"*) printf 'Intel MPI' ;;
+    *"Open MPI"* | *OpenRTE*) printf 'Open MPI' ;;
+    *HYDRA*) printf 'MPICH' ;;
+    *) die "mpirun is neither Intel MPI nor Open MPI nor MPICH: $(command -v mpirun)" ;;
+  esac
+}
+
+# find_library NAME: its path, from the environment, the active conda, oneAPI, or the system.
+find_library() {
+  local path
+  for path in "$VENV/lib/$1" "${CONDA_PREFIX:-/none}/lib/$1" "${CMPLR_ROOT:-/none}/lib/$1"; do
+    if [[ -e $path ]]; then
+      realpath "$path"
+      return
+    fi
+  done
+  { PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } |
+    awk -v name="$1" '$1 == name && !path { path = $NF } END { if (path) print path }'
+}
+
+# free_port: from the process id, so that two runs started together do not try the same one.
+free_port() {
+  local port=$((20000 + $$ % 10000))
+  while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+  printf '%s\n' "$port"
+}
+
+# decide NAME VALUE WHY: one variable for the ranks; what the user has set wins.
+decide() {
+  local value=$2 why=$3
+  if [[ ${!1-} ]]; then value=${!1} why="as you set it"; fi
+  settings+=("$1=$value")
+  printf 'set     %s=%s  (%s)\n' "$1" "$value" "$why"
+}
+
+# count_ends: how many runs came to their end; ipexrun does not pass on the status of its ranks.
+count_ends() {
+  if [[ -e $OUT/log.jsonl ]]; then grep -c '"event": "end"' "$OUT/log.jsonl" || true; else echo 0; fi
 }
 
 show_command() {
@@ -65,13 +168,36 @@ show_command() {
 
 # The stamp is written last: an installation that broke off is done again.
 set_up() {
-  local stamp=.venv/requirements.txt
-  if [[ -x $PYTHON ]] && cmp -s requirements.txt "$stamp"; then return; fi
-  printf 'set-up  .venv from requirements.txt, takes some minutes\n'
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
-  "$PYTHON" -m pip install --quiet --requirement requirements.txt
-  cp requirements.txt "$stamp"
+  local stamp=$VENV/requirements.txt
+  if [[ -x $PYTHON ]] && cmp -s "$REQUIREMENTS" "$stamp"; then return; fi
+  printf 'set-up  %s from %s, takes some minutes\n' "$VENV" "$REQUIREMENTS"
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv "$VENV"
+  "$PYTHON" -m pip install --quiet --requirement "$REQUIREMENTS"
+  cp "$REQUIREMENTS" "$stamp"
 }
+
+# run_step WORD...: runs a program and returns its status. A signal goes on to all that it started; when the last of
+# them has ended, so does run.sh.
+run_step() {
+  local group status=0
+  set -m # a process group of its own, to be signalled as a whole
+  "$@" </dev/null &
+  set +m
+  group=$!
+  wait "$group" || status=$?
+  while [[ $signal ]] && kill -0 -- "-$group" 2>/dev/null; do sleep 0.1; done
+  if [[ $signal ]]; then exit $((128 + signal)); fi
+  return "$status"
+}
+
+signal=""
+stop() {
+  signal=$1
+  kill "-$1" -- "-${!-}" 2>/dev/null || exit $((128 + $1))
+}
+trap 'stop 1' HUP
+trap 'stop 2' INT
+trap 'stop 15' TERM
 
 # Three files as a reader would try them, each with what was said.
 transcribe() {
@@ -109,7 +235,11 @@ case ${1-} in
 esac
 
 # ---- decisions ----
-[[ $RANKS =~ ^[1-9][0-9]*$ ]] || die "RANKS=$RANKS, expected a positive number"
+[[ $RANKS =~ ^([1-9][0-9]*)?$ ]] || die "RANKS=$RANKS, expected a positive number"
+[[ " auto mpirun torchrun ipex " == *" $LAUNCHER "* ]] || die "LAUNCHER=$LAUNCHER, expected auto, mpirun, torchrun or ipex"
+[[ " auto ccl gloo mpi " == *" $BACKEND "* ]] || die "BACKEND=$BACKEND, expected auto, ccl, gloo or mpi"
+hosts=()
+read_hosts
 
 case $CORPUS in
   demo) train_splits=(train-demo) dev_split=dev-demo preset=demo ;;
@@ -141,34 +271,133 @@ for word in "$@"; do
   fi
 done
 
+# What follows looks for libraries and launchers in the environment.
+if [[ $DRY_RUN != 1 ]]; then set_up; fi
+PATH=$(realpath -ms "$VENV")/bin:$PATH
+
 # Containers, batch systems and taskset narrow the allowed CPUs; lscpu alone would show the whole host.
 cpus=$(taskset -pc $$)
 cpus=${cpus##*: }
-cores=$(physical_cores "$cpus")
-if [[ ${OMP_NUM_THREADS-} ]]; then
-  threads=$OMP_NUM_THREADS
-  score_threads=$OMP_NUM_THREADS
-  why_threads="OMP_NUM_THREADS as you set it"
-else
-  threads=$((cores > RANKS ? cores / RANKS : 1))
-  score_threads=$((cores > 1 ? cores : 1))
-  why_threads="$cores cores / $RANKS, at least 1"
+mapfile -t cores < <(physical_cores "$cpus") # "node cpu" each
+((${#cores[@]})) || die "lscpu shows no core behind the CPUs $cpus"
+mapfile -t nodes < <(printf '%s\n' "${cores[@]% *}" | uniq)
+# A quota says how much, not which: ranks bound to the same first cores as other containers would collide.
+quota=$(cpu_quota)
+usable=$((${quota:-0} > 0 && quota < ${#cores[@]} ? quota : ${#cores[@]}))
+
+# Two ranks of one thread and one rank of two were equally fast on one node of two cores.
+RANKS=${RANKS:-${#nodes[@]}}
+world=$((RANKS * ${#hosts[@]}))
+per_rank=$((usable > RANKS ? usable / RANKS : 1))
+host_list=$(IFS=,; printf '%s' "${hosts[*]}")
+single=0 # all ranks are on this machine
+if [[ " localhost 127.0.0.1 $HOSTNAME " == *" $host_list "* ]]; then single=1; fi
+[[ $single == 1 || " ${hosts[*]} " != *" localhost "* ]] ||
+  die "$HOSTS: localhost among other hosts; give the name by which they know this machine"
+
+ccl=("$VENV"/lib/python3*/site-packages/oneccl_bindings_for_pytorch)
+why_backend="as you set it"
+if [[ $BACKEND == auto ]]; then
+  BACKEND=gloo why_backend="oneccl_bindings_for_pytorch is not in $VENV"
+  if [[ -e ${ccl[0]} ]]; then BACKEND=ccl why_backend="oneccl_bindings_for_pytorch is in $VENV"; fi
 fi
 
-if ((RANKS == 1)); then
-  launcher=("$PYTHON")
-  why_launcher="plain python, one process needs no launcher"
-else
-  launcher=(
-    "$PYTHON" -m torch.distributed.run
-    --standalone
-    --nproc-per-node "$RANKS"
-  )
-  why_launcher="torch.distributed.run, all ranks are on this machine"
+why_launcher="as you set it"
+if [[ $LAUNCHER == auto ]]; then
+  if ((world == 1)) && [[ $single == 1 ]]; then
+    LAUNCHER=python why_launcher="one process needs no launcher"
+  elif command -v mpirun >/dev/null; then
+    LAUNCHER=mpirun why_launcher=$(command -v mpirun)
+  else
+    LAUNCHER=torchrun why_launcher="there is no mpirun"
+  fi
+fi
+if [[ $LAUNCHER == mpirun ]]; then
+  command -v mpirun >/dev/null || die "LAUNCHER=mpirun, but there is none on the PATH; pip install impi-rt has one"
+  LAUNCHER=$(mpi_kind)
+fi
+[[ $LAUNCHER != ipex || -x $VENV/bin/ipexrun ]] || die "LAUNCHER=ipex, but $VENV/bin/ipexrun is not there"
+[[ $single == 1 || " torchrun ipex " != *" $LAUNCHER "* ]] ||
+  die "$LAUNCHER starts ranks on this machine alone, and $HOSTS names $host_list: that takes an mpirun"
+
+printf 'corpus  %s in %s\n' "$CORPUS" "$DATA"
+printf 'output  %s (%s)\n' "$OUT" "$run"
+printf 'cores   %s physical in %s NUMA nodes behind CPUs %s%s\n' "${#cores[@]}" "${#nodes[@]}" "$cpus" \
+  "${quota:+, time of $quota granted}"
+printf 'ranks   %s on %s, by %s (%s)\n' "$RANKS" "${host_list//,/, }" "$LAUNCHER" "$why_launcher"
+if ((world > 1)); then printf 'backend %s (%s)\n' "$BACKEND" "$why_backend"; fi
+
+# Rank i of a host begins at core i * cores / ranks, so with a rank for each node none reaches over two.
+# Its first cores are for the threads of oneCCL that communicate, the others compute.
+workers=0
+if ((world > 1)) && [[ $BACKEND == ccl ]]; then
+  workers=${CCL_WORKER_COUNT:-1}
+  ((workers < per_rank)) || die "CCL_WORKER_COUNT=$workers leaves no core of the $per_rank of a rank"
+fi
+domains="" worker_cpus=()
+for ((rank = 0; rank < RANKS; rank++)); do
+  own=("${cores[@]:rank * usable / RANKS:per_rank}")
+  own=("${own[@]#* }")
+  worker_cpus+=("${own[@]:0:workers}")
+  domains+=$(mask "${own[@]:workers}"),
+done
+bound=$((usable == ${#cores[@]} && RANKS <= usable))
+
+# ---- the environment of the ranks ----
+settings=()
+preload=""
+for library in libiomp5.so libtcmalloc.so.4 libjemalloc.so.2; do
+  # One allocator is enough.
+  if [[ $library == libjemalloc* && $preload == *tcmalloc* ]]; then continue; fi
+  path=$(find_library "$library")
+  preload+=${path:+${preload:+:}$path}
+done
+# OpenMP. Threads stay on their cores and, since others wait for them, sleep 1 ms after their work: both are the values
+# of Intel's launcher, read by Intel's OpenMP alone.
+decide OMP_NUM_THREADS $((per_rank - workers)) "$usable cores / $RANKS, less $workers for oneCCL"
+if ((bound)); then decide KMP_AFFINITY granularity=fine,compact,1,0 "one thread a core"; fi
+decide KMP_BLOCKTIME 1 "ms"
+if [[ $preload ]]; then decide LD_PRELOAD "$preload" "found"; fi
+if ((world > 1)); then
+  # Intel MPI binds each rank to its mask; train.py does so with every other launcher.
+  if ((bound)); then decide I_MPI_PIN_DOMAIN "[$domains]" "cores of each rank"; fi
+  if [[ $LAUNCHER != torchrun ]]; then
+    decide MASTER_ADDR "$([[ $single == 1 ]] && echo 127.0.0.1 || echo "${hosts[0]}")" "host of rank 0"
+    decide MASTER_PORT "$(free_port)" "free here"
+  fi
+  if ((workers)); then
+    decide CCL_WORKER_COUNT "$workers" "threads of oneCCL in each rank"
+    decide CCL_WORKER_AFFINITY "$(IFS=,; printf '%s' "${worker_cpus[*]}")" "the first cores of each rank"
+  fi
 fi
 
-launch=(
-  "${launcher[@]}"
+# ---- the launch ----
+bootstrap=()
+if [[ $SSH != ssh ]]; then bootstrap=(-bootstrap ssh -bootstrap-exec "$SSH"); fi
+case $LAUNCHER in
+  python) launch=("$PYTHON") ;;
+  torchrun) launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS") ;;
+  ipex)
+    launch=(ipexrun)
+    if ((world > 1)); then
+      launch+=(--nnodes 1 --nprocs-per-node "$RANKS" --ccl-worker-count "$workers")
+    fi
+    ;;
+  "Intel MPI" | MPICH) launch=(mpirun -n "$world" -ppn "$RANKS" -hosts "$host_list" "${bootstrap[@]}" "$PYTHON") ;;
+  "Open MPI")
+    launch=(
+      mpirun
+      -n "$world"
+      --host "$(printf "%s:$RANKS\n" "${hosts[@]}" | paste -sd,)"
+      --map-by "ppr:$RANKS:node"
+      --bind-to none
+      --mca plm_rsh_agent "$SSH"
+    )
+    for setting in "${settings[@]}"; do launch+=(-x "${setting%%=*}"); done
+    launch+=("$PYTHON")
+    ;;
+esac
+launch+=(
   train.py
   --data "$DATA"
   --train-splits "${train_splits[@]}"
@@ -176,26 +405,22 @@ launch=(
   --out "$OUT"
   --preset "$preset"
   "${resume[@]}"
-  "$@"
 )
-
-printf 'corpus  %s in %s\n' "$CORPUS" "$DATA"
-printf 'output  %s (%s)\n' "$OUT" "$run"
-printf 'cores   %s physical behind CPUs %s\n' "$cores" "$cpus"
-printf 'ranks   %s (%s)\n' "$RANKS" "$why_launcher"
-printf 'threads %s per rank (%s)\n' "$threads" "$why_threads"
-show_command env "OMP_NUM_THREADS=$threads" "${launch[@]}"
+if ((world > 1)); then launch+=(--ranks "$world" --backend "$BACKEND"); fi
+launch+=("$@")
+# ipexrun hands its words to a shell.
+if [[ $LAUNCHER == ipex ]]; then mapfile -t launch < <(printf '%q\n' "${launch[@]}"); fi
+show_command "${launch[@]}"
 if [[ $DRY_RUN == 1 ]]; then exit; fi
 
 # ---- run ----
-set_up
-"$PYTHON" prepare.py "$CORPUS" "$DATA"
-
-# OpenMP: threads per process, decided above.
-export OMP_NUM_THREADS=$threads
-"${launch[@]}"
+if [[ $single == 0 ]]; then check_hosts; fi
+run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"
+ended=$(count_ends)
+run_step env "${settings[@]}" "${launch[@]}"
+[[ $LAUNCHER != ipex ]] || ((ended < $(count_ends))) || die "ipexrun has ended, but $OUT/log.jsonl has no new end"
 
 # One process scores, so it takes the cores of all ranks.
-export OMP_NUM_THREADS=$score_threads
-"$PYTHON" decode.py --checkpoint "$OUT/best.pt" --data "$DATA" --split "$dev_split"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$usable}
+run_step "$PYTHON" decode.py --checkpoint "$OUT/best.pt" --data "$DATA" --split "$dev_split"
 transcribe

@@ -18,17 +18,25 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 
 import argparse
 import copy
+import faulthandler
+import fcntl
+import hashlib
+import importlib
+import json
 import math
 import os
 import platform
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import islice
@@ -91,6 +99,9 @@ class TrainConfig:
     timeout_s: float = 600.0  # longest wait for another rank
     submission_division: str = "open"  # what mllog.log claims: closed fixes MLPerf's recipe
     submission_org: str = "none"  # who submits
+    ranks: int = 0  # refuse to start with another number of them; 0: any
+    backend: str = "auto"  # of torch.distributed: ccl, gloo, mpi, or auto: ccl if it is installed
+    ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -100,6 +111,8 @@ class TrainConfig:
         if self.submission_division not in ("open", "closed"):
             raise ValueError(f"submission_division: {self.submission_division!r}, "
                              "expected open or closed")  # fmt: skip
+        if self.backend not in ("auto", "ccl", "gloo", "mpi"):
+            raise ValueError(f"backend: {self.backend!r}, expected auto, ccl, gloo or mpi")
         for names, is_valid, expected in (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
@@ -135,7 +148,7 @@ EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "SIGUSR1": 128 + signal.SIGUSR1,
                "SIGTERM": 128 + signal.SIGTERM}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------ flags and ranks
+# ---------------------------------------------------------------------------------------- flags
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
@@ -174,19 +187,19 @@ def parse_configs(words: Sequence[str]) -> tuple[TrainConfig, ModelConfig, Featu
     return replace(train, train_splits=tuple(train.train_splits)), model, features
 
 
+# ---------------------------------------------------------------------------------------- ranks
+
+
 class Ranks(NamedTuple):
     """Who this process is among those that train together."""
 
     rank: int
     world: int
-    local_rank: int
+    local_rank: int  # among those on the same host
 
 
-def init_ranks(timeout_s: float) -> Ranks:
-    """Reads the launcher's variables; with more than one rank starts the process group (gloo).
-
-    Intel MPI and MPICH set PMI_*, Open MPI OMPI_*, Slurm SLURM_*, torchrun RANK and WORLD_SIZE.
-    """
+def read_ranks() -> Ranks:
+    """From the variables of torchrun, of Intel MPI and MPICH, of Open MPI, or of Slurm."""
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -194,17 +207,175 @@ def init_ranks(timeout_s: float) -> Ranks:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         if names[0] in os.environ and names[1] in os.environ:
-            ranks = Ranks(*(int(os.environ.get(name, 0)) for name in names))
-            break
-    else:
-        ranks = Ranks(0, 1, 0)
-    if ranks.world > 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group(
-            "gloo", rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s)
+            return Ranks(*(int(os.environ.get(name, 0)) for name in names))
+    return Ranks(0, 1, 0)
+
+
+def bind(ranks: Ranks) -> None:
+    """Keeps this process and its threads on its CPUs, as Intel MPI does before it starts a rank.
+
+    I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
+    1. Its other forms (`socket`, `core` ...) are for Intel MPI alone. Warns of cores left idle.
+    """
+    sharing = ranks.world  # at most so many ranks share the CPUs of a process that is not bound
+    domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
+    if domains.startswith("["):
+        masks = [int(mask, 16) for mask in domains.strip("[],").split(",")]
+        if ranks.local_rank >= len(masks):
+            raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has none for rank {ranks.local_rank}")
+        mask = masks[ranks.local_rank]
+        os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
+        sharing = 1
+    # Asked before torch: OpenMP may bind this thread to one CPU.
+    cpus = len(os.sched_getaffinity(0)) // sharing
+    if torch.get_num_threads() == 1 and cpus > 2:  # two may be hyper-threads of one core
+        print(f"warning: rank {ranks.rank} computes with one thread on {cpus} CPUs; set "
+              "OMP_NUM_THREADS", file=sys.stderr)  # fmt: skip
+
+
+def load_backend(name: str) -> str:
+    """What torch.distributed has to be asked for; the bindings of oneCCL register "ccl"."""
+    if name in ("auto", "ccl"):
+        try:
+            importlib.import_module("oneccl_bindings_for_pytorch")
+        except ImportError as error:
+            if name == "ccl":
+                package = "oneccl_bindings_for_pytorch"
+                raise ValueError(f"backend: ccl needs {package}: {error}") from error
+            return "gloo"
+        return "ccl"
+    if name == "mpi" and not dist.is_mpi_available():
+        raise ValueError("backend: mpi needs a torch that was built with MPI; PyPI's was not")
+    return name
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface that leads to a host, or None if an IPv4 address does not tell.
+
+    Left alone, gloo takes the interface of this machine's own name, on Debian often the loopback.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # chooses a route and sends nothing
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                request = struct.pack("256s", name.encode())
+                answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
+            except OSError:  # an interface without IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def init_ranks(cfg: TrainConfig) -> tuple[Ranks, "Pulse"]:
+    """Reads who we are, binds this process, and with more than one rank starts the process group.
+
+    Raises ConnectionError if the ranks do not find each other, ValueError if their number is not
+    the expected one or they disagree.
+    """
+    ranks = read_ranks()
+    if cfg.ranks not in (0, ranks.world):
+        raise ValueError(
+            f"ranks: expected {cfg.ranks}, the launcher started {ranks.world}: does mpirun belong "
+            "to this environment, and does it reach every host?"
         )
-    return ranks
+    bind(ranks)
+    if ranks.world == 1:
+        return ranks, Pulse(dist.HashStore(), ranks, cfg.timeout_s)
+    backend = load_backend(cfg.backend)
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timedelta(seconds=cfg.timeout_s)
+    try:
+        interface = interface_to(address)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("CCL_KVS_IFACE", interface)
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"rank {ranks.rank}: no connection to rank 0 at MASTER_ADDR={address} "
+            f"MASTER_PORT={port}: {error}"
+        ) from error
+    pulse = Pulse(store, ranks, cfg.timeout_s)
+    pulse.compare({"torch": torch.__version__, "backend": backend})
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+    )
+    return ranks, pulse
+
+
+class Pulse:
+    """Tells which ranks are gone: each counts up every second, and follows the others' counts.
+
+    A process that was killed or stopped no longer counts; one that computes or waits does. The
+    counts are in the key-value store that rank 0 keeps, or torchrun.
+    """
+
+    def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
+        self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
+        self.risen = dict.fromkeys(range(ranks.world), time.monotonic())  # rank: last seen to
+        if ranks.world > 1:
+            threading.Thread(target=self.beat, daemon=True).start()
+
+    def beat(self) -> None:
+        counts: dict[int, int] = {}
+        while True:
+            # Should the store itself stop to answer, nothing else would end a wait without limit.
+            faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)
+            try:
+                for rank in self.risen:
+                    count = self.store.add(f"pulse/{rank}", int(rank == self.ranks.rank))
+                    if count != counts.get(rank):
+                        counts[rank], self.risen[rank] = count, time.monotonic()
+            except RuntimeError:  # gone with its keeper: nobody's count will be seen to rise
+                return
+            self.end_if_silent_since(time.monotonic() - self.timeout_s, "silent for too long")
+            time.sleep(1)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Should an exchange fail, ends the run and names the ranks that do not count any more."""
+        try:
+            yield
+        except RuntimeError as error:  # torch has no class of its own for a failed exchange
+            if self.ranks.world > 1:
+                asked = time.monotonic()
+                time.sleep(5)
+                self.end_if_silent_since(asked, str(error))
+            raise
+
+    def end_if_silent_since(self, moment: float, why: str) -> None:
+        lost = [rank for rank, at in self.risen.items() if at < moment]
+        if not lost:
+            return
+        names = ", ".join(f"rank {rank}" for rank in lost)
+        if self.ranks.rank in lost:  # not even our own count is seen: the store does not answer
+            names = "rank 0, or the launcher, which keeps the counts"
+        line = f"train.py: rank {self.ranks.rank}: lost {names}: {why}"
+        print(line, file=sys.stderr, flush=True)
+        # Hydra (Intel MPI, MPICH) waits for ranks that do not call MPI, even for stopped ones.
+        if "PMI_FD" in os.environ:
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
+        os._exit(1)  # at once: what torch still has to close would wait for the lost rank
+
+    def compare(self, facts: dict[str, object]) -> None:
+        """Raises ValueError on every rank if a fact is not the same on all."""
+        key = "/".join(facts)
+        mine = json.dumps(facts, default=str)
+        self.store.set(f"{key}/{self.ranks.rank}", mine)
+        for rank in self.risen:
+            try:
+                theirs = json.loads(self.store.get(f"{key}/{rank}"))
+            except RuntimeError as error:
+                raise ConnectionError(f"rank {self.ranks.rank}: nothing from rank {rank}: {error}"
+                                      ) from error  # fmt: skip
+            for name, value in json.loads(mine).items():
+                if theirs[name] != value:
+                    time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
+                    raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
+                                     f"rank {rank} {theirs[name]!r}")  # fmt: skip
 
 
 def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
@@ -330,18 +501,34 @@ class Trainer(NamedTuple):
     dtype: torch.dtype  # of the matrix products
 
 
+def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
+    """Gives the model IPEX's LSTM, in place; importing it also replaces operators of torch.
+
+    The parameters stay as they are, in float32 and in their own shape: the loss multiplies with
+    the output layer's weight itself, and checkpoints have to load without IPEX.
+    """
+    try:
+        ipex = importlib.import_module("intel_extension_for_pytorch")
+    except ImportError as error:
+        raise ValueError(f"ipex: needs intel_extension_for_pytorch: {error}") from error
+    ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
+
+
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     model = Transducer(model_cfg)
-    parallel = model
-    if ranks.world > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ema = copy.deepcopy(model).eval()
     optimizer = Lamb(
         model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, cfg.weight_decay
     )
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and processor_multiplies_bf16())
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return Trainer(cfg, ranks, model, parallel, copy.deepcopy(model).eval(), optimizer, dtype)
+    if cfg.ipex:
+        optimize_with_ipex(model, optimizer)
+    parallel = model
+    if ranks.world > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return Trainer(cfg, ranks, model, parallel, ema, optimizer, dtype)
 
 
 def step_moments(trainer: Trainer, batches: Sequence[Batch]) -> Tensor | None:
@@ -898,11 +1085,17 @@ def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: Mode
                 f"than encoder frames of {1000 * frame_s:.0f} ms")  # fmt: skip
 
 
+def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
+    """Equal for equal corpora."""
+    facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
+    return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
 def main() -> int:
     # 1 configs and ranks
     started_s = time.time()
     cfg, model_cfg, features = parse_configs(sys.argv[1:])
-    ranks = init_ranks(cfg.timeout_s)
+    ranks, pulse = init_ranks(cfg)
     out = Path(cfg.out)
     log = Log(out, ranks.rank, cfg.tensorboard)
     # Denormal numbers, which small LSTM gates produce, are many times slower to multiply.
@@ -924,6 +1117,11 @@ def main() -> int:
         check_same_run(path, checkpoint, cfg.preset, (model_cfg, features))
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     check_texts(train, tokenizer, model_cfg, features, log)
+    pulse.compare({
+        "corpus": describe_corpus(train + dev),
+        "step": 0 if found is None else checkpoint["progress"]["step"],
+        **asdict(cfg), **asdict(model_cfg), **asdict(features),
+    })  # fmt: skip
 
     # 3 model and optimiser
     if ranks.rank == 0:
@@ -956,13 +1154,14 @@ def main() -> int:
     # 5 train
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
-    reason = run.run()
+    with pulse.watching():
+        reason = run.run()
     log.write("end", reason=reason, best_wer=run.progress.best_wer, step=run.progress.step)
     reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if reached else "aborted")
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
-    start_time = time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s))
-    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},{start_time}")
+    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
+            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))  # fmt: skip
     if ranks.world > 1:
         dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)

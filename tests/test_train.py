@@ -690,7 +690,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weights():
 def rank_main(folder):
     """What each of two processes does; its results are in <folder>/rank<r>.pt."""
     torch.set_default_dtype(torch.float64)
-    ranks = train.init_ranks(60)
+    ranks, _ = train.init_ranks(parse("--timeout-s", "60")[0])
     assert ranks == (int(os.environ["RANK"]), 2, int(os.environ["LOCAL_RANK"]))
     results = {"ranks": tuple(ranks)}
     for name, split in (
@@ -769,47 +769,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
         "step 7: rank 1: loss of u3 is not finite",
     ]
     assert all(results["unchanged"] and results["no gradient"] for results in two_ranks)
-
-
-LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-}
-
-
-@pytest.fixture
-def process_groups(monkeypatch):
-    """The process groups that would have been started, in an environment without launcher."""
-    started = []
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: started.append((a, k)))
-    for names in (*LAUNCHERS.values(), ("MASTER_ADDR", "MASTER_PORT")):
-        for name in names:
-            # Set first, so that what init_ranks sets is taken back too.
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
-    return started
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ranks_are_those_that_the_launcher_says(process_groups, monkeypatch, launcher):
-    for name, value in zip(LAUNCHERS[launcher], "351", strict=True):
-        monkeypatch.setenv(name, value)
-    assert train.init_ranks(45) == Ranks(rank=3, world=5, local_rank=1)
-    ((backend,), options) = process_groups[0]
-    assert backend == "gloo"
-    assert (options["rank"], options["world_size"]) == (3, 5)
-    assert options["timeout"].total_seconds() == 45
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-
-
-def test_one_process_needs_no_group(process_groups, monkeypatch):
-    assert train.init_ranks(45) == ALONE
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train.init_ranks(45) == ALONE
-    assert process_groups == []
 
 
 # -------------------------------------------------------------------------------------------- flags
