@@ -265,7 +265,7 @@ for file in "$OUT"/checkpoint-*.pt "$OUT/best.pt"; do
   fi
 done
 for word in "$@"; do
-  if [[ $word == --resume || $word == --no-resume ]]; then
+  if [[ $word == --resume || $word == --no-resume || $word == --restart ]]; then
     resume=()
     run="$word as you say"
   fi

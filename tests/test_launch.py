@@ -157,7 +157,8 @@ def test_run_with_a_checkpoint_is_resumed(checkout, name):
     assert line_of(resumed, "launch").endswith(" --resume")
     assert line_of(checkout.run("--resume", DRY_RUN="1"), "launch").count("--resume") == 1
     assert "--resume" not in checkout.run("--out", "other", DRY_RUN="1").stdout
-    assert " --resume" not in checkout.run("--no-resume", DRY_RUN="1").stdout
+    for word in ("--no-resume", "--restart"):
+        assert " --resume" not in checkout.run(word, DRY_RUN="1").stdout
 
 
 # ---- failures ---------------------------------------------------------------------------------
