@@ -513,7 +513,7 @@ def plain_joint_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - stan
 def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Seconds of a step of --batch utterances in each bucket of a corpus sorted by bucket."""
     cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
-    ranks = train.init_ranks(cfg.timeout_s)
+    ranks, _ = train.init_ranks(cfg)
     torch.set_flush_denormal(True)
     if args.plain_loss:
         train.joint_transducer_loss = plain_joint_loss
