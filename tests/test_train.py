@@ -481,7 +481,7 @@ def test_ema_is_the_recorded_one():
 
 # ------------------------------------------------------------------------------------- one step
 
-FRONT_END = FeatureConfig(num_mels=2, align=6, round_frames=4, round_labels=2)
+FRONT_END = FeatureConfig(num_mels=2, freq_mask_max=1, align=6, round_frames=4, round_labels=2)
 SMALL = ModelConfig(
     feature_size=6, vocab_size=5, enc_hidden=12, pre_layers=1, stack=2, post_layers=1,
     pred_hidden=8, pred_layers=1, joint_hidden=10, enc_dropout=0.0, pred_dropout=0.0,
