@@ -266,6 +266,6 @@ def report_profile(result: profile, seconds: float, log: Log) -> None:
     shares = ", ".join(f"{part} {100 * s / seconds:.1f} %" for part, s in parts.items())
     # All-reduces run on threads of their own, gradients' behind the backward pass.
     travel = sum(s for name, s in total.items() if "all_reduce" in name) / seconds
-    log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.2f} s: {shares}. The largest part "
+    log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.3f} s: {shares}. The largest part "
             f"is {max(parts, key=parts.get)}. Communication was under way {100 * travel:.1f} % of "
             f"the time. {trace} is for ui.perfetto.dev.")  # fmt: skip

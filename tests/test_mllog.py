@@ -79,22 +79,22 @@ def opened(corpus, tmp_path_factory):
     return read(run_main(["--data", corpus, "--out", out, *TINY, "--epochs", "1"], [0.2]))
 
 
-@pytest.fixture
-def compliance(tmp_path):
+def judge(lines, folder, ruleset="1.0.0"):
     """The verdict of mlperf_logging's checker on a list of events."""
     checker = pytest.importorskip(
         "mlperf_logging.compliance_checker.mlp_compliance",
         reason="pip install mlperf-logging==4.1.68",
     )
+    path = folder / "edited.log"
+    text = "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+    check = checker.make_checker("training", ruleset, quiet=True, werror=False)
+    return "pass" if check.check_file(str(path), f"training_{ruleset}/common.yaml") else "FAIL"
 
-    def verdict(lines, ruleset="1.0.0"):
-        path = tmp_path / "edited.log"
-        text = "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines)
-        path.write_text(text, encoding="utf-8")
-        check = checker.make_checker("training", ruleset, quiet=True, werror=False)
-        return "pass" if check.check_file(str(path), f"training_{ruleset}/common.yaml") else "FAIL"
 
-    return verdict
+@pytest.fixture
+def compliance(tmp_path):
+    return lambda lines, ruleset="1.0.0": judge(lines, tmp_path, ruleset)
 
 
 def line_id(line):
