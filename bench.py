@@ -107,13 +107,14 @@ def draw_shapes(count: int) -> list[tuple[float, int]]:
 
 
 class LabelCount:
-    """Stands for a tokenizer where only the number of labels matters: the text is that number."""
+    """Stands for a tokenizer where only the number of labels matters: that of the words."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
-        return np.random.default_rng(int(text)).integers(0, self.vocab_size - 1, int(text)).tolist()
+        count = len(text.split())
+        return np.random.default_rng(count).integers(0, self.vocab_size - 1, count).tolist()
 
 
 def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
@@ -126,7 +127,7 @@ def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
         envelope = np.abs(np.sin(np.arange(len(noise)) * math.pi / 4000)) ** 3
         name = f"1-1-{i:04d}"
         soundfile.write(folder / f"{name}.flac", (800 * noise * envelope).astype(np.int16), 16000)
-        lines.append(f"{name} {labels}\n")
+        lines.append(name + " A" * labels + "\n")
     (folder / "1-1.trans.txt").write_text("".join(lines), encoding="utf-8")
 
 

@@ -78,11 +78,11 @@ def test_epochs_to_a_target():
 
 
 def test_noise_has_the_asked_lengths_and_labels(tmp_path):
-    shapes = [(0.5, 3), (1.25, 7), (0.3, 0)]
+    shapes = [(0.5, 3), (1.25, 7), (0.3, 1)]
     bench.synthesize(tmp_path, shapes)
     utterances = data.read_split(tmp_path, "noise")
     assert [u.duration_s for u in utterances] == pytest.approx([s for s, _ in shapes])
-    assert [len(bench.LabelCount(32).encode(u.text)) for u in utterances] == [3, 7, 0]
+    assert [len(bench.LabelCount(32).encode(u.text)) for u in utterances] == [3, 7, 1]
 
 
 # ---- shapes of train-clean-100 ----------------------------------------------------------------
