@@ -509,7 +509,7 @@ def main() -> None:
     out = args.out.resolve()
     # Knobs of run.sh that are set belong to the command that repeats a trial.
     knobs = re.findall(r"^([A-Z]+)=\$\{\1:-", (REPO / "run.sh").read_text(), re.MULTILINE)
-    env = [f"{k}={os.environ[k]}" for k in [*knobs, "OMP_NUM_THREADS"]
+    env = [f"{k}={os.environ[k]}" for k in dict.fromkeys([*knobs, "OMP_NUM_THREADS"])
            if k in os.environ and k not in ("OUT", "DRY_RUN")]  # fmt: skip
     command = [*(["env", *env] if env else []), *shlex.split(args.run), *words]
     try:

@@ -135,16 +135,47 @@ def write_shapes(path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_ladder_of_a_tiny_model(tmp_path):
-    """Ten processes that measure one pass each, and everything that is made from it."""
+def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
+    """Steps of known seconds: table, JSON, projection and picture."""
+    asked = []
+
+    def measure(rung: bench.Rung, batch: int, threads: int, words: list) -> dict:
+        asked.append(rung)
+        seconds = 8.0 if "baseline" in rung.words else 4.0
+        seconds /= rung.ranks * (1 + rung.fused) * (1 + (rung.precision == "bf16"))
+        return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6}
+
+    monkeypatch.setattr(bench, "measure_rung", measure)
     run = tmp_path / "run"
     run.mkdir()
     evals = [{"event": "eval", "epoch": e, "step": e, "wer": 1 / e, "seconds": 1.0}
              for e in range(1, 12)]  # fmt: skip
     (run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
+    words = ["--shapes", write_shapes(tmp_path / "shapes.json"), "--png", tmp_path / "ladder.png",
+             "--runs", run]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench.py", "ladder", *map(str, words)])
+    bench.main()
+    said = capsys.readouterr().out.splitlines()
+    assert len(asked) == len(set(asked)) == 10
+    stored = json.loads((tmp_path / "ladder.json").read_text())
+    assert [row["epoch_s"] for row in stored["ladder"]] == [1600, 800, 800, 400, 200, 100, 100]
+    assert [row["alone"] for row in stored["ladder"]] == [None, None, None, 2, 2, 2, 1]
+    assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
+    assert stored["epochs_to_target"] == {"run": 10}
+    assert "run: WER 10 % after 10 epochs" in said
+    table = next(i for i, line in enumerate(said) if line.split()[:1] == ["s"])
+    assert said[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone", "original"]
+    assert said[table + 3].split() == ["normalisation", "800", "1.00x", "2.00x", "-", "1.07x"]
+    assert said[table + 6].split() == ["bf16", "100", "2.00x", "16.00x", "2.00x", "-"]
+    assert json.loads(said[-1])["epoch_s"]["bf16"] == 100
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_ladder_of_a_tiny_model(tmp_path):
+    """Ten processes that measure one pass each."""
     result = run_bench("ladder", "--shapes", write_shapes(tmp_path / "shapes.json"), "--seconds", 0,
-                       "--png", tmp_path / "ladder.png", "--runs", run, *SMALL)  # fmt: skip
+                       "--png", tmp_path / "ladder.png", *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "ladder.json").read_text())
     assert [row["name"] for row in stored["ladder"]] == list(bench.make_rungs(2)[0])
@@ -154,19 +185,16 @@ def test_ladder_of_a_tiny_model(tmp_path):
         assert len(row["step_s"]) == row["steps"] == 2
         assert row["epoch_s"] == pytest.approx(sum(row["step_s"]) / 2 * 200)
         assert row["threads"] == max(1, torch.get_num_threads() // row["ranks"])
-    assert stored["epochs_to_target"] == {"run": 10}
     said = json.loads(result.stdout.splitlines()[-1])
     assert said["hours_of_49_epochs"] == stored["hours_of_49_epochs"]
     assert list(said["epoch_s"].values()) == [row["epoch_s"] for row in stored["ladder"]]
-    assert "run: WER 10 % after 10 epochs" in result.stdout
-    assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_a_rung_goes_round_the_buckets_until_its_time_is_up(tmp_path):
     bench.synthesize(tmp_path, [(0.4, 2), (0.5, 3), (0.8, 5), (1.0, 4)])
     result = run_bench("rung", "--data", tmp_path, "--split", "noise", "--batch", 2, "--batch-size",
-                       2, "--seconds", 5, "--loader-workers", 1, *SMALL)  # fmt: skip
+                       2, "--seconds", 15, "--loader-workers", 1, *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["steps"] > 2
