@@ -28,7 +28,7 @@ VOICE = prepare.Voice(1, "gmw/en+m3", 165, 50, 50)
 FLAGS = [
     "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", "--vocab-size", "32",
     "--enc-dropout", "0", "--pred-dropout", "0", "--joint-dropout", "0", "--batch-size", "16",
-    "--warmup-epochs", "1", "--hold-epochs", "7", "--epochs", "11", "--lr", "0.006",
+    "--warmup-epochs", "1", "--hold-epochs", "8", "--epochs", "12", "--lr", "0.006",
     "--ema-decay", "0.95", "--precision", "fp32",
 ]  # fmt: skip
 
@@ -102,11 +102,10 @@ def test_words_are_emitted_while_they_are_spoken(spoken, trained, tmp_path):
     run("decode.py", "--checkpoint", trained / "best.pt", "--json", tmp_path / "words.json", *truth)
     heard = json.loads((tmp_path / "words.json").read_text(encoding="utf-8"))
     right = [f for f in heard["files"] if f["text"] == truth[f["path"]][0]]
-    assert len(right) > 0.8 * len(truth)
+    assert len(right) > len(truth) / 2
     for file in right:
         for word, (start_s, end_s) in zip(file["words"], truth[file["path"]][1], strict=True):
-            # A frame of 0.12 s may begin before the word that it ends in; an emission waits for
-            # what makes it certain. On sentences of the demo corpus: from 0.17 s before the word,
-            # by espeak-ng's own marks, to 0.35 s after it.
-            assert start_s - 0.25 < word["start_s"], (file["path"], word)
-            assert word["end_s"] < end_s + 0.5, (file["path"], word)
+            # When these bounds were set, all were emitted from 0.06 s after the word's start to
+            # 0.04 s after its end. A frame of 0.12 s may begin before the word that it ends in.
+            assert start_s - heard["precision_s"] < word["start_s"], (file["path"], word)
+            assert word["end_s"] < end_s + 0.25, (file["path"], word)
