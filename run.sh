@@ -176,8 +176,8 @@ set_up() {
   cp "$REQUIREMENTS" "$stamp"
 }
 
-# run_step WORD...: runs a program and returns its status. A signal goes on to all that it started; when the last of
-# them has ended, so does run.sh.
+# run_step WORD...: runs a program and returns its status. A signal to run.sh ends all that it started, by SIGTERM, on
+# which train.py saves a checkpoint; when the last of them has ended, so does run.sh.
 run_step() {
   local group status=0
   set -m # a process group of its own, to be signalled as a whole
@@ -193,10 +193,11 @@ run_step() {
 signal=""
 stop() {
   signal=$1
-  kill "-$1" -- "-${!-}" 2>/dev/null || exit $((128 + $1))
+  kill -TERM -- "-${!-}" 2>/dev/null || exit $((128 + $1))
 }
 trap 'stop 1' HUP
 trap 'stop 2' INT
+trap 'stop 10' USR1
 trap 'stop 15' TERM
 
 # Three files as a reader would try them, each with what was said.

@@ -5,9 +5,12 @@ Every test runs a copy of run.sh in a folder of its own, among stand-ins (checko
 installed, downloaded or trained.
 """
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from checkout import PYTHON, REPO, Checkout, line_of
@@ -188,6 +191,32 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
     assert result.returncode == 1, result.stderr
     assert "lost" in result.stderr
     assert checkout.calls("decode.py") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
+@pytest.mark.parametrize("step", ["prepare.py", "train.py"])
+def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status):
+    """The second of its processes ignores SIGINT, as shells have background processes do."""
+    checkout.script(
+        ".venv/bin/python",
+        f'#!/bin/sh\ncase $1 in {step}) sleep 600 & echo "$$ $!" > pids; wait ;; esac\n',
+    )
+    child = subprocess.Popen(
+        ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
+        env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none"},
+    )  # fmt: skip
+    pids = checkout.root / "pids"
+    while not (pids.exists() and pids.read_text()):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(number)
+    assert child.wait(timeout=60) == status
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 # ---- set-up and tests -------------------------------------------------------------------------
