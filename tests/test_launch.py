@@ -99,6 +99,17 @@ def test_unknown_value_of_a_knob_is_an_error(checkout, knob):
     assert checkout.calls() == []
 
 
+def test_both_environments_differ_in_torch_and_intels_packages_alone():
+    plain, intel = (
+        {line.split("#")[0].strip() for line in (REPO / name).read_text().splitlines()} - {""}
+        for name in ("requirements.txt", "requirements-intel.txt")
+    )
+    assert {line.split("==")[0] for line in plain - intel} == {"torch"}
+    assert {line.split("==")[0].split(">=")[0] for line in intel - plain} == {
+        "torch", "intel_extension_for_pytorch", "impi-rt", "intel-openmp"
+    }  # fmt: skip
+
+
 # ---- steps ------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,29 @@ def test_one_thread_on_many_cpus_is_warned_of(
     assert ("rank 5 computes with one thread on" in capsys.readouterr().err) == warns
 
 
+def test_loader_worker_may_use_every_cpu_of_its_rank():
+    """Its parent is bound to one CPU, another thread of its parent to another."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one CPU only")
+    program = (
+        "import os, threading, data\n"
+        "first, second = sorted(os.sched_getaffinity(0))[:2]\n"
+        "bound = threading.Event()\n"
+        "def compute():\n"
+        "    os.sched_setaffinity(0, {second})\n"
+        "    bound.set()\n"
+        "    threading.Event().wait()\n"
+        "os.sched_setaffinity(0, {first})\n"
+        "threading.Thread(target=compute, daemon=True).start()\n"
+        "bound.wait()\n"
+        "if os.fork() == 0:\n"
+        "    data.start_worker(0)\n"
+        "    os._exit(not os.sched_getaffinity(0) >= {first, second})\n"
+        "os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True, timeout=300)
+
+
 # ---- back ends and addresses ------------------------------------------------------------------
 
 
