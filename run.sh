@@ -415,7 +415,8 @@ show_command "${launch[@]}"
 if [[ $DRY_RUN == 1 ]]; then exit; fi
 
 # ---- run ----
-if [[ $single == 0 ]]; then check_hosts; fi
+# A batch system may start processes on hosts that ssh may not reach.
+if [[ $single == 0 && ${I_MPI_HYDRA_BOOTSTRAP:-ssh} == ssh ]]; then check_hosts; fi
 run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"
 ended=$(count_ends)
 run_step env "${settings[@]}" "${launch[@]}"
