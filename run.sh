@@ -177,17 +177,22 @@ set_up() {
 }
 
 # run_step WORD...: runs a program and returns its status. A signal to run.sh ends all that it started, by SIGTERM, on
-# which train.py saves a checkpoint; when the last of them has ended, so does run.sh.
+# which train.py saves a checkpoint, or by SIGKILL in the end; when the last of them has ended, so does run.sh.
 run_step() {
-  local group status=0
+  local group tenths status=0
   set -m # a process group of its own, to be signalled as a whole
   "$@" </dev/null &
   set +m
   group=$!
   wait "$group" || status=$?
-  while [[ $signal ]] && kill -0 -- "-$group" 2>/dev/null; do sleep 0.1; done
-  if [[ $signal ]]; then exit $((128 + signal)); fi
-  return "$status"
+  if [[ -z $signal ]]; then return "$status"; fi
+  # Two minutes are for a step and its checkpoint. Where nobody collects orphans, they count as alive for ever.
+  for ((tenths = 0; tenths < 1200; tenths++)); do
+    kill -0 -- "-$group" 2>/dev/null || exit $((128 + signal))
+    sleep 0.1
+  done
+  kill -KILL -- "-$group"
+  exit $((128 + signal))
 }
 
 signal=""
