@@ -251,8 +251,19 @@ def test_ranks_with_different_corpora_stop_before_the_first_step(run_two, tmp_pa
         assert "8 utterances, sha256 " in error
 
 
+PULSES = []
+
+
+class Gone:
+    """A store whose keeper has ended."""
+
+    def add(self, *_):
+        raise dist.DistNetworkError("reset by peer")
+
+
 def make_pulse(rank, store, timeout_s=60.0):
-    return Pulse(store, Ranks(rank, 3, rank), timeout_s)
+    PULSES.append(Pulse(store, Ranks(rank, 3, rank), timeout_s))
+    return PULSES[-1]
 
 
 def fail_to_exchange(pulse, text="closed"):
@@ -266,7 +277,12 @@ def ends(environment):
     statuses = []
     environment.setattr(os, "_exit", statuses.append)
     environment.setattr(train.faulthandler, "dump_traceback_later", lambda *a, **k: None)
-    return statuses
+    yield statuses
+    # Their threads have to end while os._exit is the stand-in.
+    for pulse in PULSES:
+        pulse.store, pulse.risen = Gone(), {0: time.monotonic()}
+    PULSES.clear()
+    time.sleep(2.5)
 
 
 def test_rank_that_does_not_count_is_lost(ends, capsys):
@@ -286,10 +302,6 @@ def test_nobody_is_lost_while_all_count(ends, capsys):
 
 
 def test_store_that_is_gone_went_with_rank_0(ends, environment, capsys):
-    class Gone:
-        def add(self, *_):
-            raise dist.DistNetworkError("reset by peer")
-
     fail_to_exchange(make_pulse(1, Gone()))
     assert ends == [1]
     assert "rank 1: lost rank 0, or the launcher" in capsys.readouterr().err
