@@ -11,10 +11,12 @@ modelzoo/rnnt/pytorch/common/data/dali/pipeline.py). Corpora have LibriSpeech's 
     <root>/<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt    lines `<id> <TEXT>`
 """
 
+import atexit
 import contextlib
 import functools
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -637,9 +639,18 @@ def start_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """At the end of a program that an error ended: multiprocessing would send SIGTERM and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]],
                  num_workers: int) -> torch.utils.data.DataLoader:  # fmt: skip
     """Batches in the given order, prepared ahead of time by worker processes."""
+    atexit.unregister(end_workers)  # once is enough
+    atexit.register(end_workers)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,

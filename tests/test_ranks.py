@@ -319,6 +319,7 @@ def test_silence_beyond_the_timeout_ends_the_run_without_any_exchange(ends, caps
     assert "rank 2: lost rank 1: silent for too long" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hydra_is_told_to_end_the_other_ranks(ends, environment, capsys):
     end, hydra = socket.socketpair()
     environment.setenv("PMI_FD", str(end.fileno()))

@@ -39,6 +39,8 @@ def corpus(tmp_path_factory):
 def run(corpus, monkeypatch):
     """run(out, *words, at={step: action}) -> exit status; an action happens before its step."""
     handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as run_train; other numbers round sums otherwise
     real_step = train.train_step
 
     def start(out, *words, at=None, data_root=corpus):
@@ -56,6 +58,7 @@ def run(corpus, monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_flush_denormal(False)  # main turns it on for good
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +384,20 @@ def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
     assert checkpoints(out)
     assert run(out, "--resume", data_root=own_corpus) == 0
     assert_same_run(out, whole())
+
+
+def test_a_run_with_workers_that_fails_ends_at_once(own_corpus, tmp_path):
+    """Workers ignore SIGTERM; a process that sent it to them and waited would hang."""
+    path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 8  # the header and the last sample are good
+    path.write_bytes(contents)
+    started = time.monotonic()
+    done = run_train(own_corpus, tmp_path / "run", "--loader-workers", 2)
+    assert done.returncode == 1
+    assert "1-2-0003.flac: damaged audio" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 120  # run_train would wait for 600 s
 
 
 def test_skip_bad_goes_on_without_the_file_and_counts_it(run, own_corpus, tmp_path, capsys):
