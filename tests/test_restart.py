@@ -389,13 +389,12 @@ def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
 def test_a_run_with_workers_that_fails_ends_at_once(own_corpus, tmp_path):
     """Workers ignore SIGTERM; a process that sent it to them and waited would hang."""
     path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
-    contents = bytearray(path.read_bytes())
-    contents[len(contents) // 2] ^= 8  # the header and the last sample are good
-    path.write_bytes(contents)
+    path.unlink()  # in its place a file whose header is good
+    soundfile.write(path.with_suffix(".wav"), [0.1, float("nan")] * 3600, 16000, subtype="FLOAT")
     started = time.monotonic()
     done = run_train(own_corpus, tmp_path / "run", "--loader-workers", 2)
     assert done.returncode == 1
-    assert "1-2-0003.flac: damaged audio" in done.stderr
+    assert "1-2-0003.wav: 3600 samples not finite" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 120  # run_train would wait for 600 s
 
