@@ -320,7 +320,7 @@ class Pulse:
             threading.Thread(target=self.beat, daemon=True).start()
 
     def beat(self) -> None:
-        counts: dict[int, int] = {}
+        counts = dict.fromkeys(self.risen, 0)  # one that has not begun has not risen
         while True:
             # Should the store itself stop to answer, nothing else would end a wait without limit.
             faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)

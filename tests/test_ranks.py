@@ -307,6 +307,7 @@ def test_store_that_is_gone_went_with_rank_0(ends, environment, capsys):
     assert "rank 1: lost rank 0, or the launcher" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_silence_beyond_the_timeout_ends_the_run_without_any_exchange(ends, capsys):
     store = dist.HashStore()
     pulses = [make_pulse(0, store), make_pulse(1, store), make_pulse(2, store, timeout_s=2.5)]

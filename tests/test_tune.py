@@ -380,6 +380,7 @@ def test_a_search_in_which_all_fails_is_an_error(case):
 # ---- death and company ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_tuner_takes_its_trial_along_and_the_next_one_goes_on(case):
     go = case.root / "go"
     tuner = case.start(GO=str(go))
