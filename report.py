@@ -58,7 +58,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     figure = Figure(figsize=(9, 9), dpi=100)
     axes = figure.subplots(4, 2, sharex="col", sharey="row")
     # A layout engine would draw everything twice, and this runs in every epoch.
-    figure.subplots_adjust(0.08, 0.05, 0.985, 0.985, wspace=0.04, hspace=0.08)
+    figure.subplots_adjust(0.1, 0.05, 0.985, 0.985, wspace=0.04, hspace=0.08)
     panels = {"loss": "training loss, nats", "wer": "dev WER, %", "lr": "learning rate",
               "utts_per_s": "utterances/s"}  # fmt: skip
     for name, (steps, evals) in runs.items():
