@@ -17,6 +17,7 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 """
 
 import argparse
+import atexit
 import copy
 import faulthandler
 import fcntl
@@ -316,12 +317,17 @@ class Pulse:
     def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
         self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
         self.risen = dict.fromkeys(range(ranks.world), time.monotonic())  # rank: last seen to
+        self.ended = threading.Event()
         if ranks.world > 1:
-            threading.Thread(target=self.beat, daemon=True).start()
+            thread = threading.Thread(target=self.beat, daemon=True)
+            thread.start()
+            # A thread inside the store when the interpreter goes would abort the process.
+            atexit.register(thread.join, 5)
+            atexit.register(self.ended.set)  # called before the one above
 
     def beat(self) -> None:
         counts = dict.fromkeys(self.risen, 0)  # one that has not begun has not risen
-        while True:
+        while not self.ended.is_set():
             # Should the store itself stop to answer, nothing else would end a wait without limit.
             faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)
             try:
@@ -332,7 +338,7 @@ class Pulse:
             except RuntimeError:  # gone with its keeper: nobody's count will be seen to rise
                 return
             self.end_if_silent_since(time.monotonic() - self.timeout_s, "silent for too long")
-            time.sleep(1)
+            self.ended.wait(1)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
