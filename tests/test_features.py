@@ -635,7 +635,7 @@ def test_dali_decode(golden, audio, case):
     expected = golden[f"{case}/decoded"]
     assert samples.shape == expected.shape
     if case == "G_8kHz":
-        # Two resamplers: librosa's soxr against a sinc of 16 lobes, at a deviation of 0.106.
+        # Two resamplers: soxr against a sinc of 16 lobes, at a deviation of 0.106.
         # Measured 4.7e-4, and 0.008 at the ends where the signal starts at once.
         assert np.sqrt(np.mean((samples - expected) ** 2)) < 1e-3
         assert np.abs(samples - expected)[50:-50].max() < 3e-3
