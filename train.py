@@ -114,7 +114,7 @@ class TrainConfig:
                              "expected open or closed")  # fmt: skip
         if self.backend not in ("auto", "ccl", "gloo", "mpi"):
             raise ValueError(f"backend: {self.backend!r}, expected auto, ccl, gloo or mpi")
-        for names, is_valid, expected in (
+        data.check_ranges(self, (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
             (("lr", "epsilon", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
@@ -123,10 +123,7 @@ class TrainConfig:
              lambda x: x >= 0, "at least 0"),
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
-        ):  # fmt: skip
-            for name in names:
-                if not is_valid(getattr(self, name)):
-                    raise ValueError(f"{name}: {getattr(self, name)}, expected {expected}")
+        ))  # fmt: skip
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.resume and self.restart:
@@ -333,12 +330,13 @@ class Pulse:
             try:
                 for rank in self.risen:
                     count = self.store.add(f"pulse/{rank}", int(rank == self.ranks.rank))
-                    if count != counts.get(rank):
+                    if count != counts[rank]:
                         counts[rank], self.risen[rank] = count, time.monotonic()
             except RuntimeError:  # gone with its keeper: nobody's count will be seen to rise
                 return
             self.end_if_silent_since(time.monotonic() - self.timeout_s, "silent for too long")
             self.ended.wait(1)
+        faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -793,13 +791,17 @@ class Run:
 
     def stop_reason(self, bad_input: bool = False) -> str | None:
         """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
-        late = 0 < self.trainer.cfg.time_limit_s < time.monotonic() - self.started
-        # One step at least, or a job that is put back in the queue might never get on.
-        late = late and self.progress.step > self.first_step
-        mine = "bad input" if bad_input else ""
-        mine = mine or (signal.Signals(self.signal).name if self.signal else "")
         reasons = ("", "time limit", "SIGUSR1", "SIGTERM", "bad input")
-        code = torch.tensor(reasons.index(mine or ("time limit" if late else "")))
+        late = 0 < self.trainer.cfg.time_limit_s < time.monotonic() - self.started
+        mine = ""
+        if bad_input:
+            mine = "bad input"
+        elif self.signal:
+            mine = signal.Signals(self.signal).name
+        # One step at least, or a job that is put back in the queue might never get on.
+        elif late and self.progress.step > self.first_step:
+            mine = "time limit"
+        code = torch.tensor(reasons.index(mine))
         if self.trainer.ranks.world > 1:
             dist.all_reduce(code, dist.ReduceOp.MAX)
         return reasons[int(code)] or None
@@ -832,9 +834,12 @@ class Run:
             waited_s += data_s
             progress.step += 1
             progress.batch += 1
+            # As if all steps had been of today's size: with other ranks or batches before a
+            # restart, `step` counts on, but is not what the schedule means.
             lr = lr_at(
-                progress.step, progress.epoch, cfg.lr, cfg.warmup_epochs, cfg.hold_epochs,
-                self.steps_per_epoch, cfg.lr_gamma, cfg.lr_min,
+                (progress.epoch - 1) * self.steps_per_epoch + progress.batch, progress.epoch,
+                cfg.lr, cfg.warmup_epochs, cfg.hold_epochs, self.steps_per_epoch, cfg.lr_gamma,
+                cfg.lr_min,
             )  # fmt: skip
             loss, grad_norm = train_step(self.trainer, current, progress.step, lr)
             progress.loss_sum += loss
@@ -876,13 +881,13 @@ class Run:
             )
         report.warn_of_gradient(self.log, grad_norm, self.norms)
         self.norms.append(grad_norm)
-        if progress.step == 50:
-            left = (cfg.epochs * self.steps_per_epoch - 50) / 50
-            hours = (time.monotonic() - self.started) * left / 3600
+        if progress.step == self.first_step + 50:
+            left = (cfg.epochs - progress.epoch + 1) * self.steps_per_epoch - progress.batch
+            hours = (time.monotonic() - self.started) * left / 50 / 3600
             self.log.say(f"projected: {hours:.2f} h for the rest of {cfg.epochs} epochs")
 
     def seconds(self) -> float:
-        """Of training and evaluating, over all restarts; sets the clock that `started` is."""
+        """Of training and evaluating, over all restarts."""
         return self.progress.seconds + time.monotonic() - self.started
 
     def save(self, is_best: bool = False) -> None:
@@ -934,10 +939,6 @@ class Run:
         if shape != ours:
             if progress.batch > 0:
                 progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-            # The schedule counts steps of today's size.
-            done = progress.evaluated == progress.step
-            progress.step = (progress.epoch - 1) * self.steps_per_epoch
-            progress.evaluated = progress.step if done else 0
             self.log.say("ranks x batch x accumulation was {} x {} x {}, now {} x {} x {}: "
                          .format(*shape, *ours) + f"goes on at epoch {progress.epoch}")  # fmt: skip
 

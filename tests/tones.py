@@ -63,6 +63,13 @@ def run_train(corpus, out, *words, launcher=()):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
 
+def live(corpus, out, *words):
+    """As run_train, in the process that calls it: for a multiprocessing.Process to be killed."""
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", "--data", str(corpus), "--out", str(out), *TINY, *words]
+    sys.exit(train.main())
+
+
 def run_here(*words):
     """train.main in this process, which keeps its signal handlers; returns the status."""
     with pytest.MonkeyPatch.context() as patch:
