@@ -155,9 +155,26 @@ decide() {
   printf 'set     %s=%s  (%s)\n' "$1" "$value" "$why"
 }
 
-# count_ends: how many runs came to their end; ipexrun does not pass on the status of its ranks.
+# count_ends: how many runs in $OUT came to their end, whether all was done or with a checkpoint to go on from.
 count_ends() {
   if [[ -e $OUT/log.jsonl ]]; then grep -c '"event": "end"' "$OUT/log.jsonl" || true; else echo 0; fi
+}
+
+# train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0.
+train() {
+  local ended status=0
+  ended=$(count_ends)
+  run_step "$@" || status=$?
+  if ((ended < $(count_ends))); then
+    case $(grep '"event": "end"' "$OUT/log.jsonl" | tail -n 1) in
+      *'"reason": "time limit"'*) status=75 ;;
+      *'"reason": "SIGUSR1"'*) status=138 ;;
+      *'"reason": "SIGTERM"'*) status=143 ;;
+    esac
+  elif [[ $LAUNCHER == ipex ]]; then
+    die "ipexrun has ended, but $OUT/log.jsonl has no new end"
+  fi
+  return "$status"
 }
 
 show_command() {
@@ -423,9 +440,7 @@ if [[ $DRY_RUN == 1 ]]; then exit; fi
 # A batch system may start processes on hosts that ssh may not reach.
 if [[ $single == 0 && ${I_MPI_HYDRA_BOOTSTRAP:-ssh} == ssh ]]; then check_hosts; fi
 run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"
-ended=$(count_ends)
-run_step env "${settings[@]}" "${launch[@]}"
-[[ $LAUNCHER != ipex ]] || ((ended < $(count_ends))) || die "ipexrun has ended, but $OUT/log.jsonl has no new end"
+train env "${settings[@]}" "${launch[@]}"
 
 # One process scores, so it takes the cores of all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$usable}

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tones import write_tones
+from tones import REPO, write_tones
 
-REPO = Path(__file__).resolve().parent.parent
 WORDS = ("--preset", "demo", "--vocab-size", "24", "--batch-size", "2", "--loader-workers", "0",
          "--epochs", "100000", "--checkpoint-every-s", "0")  # fmt: skip
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

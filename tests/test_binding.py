@@ -278,6 +278,23 @@ def test_ipexrun_fails_if_no_run_ended(checkout, ends, status):
     assert bool(checkout.calls("decode.py")) == (status == 0)
 
 
+@pytest.mark.parametrize(("reason", "status"), [
+    ("epochs", 1), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143),
+])  # fmt: skip
+def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
+    """torchrun makes 1 of whatever status its ranks ended with."""
+    install(checkout, "Intel MPI")
+    log = "out/demo/log.jsonl"
+    checkout.script(log, '{"event": "end", "reason": "SIGTERM", "step": 1}\n')  # of an earlier run
+    checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
+                    f""" echo '{{"event": "end", "reason": "{reason}", "step": 9}}' >> {log}\n"""
+                    "exit 1 ;; esac\n")  # fmt: skip
+    assert checkout.run(RANKS="2").returncode == status
+    checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
+                    " exit 5 ;; esac\n")  # fmt: skip
+    assert checkout.run(RANKS="2").returncode == 5  # nothing new in the log
+
+
 def test_words_reach_ipexrun_quoted_for_its_shell(checkout):
     checkout.script(".venv/bin/ipexrun", '#!/bin/sh\nfor word; do echo "<$word>"; done\n')
     result = checkout.run("--out", "my run", LAUNCHER="ipex", RANKS="2")

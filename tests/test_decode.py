@@ -17,7 +17,6 @@ import sys
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -25,7 +24,7 @@ import pytest
 import seedrun
 import soundfile
 import torch
-from tones import write_tones
+from tones import REPO, write_tones
 from torch import nn
 
 import data
@@ -34,7 +33,6 @@ import train
 from data import FeatureConfig, Tokenizer
 from model import ModelConfig, Transducer
 
-REPO = Path(__file__).resolve().parent.parent
 MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
 needs_misc = pytest.mark.skipif(not MISC.is_file(), reason="../shared/oracles is not here")
 

@@ -14,18 +14,17 @@ import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import seedrun
 import torch
+from tones import REPO
 from torch import nn
 
 import data
 from loss import joint_transducer_loss, transducer_loss
 from model import PRESETS, FeatureNorm, ModelConfig, Predictor, StackTime, Transducer
 
-REPO = Path(__file__).resolve().parent.parent
 MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
 
 TINY = ModelConfig(

@@ -9,19 +9,16 @@ sample. Training and transcribing are the command lines.
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
 from test_mllog import judge, read
+from tones import run_script
 
 import prepare
 
-REPO = Path(__file__).resolve().parent.parent
 RATE_HZ = prepare.SAMPLE_RATE_HZ
 WORDS = ("ONE", "TWO", "THREE", "SEVEN", "MONDAY", "KITCHEN", "OFFICE", "RADIO", "MARCH", "EVENING")
 VOICE = prepare.Voice(1, "gmw/en+m3", 165, 50, 50)
@@ -79,17 +76,10 @@ def spoken(tmp_path_factory):
     return root, truth
 
 
-def run(script, *words):
-    command = [sys.executable, str(REPO / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(spoken, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    run("train.py", "--data", spoken[0], "--out", out, *FLAGS)
+    run_script("train.py", "--data", spoken[0], "--out", out, *FLAGS)
     return out
 
 
@@ -99,7 +89,9 @@ def test_mlperfs_checker_passes_a_whole_run_as_open(trained, tmp_path):
 
 def test_words_are_emitted_while_they_are_spoken(spoken, trained, tmp_path):
     _, truth = spoken
-    run("decode.py", "--checkpoint", trained / "best.pt", "--json", tmp_path / "words.json", *truth)
+    run_script(
+        "decode.py", "--checkpoint", trained / "best.pt", "--json", tmp_path / "words.json", *truth
+    )
     heard = json.loads((tmp_path / "words.json").read_text(encoding="utf-8"))
     right = [f for f in heard["files"] if f["text"] == truth[f["path"]][0]]
     assert len(right) > len(truth) / 2

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tones import REPO
 
 import bench
 import data
 from loss import joint_transducer_loss
 
-REPO = Path(__file__).resolve().parent.parent
 TRAIN_CLEAN_100 = REPO.parent / "shared/librispeech/train-clean-100.tsv.gz"
 
 

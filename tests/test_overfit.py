@@ -8,13 +8,10 @@ and scoring are the command lines; the recordings are ../shared/librispeech/smok
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tones import REPO, run_script
 
-REPO = Path(__file__).resolve().parent.parent
 SMOKE = REPO.parent / "shared" / "librispeech" / "smoke"
 SPLIT = "dev-clean-2"
 
@@ -39,18 +36,11 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def run(script, *words):
-    command = [sys.executable, str(REPO / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory):
     """Run directory of a training that ended at WER 0 or gave up."""
     out = tmp_path_factory.mktemp("overfit") / "run"
-    run("train.py", *FLAGS, "--out", out)
+    run_script("train.py", *FLAGS, "--out", out)
     return out
 
 
@@ -64,7 +54,7 @@ def test_training_stops_at_the_default_target_of_no_error(memorised):
 
 
 def test_the_best_checkpoint_scores_no_error(memorised):
-    printed = run("decode.py", "--checkpoint", memorised / "best.pt", "--data", SMOKE,
+    printed = run_script("decode.py", "--checkpoint", memorised / "best.pt", "--data", SMOKE,
                   "--split", SPLIT)  # fmt: skip
     assert "WER 0.00 % (0 errors in 266 words)" in printed
 
@@ -77,5 +67,5 @@ def test_single_files_are_transcribed_without_error(memorised):
         for line in transcript.read_text(encoding="utf-8").splitlines():
             utterance, _, text = line.partition(" ")
             texts[str(folder / f"{utterance}.flac")] = text
-    printed = run("decode.py", "--checkpoint", memorised / "best.pt", *texts)
+    printed = run_script("decode.py", "--checkpoint", memorised / "best.pt", *texts)
     assert dict(line.split("\t") for line in printed.splitlines()) == texts

@@ -12,17 +12,15 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tones import write_tones
+from tones import REPO, write_tones
 
 import train
 from train import Pulse, Ranks
 
-REPO = Path(__file__).resolve().parent.parent
 WORDS = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),

@@ -25,6 +25,7 @@ import torch
 from tones import (
     DEV_SECONDS,
     DEV_TEXTS,
+    REPO,
     TINY,
     TRAIN_TEXTS,
     checkpoints,
@@ -42,7 +43,6 @@ from loss import transducer_loss
 from model import PRESETS, ModelConfig
 from train import Ranks, TrainConfig, lr_at
 
-REPO = Path(__file__).resolve().parent.parent
 ORACLES = REPO.parent / "shared" / "oracles"
 needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="../shared/oracles is not here")
 

@@ -63,6 +63,14 @@ def run_train(corpus, out, *words, launcher=()):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
 
+def run_script(script, *words):
+    """Standard output of a script of ours that succeeds."""
+    command = [sys.executable, str(REPO / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def live(corpus, out, *words):
     """As run_train, in the process that calls it: for a multiprocessing.Process to be killed."""
     torch.set_num_threads(1)
