@@ -330,32 +330,31 @@ def plain_loss(inputs: tuple, lattice: tuple, blank: int, dropout: float,
 
 
 def bench_loss(args: argparse.Namespace) -> None:
-    """Forward and backward of the fused loss at a training batch, of the plain one at a small."""
+    """Forward and backward of the fused loss and of the plain one on the same batch."""
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
     rate = gemm_tflops()
 
-    def seconds(function: Callable, batch: int, repeats: int) -> tuple[float, float]:
-        inputs, lattice = loss_inputs(cfg, batch)
+    inputs, lattice = loss_inputs(cfg, args.batch_size)
+    nodes = float((lattice[1] * (lattice[2] + 1)).sum())
+    flops = 6 * nodes * cfg.joint_hidden * cfg.vocab_size
 
+    def seconds(function: Callable, repeats: int) -> float:
         def call() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 cost = function(inputs, lattice, cfg.blank, cfg.joint_dropout)
             cost.backward()
 
-        nodes = float((lattice[1] * (lattice[2] + 1)).sum())
-        return median_seconds(call, repeats), 6 * nodes * cfg.joint_hidden * cfg.vocab_size
+        return median_seconds(call, repeats)
 
     before = peak_rss_gb()
-    fused_s, flops = seconds(
-        lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), args.batch_size, 7
-    )
+    fused_s = seconds(lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), 7)
     grown = peak_rss_gb() - before
-    plain_s, _ = seconds(plain_loss, args.plain_batch_size, 3)
-    fused, plain = args.batch_size / fused_s, args.plain_batch_size / plain_s
-    print(f"fused {fused:.1f} utterances/s at batch {args.batch_size}, plain {plain:.1f} at "
-          f"{args.plain_batch_size}: {fused / plain:.1f} times faster; every node has the "
-          "occupancy of an untrained model")  # fmt: skip
+    plain_s = seconds(plain_loss, 3)
+    fused, plain = args.batch_size / fused_s, args.batch_size / plain_s
+    print(f"batch {args.batch_size}: fused {fused:.1f} utterances/s, plain {plain:.1f}: "
+          f"{fused / plain:.1f} times faster; every node has the occupancy of an untrained "
+          "model")  # fmt: skip
     finish({
         "utts_per_s": fused, "share_of_gemm": flops / fused_s / 1e12 / rate, "gemm_tflops": rate,
         "memory_growth_gb": grown, "plain_utts_per_s": plain, "speedup": fused / plain,
@@ -679,7 +678,6 @@ def main() -> None:
     lossy = commands.add_parser("loss", allow_abbrev=False)
     lossy.add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     lossy.add_argument("--batch-size", type=int, default=32)
-    lossy.add_argument("--plain-batch-size", type=int, default=4, help="it needs the memory")
     features = commands.add_parser("features", allow_abbrev=False)
     features.add_argument("--count", type=int, default=100, help="recordings")
     decoding = commands.add_parser("decode", allow_abbrev=False)
