@@ -40,12 +40,15 @@ from torch import Tensor
 FORMATS = {".flac": ("FLAC",), ".wav": ("WAV", "WAVEX"), ".ogg": ("OGG",)}  # as libsndfile says
 
 
-def check_ranges(config: object, rules: Iterable[tuple]) -> None:
+def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = "") -> None:
     """Rules are (names of fields, whether a value is valid, what is expected instead).
 
     Raises:
         ValueError: names the field, its value and what is expected.
     """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value) and name != may_be_infinite:
+            raise ValueError(f"{name}: {value}, expected a finite number")
     for names, is_valid, expected in rules:
         for name in names:
             value = getattr(config, name)
@@ -130,10 +133,12 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a pointer of git-LFS, not the audio; `git lfs pull` fetches it")
     try:
-        audio = soundfile.SoundFile(path)
+        audio = soundfile.SoundFile(os.fsencode(path))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: not readable as audio: {error.error_string}") from error
-    expected = FORMATS.get(path.suffix)
+    except TypeError as error:  # of .raw it wants to be told rate and channels
+        raise ValueError(f"{path}: not readable as audio: {error}") from error
+    expected = FORMATS.get(path.suffix.lower())
     if expected and audio.format not in expected:
         raise ValueError(f"{path}: holds {audio.format}, not {expected[0]}")
     if audio.frames == 0:
@@ -345,15 +350,22 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Sentencepiece model of `vocab_size - 1` pieces, fewer if the texts do not hold as many."""
+    """Sentencepiece model of `vocab_size - 1` pieces, fewer if the texts do not hold as many.
+
+    Raises:
+        ValueError: there are more characters than pieces, and each needs one.
+    """
     texts = list(texts)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
-        vocab_size=vocab_size - 1, hard_vocab_limit=False, character_coverage=1.0,
-        bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2,
-        max_sentence_length=max(len(t.encode()) for t in texts) + 1,
-    )  # fmt: skip
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
+            vocab_size=vocab_size - 1, hard_vocab_limit=False, character_coverage=1.0,
+            bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2,
+            max_sentence_length=max(10, *(len(t.encode()) + 1 for t in texts)),
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"vocab_size: {vocab_size}, blank included: {error}") from error
     return model.getvalue()
 
 
@@ -441,12 +453,26 @@ def probe_audio(utterance_id: str, path: Path, cfg: FeatureConfig,
     return frames / rate, problems
 
 
-def find_audio(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
+def list_files(split: Path, problems: list[Problem]) -> list[Path]:
+    """What is in the chapters of a split, by name; folders that cannot be read are problems."""
+
+    def note(error: OSError) -> None:
+        problems.append(Problem("error", "folder not readable", error.filename, error.strerror))
+
+    files: list[Path] = []
+    for parent, folders, names in os.walk(split, onerror=note, followlinks=True):
+        if len(Path(parent).relative_to(split).parts) == 2:  # split/speaker/chapter
+            files += (Path(parent, name) for name in (*names, *folders))
+            folders.clear()
+    return sorted(files)
+
+
+def find_audio(files: Sequence[Path], problems: list[Problem]) -> dict[Path, Path]:
     """Chapter folder / utterance id -> audio file; two files of one id are a problem."""
     audio: dict[Path, Path] = {}
     first: dict[str, Path] = {}
-    for path in sorted(folder.glob("*/*/*")):
-        if path.suffix in FORMATS:
+    for path in files:
+        if path.suffix.lower() in FORMATS:
             audio.setdefault(path.with_suffix(""), path)
             other = first.setdefault(path.stem, path)
             if other != path:
@@ -455,11 +481,15 @@ def find_audio(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
     return audio
 
 
-def find_texts(folder: Path, audio: dict[Path, Path],
+def find_texts(files: Sequence[Path], audio: dict[Path, Path],
                problems: list[Problem]) -> dict[str, tuple[Path, str]]:  # fmt: skip
     """Utterance id -> audio file and text, in the order of the ids."""
     texts: dict[str, tuple[Path, str]] = {}
-    for transcript in sorted(folder.glob("*/*/*.trans.txt")):
+    transcripts = [path for path in files if path.name.endswith(".trans.txt")]
+    for chapter in sorted({key.parent for key in audio} - {path.parent for path in transcripts}):
+        message = "there is audio, but no .trans.txt"
+        problems.append(Problem("error", "transcript file missing", str(chapter), message))
+    for transcript in transcripts:
         for where, utterance_id, text in read_transcripts(transcript, problems):
             path = audio.get(transcript.parent / utterance_id)
             if utterance_id in texts:
@@ -488,7 +518,8 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     problems: list[Problem] = []
     if not folder.is_dir():
         return [], [Problem("error", "split missing", str(folder), "no such folder")]
-    texts = find_texts(folder, find_audio(folder, problems), problems)
+    files = list_files(folder, problems)
+    texts = find_texts(files, find_audio(files, problems), problems)
     found = []
     with ThreadPoolExecutor() as pool:  # corpora often lie across a network
         probes = pool.map(lambda i: probe_audio(i, texts[i][0], cfg, decode), texts)
@@ -501,7 +532,7 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     small = [u for u in found if u.text != u.text.upper()]
     if len(small) < len(found):
         problems += [Problem("warning", "small letters", u.id, u.text) for u in small]
-    if not found and not problems:
+    if not found and not any(p.level == "error" for p in problems):
         problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
     return found, problems
 
@@ -663,6 +694,14 @@ def start_worker(_worker: int) -> None:
         os.sched_setaffinity(0, cpus)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # Of the whole split read_split has said so; every worker of every epoch would again.
+    warnings.filterwarnings("ignore", message="audio of ")
+
+
+def reason(error: Exception) -> str:
+    """What an error says. One from a worker process brings its traceback, which ends in that."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if text.startswith("Caught ") else text
 
 
 def end_workers() -> None:

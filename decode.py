@@ -32,7 +32,7 @@ from data import Batch, FeatureConfig, Tokenizer
 from model import ModelConfig, Transducer
 
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309); one frame is 240 ms
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample); checked when a new frame starts
 
 
@@ -220,14 +220,19 @@ def load_checkpoint(path: str | Path) -> dict:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise all kinds here
             raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    checksum = checkpoint.pop("sha256", None)
+    is_whole = checksum == digest(checkpoint)
+    # Another format may have no checksum, or another one: only a damaged file has a wrong one.
+    if not is_whole and (checksum or checkpoint.get("format") == CHECKPOINT_FORMAT):
+        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
+    if "format" not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path}: format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}"
         )
-    if checkpoint.pop("sha256", None) != digest(checkpoint):
-        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
     return checkpoint
 
 
@@ -332,9 +337,10 @@ class Heard(NamedTuple):
 
 def find_reference(path: str) -> str | None:
     """What a .trans.txt beside the file says it is."""
-    for transcript in Path(path).parent.glob("*.trans.txt"):
+    file = Path(path).resolve()  # the names of its folders are part of the ids
+    for transcript in file.parent.glob("*.trans.txt"):
         for _, utterance_id, text in data.read_transcripts(transcript, []):
-            if utterance_id == Path(path).stem:
+            if utterance_id == file.stem:
                 return text
     return None
 
@@ -346,7 +352,7 @@ def write_ctm(path: str, heard: Sequence[Heard], frame_s: float) -> None:
         for w in h.words:
             lines.append(f"{Path(h.path).stem} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
                          f"{w.text} {w.confidence:.3f}\n")  # fmt: skip
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str, heard: Sequence[Heard], frame_s: float) -> None:
@@ -398,21 +404,21 @@ def plot(png: str, heard: Heard, cfg: FeatureConfig, frame_s: float) -> None:
 def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
          cfg: FeatureConfig) -> tuple[list[Heard], int]:  # fmt: skip
     """One batch of files: those that can be read, and how many could not."""
-    samples, failed = {}, 0
+    samples, failed = [], 0
     for path in paths:
         try:
-            samples[path] = data.load_audio(path, cfg)
+            samples.append((path, data.load_audio(path, cfg)))
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             failed += 1
     if not samples:
         return [], failed
-    feats = [data.features(x, cfg) for x in samples.values()]
+    feats = [data.features(x, cfg) for _, x in samples]
     padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)
     arcs: list[list[Arc]] = []
     labels = greedy_decode(model, padded, torch.tensor([len(f) for f in feats]), arcs=arcs)
     heard = []
-    for (path, x), ids, taken in zip(samples.items(), labels, arcs, strict=True):
+    for (path, x), ids, taken in zip(samples, labels, arcs, strict=True):
         start_s = data.nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz
         words = words_of(taken, tokenizer, frame_seconds(model, cfg), start_s)
         heard.append(Heard(path, tokenizer.decode(ids), words, taken, start_s))
@@ -425,16 +431,11 @@ def frame_seconds(model: Transducer, cfg: FeatureConfig) -> float:
 
 
 def list_audio(words: Sequence[str]) -> list[str]:
-    """Files as given; of a folder all audio in it and below, by name."""
+    """Files as given; of a folder all audio in it and below, by name; or it, if it has none."""
     paths: list[str] = []
     for word in words:
-        if Path(word).is_dir():
-            inside = sorted(p for p in Path(word).rglob("*") if p.suffix in data.FORMATS)
-            if not inside:
-                raise ValueError(f"{word}: no {', '.join(data.FORMATS)} files in this folder")
-            paths += map(str, inside)
-        else:
-            paths.append(word)
+        inside = sorted(p for p in Path(word).rglob("*") if p.suffix.lower() in data.FORMATS)
+        paths += map(str, inside or [word])
     return paths
 
 
@@ -480,9 +481,13 @@ def main() -> int:
         parser.error("give either audio files, or --data and --split")
     if args.data and (args.ctm or args.json or args.plot):
         parser.error("--ctm, --json and --plot are for audio files")
+    if args.audio and args.hypotheses:
+        parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
     torch.set_flush_denormal(True)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         if args.data:
@@ -490,7 +495,7 @@ def main() -> int:
         elif transcribe(args, checkpoint):
             return 1
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(data.reason(error), file=sys.stderr)
         return 1
     return 0
 

@@ -62,8 +62,10 @@ class Lattice:
         t = torch.arange(T, device=blank.device)[:, None]
         u = torch.arange(U1, device=blank.device)
         inside = t < enc_lens[:, None, None]  # (B, T, 1)
-        blank = blank.double().masked_fill(~inside, LOG_ZERO)
-        label = label.double().masked_fill(~(inside & (u < target_lens[:, None, None])), LOG_ZERO)
+        is_label = inside & (u < target_lens[:, None, None])
+        # Classes that a caller has masked with -inf may leave nodes that no path reaches.
+        blank = blank.double().masked_fill(~inside, LOG_ZERO).clamp_min(LOG_ZERO)
+        label = label.double().masked_fill(~is_label, LOG_ZERO).clamp_min(LOG_ZERO)
         blank = skew(blank, LOG_ZERO)  # (T+U, B, U+1)
         # Entry u holds the arc that arrives there, from u-1.
         label = F.pad(skew(label, LOG_ZERO)[:, :, :-1], (1, 0), value=LOG_ZERO)
@@ -76,7 +78,8 @@ class Lattice:
                 alpha[d, :, 1:] + blank[d], alpha[d, :, :-1] + label[d], out=alpha[d + 1, :, 1:]
             )
         self.end = (enc_lens + target_lens, torch.arange(B, device=blank.device), target_lens)
-        self.costs = -alpha[self.end[0], self.end[1], 1 + self.end[2]]  # (B,)
+        costs = -alpha[self.end[0], self.end[1], 1 + self.end[2]]  # (B,)
+        self.costs = costs.masked_fill(costs >= -LOG_ZERO, torch.inf)  # no path at all
         self.alpha, self.blank, self.label = alpha, blank, label
 
     @record_function("lattice")
@@ -113,16 +116,15 @@ def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[st
         lens: encoder lengths and target lengths under the names that the caller knows.
     """
     B, T, U1, V = sizes
-    if targets.shape != (B, U1 - 1) or targets.is_floating_point():
-        raise ValueError(
-            f"targets: {tuple(targets.shape)} {targets.dtype}, expected integers {(B, U1 - 1)}"
-        )
+    if targets.shape != (B, U1 - 1) or targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: {tuple(targets.shape)} {targets.dtype}, expected int32 or "
+                         f"int64 {(B, U1 - 1)}")  # fmt: skip
     if not 0 <= blank < V:
         raise ValueError(f"blank: {blank}, expected 0 <= blank < {V}")
     for (name, values), low, high in zip(lens.items(), (1, 0), (T, U1 - 1), strict=True):
-        if values.shape != (B,) or values.is_floating_point():
+        if values.shape != (B,) or values.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{name}: {tuple(values.shape)} {values.dtype}, expected integers ({B},)"
+                f"{name}: {tuple(values.shape)} {values.dtype}, expected int32 or int64 ({B},)"
             )
         for b, n in enumerate(values.tolist()):
             if not low <= n <= high:

@@ -20,6 +20,7 @@ encoder with time stacking. The architecture and its initialisation are those of
 Training v1.0 RNN-T, with the normalisation layers of Intel e2eAIOK (modelzoo/rnnt).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,9 @@ class ModelConfig:
         for name in ("enc_dropout", "pred_dropout", "joint_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected 0 <= p < 1")
+        for name in ("forget_gate_bias", "weights_init_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)}, expected a finite number")
 
     @property
     def blank(self) -> int:

@@ -742,6 +742,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the subcommand in `words`, the command line if None; returns the exit status."""
     args = parse_arguments(words)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         if args.command == "check":
             return 0 if check(args.root, args.splits) else 1

@@ -29,7 +29,7 @@ def read_run(out: Path) -> tuple[list[dict], list[dict]]:
     Hours are those spent in steps and evaluations. An evaluation has its epoch's mean loss and
     utterances/s, which are not a number if the log begins after that epoch.
     """
-    steps, evals, seconds = [], [], 0.0
+    steps, evals, seconds, done = [], [], 0.0, set()
     for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -39,14 +39,19 @@ def read_run(out: Path) -> tuple[list[dict], list[dict]]:
         record["hours"] = seconds / 3600
         if record["event"] in ("step", "eval"):
             (steps if record["event"] == "step" else evals).append(record)
+        if record["event"] == "epoch":
+            done.add(record["epoch"])
     epochs = defaultdict(list)
     for record in steps:
         epochs[record["epoch"]].append(record)
-    steps_per_epoch = max(map(len, epochs.values()), default=1)
-    for record in [*steps, *evals]:
-        record["epochs"] = record["step"] / steps_per_epoch
+    longest = max(map(len, epochs.values()), default=1)
+    for epoch, own in epochs.items():  # other ranks or batches after a restart: other lengths
+        size = len(own) if epoch in done else longest
+        for i, record in enumerate(own, 1):
+            record["epochs"] = epoch - 1 + i / size
     for record in evals:
         own = epochs[record["epoch"]]
+        record["epochs"] = own[-1]["epochs"] if own else record["epoch"]
         spent_s = sum(r["step_s"] for r in own) or math.nan
         record["utts_per_s"] = sum(r["utts_per_s"] * r["step_s"] for r in own) / spent_s
         record["loss"] = statistics.fmean(r["loss"] for r in own) if own else math.nan
@@ -107,8 +112,12 @@ class Log:
         self.signs: set[str] = set()  # bad ones that were there when last looked
 
     def append(self, name: str, line: str) -> None:
-        with (self.out / name).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.out / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:  # of writing, it does not name the file
+            raise type(error)(f"{path} could not be written: {error.strerror}") from error
 
     def write(self, event: str, **values: object) -> None:
         """A line of log.jsonl, and its fractions for TensorBoard."""
@@ -116,7 +125,8 @@ class Log:
             return
         self.append("log.jsonl", json.dumps({"event": event, **values}))
         if self.open_board is not None:
-            self.board = self.board or self.open_board(self.out)
+            # What a run that was killed wrote after its last checkpoint comes again.
+            self.board = self.board or self.open_board(self.out, purge_step=values["step"])
             for key, value in values.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{event}/{key}", value, values["step"])
@@ -265,7 +275,15 @@ def report_profile(result: profile, seconds: float, log: Log) -> None:
     parts["everything else"] = seconds - sum(parts.values())
     shares = ", ".join(f"{part} {100 * s / seconds:.1f} %" for part, s in parts.items())
     # All-reduces run on threads of their own, gradients' behind the backward pass.
-    travel = sum(s for name, s in total.items() if "all_reduce" in name) / seconds
+    # Names are gloo:all_reduce, oneccl_bindings_for_pytorch::allreduce.
+    travel = (
+        sum(
+            s
+            for name, s in total.items()
+            if "allreduce" in name.replace("_", "") and "::allreduce_" not in name
+        )
+        / seconds
+    )
     log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.3f} s: {shares}. The largest part "
             f"is {max(parts, key=parts.get)}. Communication was under way {100 * travel:.1f} % of "
             f"the time. {trace} is for ui.perfetto.dev.")  # fmt: skip

@@ -155,25 +155,22 @@ decide() {
   printf 'set     %s=%s  (%s)\n' "$1" "$value" "$why"
 }
 
-# count_ends: how many runs in $OUT came to their end, whether all was done or with a checkpoint to go on from.
-count_ends() {
-  if [[ -e $OUT/log.jsonl ]]; then grep -c '"event": "end"' "$OUT/log.jsonl" || true; else echo 0; fi
-}
-
-# train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0.
+# train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0. What became
+# of the run is in the last line of its log, if that was written since.
 train() {
-  local ended status=0
-  ended=$(count_ends)
+  local since status=0 last=""
+  since=$(mktemp)
   run_step "$@" || status=$?
-  if ((ended < $(count_ends))); then
-    case $(grep '"event": "end"' "$OUT/log.jsonl" | tail -n 1) in
-      *'"reason": "time limit"'*) status=75 ;;
-      *'"reason": "SIGUSR1"'*) status=138 ;;
-      *'"reason": "SIGTERM"'*) status=143 ;;
-    esac
-  elif [[ $LAUNCHER == ipex ]]; then
-    die "ipexrun has ended, but $OUT/log.jsonl has no new end"
-  fi
+  if [[ $OUT/log.jsonl -nt $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
+  rm -f "$since"
+  case $last in
+    *'"event": "end", "reason": "time limit"'*) status=75 ;;
+    *'"event": "end", "reason": "SIGUSR1"'*) status=138 ;;
+    *'"event": "end", "reason": "SIGTERM"'*) status=143 ;;
+    *'"event": "end", "reason": "error'*) ((status)) || status=1 ;;
+    *'"event": "end"'*) ;;
+    *) if [[ $LAUNCHER == ipex ]]; then die "ipexrun has ended, but $OUT/log.jsonl has no new end"; fi ;;
+  esac
   return "$status"
 }
 

@@ -122,8 +122,9 @@ class TrainConfig:
               "time_limit_s", "checkpoint_every_s", "seed", "loader_workers"),
              lambda x: x >= 0, "at least 0"),
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
+            (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
-        ))  # fmt: skip
+        ), may_be_infinite="clip_norm")  # fmt: skip
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.resume and self.restart:
@@ -152,6 +153,8 @@ EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "SIGUSR1": 128 + signal.SIGUSR1,
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """One flag for each field of a config dataclass; absent ones keep the preset's value."""
     for field in fields(config):
+        if field.name == "feature_size":  # follows from the front end
+            continue
         flag = "--" + field.name.replace("_", "-")
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
         if field.type is bool:
@@ -559,16 +562,19 @@ def batch_loss(trainer: Trainer, batch: Batch, moments: Tensor | None) -> Tensor
         )  # fmt: skip
 
 
-def check_finite(costs: Tensor, batch: Batch, step: int, ranks: Ranks) -> None:
-    """Raises on every rank if a cost on any of them is not finite."""
+def sum_costs(costs: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[float, int]:
+    """Sum and number over all ranks. Raises on every rank if a cost on any is not finite."""
     bad = [i for i, ok in zip(batch.ids, costs.isfinite().tolist(), strict=True) if not ok]
-    if all_sum(torch.tensor(len(bad)), ranks) > 0:
+    sums = torch.tensor([len(bad), costs.double().sum(), len(costs)], dtype=torch.float64)
+    total_bad, total, count = all_sum(sums, ranks).tolist()
+    if total_bad > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
         raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite")
+    return total, int(count)
 
 
 def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float) -> tuple:
-    """One optimiser step over all micro-batches: returns mean cost of this rank, gradient norm.
+    """One optimiser step over all micro-batches: returns mean cost, norm of the gradient.
 
     Every utterance of the global batch weighs the same, so accumulation and ranks change
     nothing but the order of summation. The random numbers of dropout depend on (seed, step,
@@ -581,22 +587,22 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     trainer.optimizer.zero_grad(set_to_none=True)
     moments = step_moments(trainer, batches)
     count = sum(b.asked for b in batches)  # the same on every rank
-    total = 0.0
+    total, computed = 0.0, 0
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
         with nullcontext() if last or ranks.world == 1 else trainer.parallel.no_sync():
             costs = batch_loss(trainer, batch, moments)
-            check_finite(costs.detach(), batch, step, ranks)
+            part = sum_costs(costs.detach(), batch, step, ranks)
+            total, computed = total + part[0], computed + part[1]
             (costs.sum() / count).backward()
-        total += costs.detach().sum().item()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
     if not math.isfinite(grad_norm):  # the same on every rank
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
     update_ema(trainer.ema, trainer.model, cfg.ema_decay)
-    return total / sum(len(b.ids) for b in batches), grad_norm
+    return total / computed, grad_norm
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.Utterance],
@@ -760,6 +766,17 @@ class Run:
         cfg = trainer.cfg
         self.global_batch = cfg.batch_size * cfg.accumulation * trainer.ranks.world
         self.steps_per_epoch = len(train) // self.global_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{len(train)} training utterances, fewer than a batch of "
+                             f"{self.global_batch}")  # fmt: skip
+        if cfg.profile and self.steps_per_epoch <= report.PROFILE_STEPS:
+            raise ValueError(f"--profile: {self.steps_per_epoch} steps in an epoch, expected at "
+                             f"least {report.PROFILE_STEPS + 1}")  # fmt: skip
+        self.order = {  # all that decides which utterances a step has
+            "ranks x batch x accumulation":
+                f"{trainer.ranks.world} x {cfg.batch_size} x {cfg.accumulation}",
+            "seed": cfg.seed, "training set": describe_corpus(train),
+        }  # fmt: skip
 
     def epoch_loader(self) -> torch.utils.data.DataLoader:
         """This rank's micro-batches of the current epoch that are not done yet."""
@@ -812,8 +829,7 @@ class Run:
         try:
             found = next(batches)
         except (OSError, ValueError) as error:
-            # From a worker process comes its whole traceback, which ends in the message.
-            problem = str(error).strip().splitlines()[-1]
+            problem = data.reason(error)
         reason = self.stop_reason(bad_input=problem is not None)
         if reason == "bad input":
             self.save()
@@ -894,8 +910,8 @@ class Run:
         """checkpoint-<step>.pt, of which the last two stay, and best.pt; rank 0 writes.
 
         Contents: weights, averaged weights, optimiser state, position and best WER (Progress),
-        the three configs, the number of ranks and the tokenizer. Random numbers need no state:
-        each is a function of the seed and the position.
+        what decides the order of utterances, the three configs and the tokenizer. Random numbers
+        need no state: each is a function of the seed and the position.
         """
         self.saved = time.monotonic()
         trainer, progress = self.trainer, self.progress
@@ -908,7 +924,7 @@ class Run:
             "ema": trainer.ema.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "progress": vars(progress) | {"seconds": self.seconds()},
-            "ranks": trainer.ranks.world,
+            "order": self.order,
             "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
             "model_config": asdict(trainer.model.cfg),
             "asked_vocab_size": self.asked_vocab_size,
@@ -925,7 +941,7 @@ class Run:
         self.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
 
     def restore(self, checkpoint: dict) -> None:
-        """Goes on where `checkpoint` stands, with other ranks or batches at the next epoch."""
+        """Goes on where `checkpoint` stands, or at the next epoch if steps are others now."""
         trainer, progress = self.trainer, self.progress
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.ema.load_state_dict(checkpoint["ema"])
@@ -933,14 +949,12 @@ class Run:
         vars(progress).update(checkpoint["progress"])
         self.log.rewind(progress.step, progress.evaluated)
         self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
-        old = checkpoint["train_config"]
-        shape = (checkpoint["ranks"], old["batch_size"], old["accumulation"])
-        ours = (trainer.ranks.world, trainer.cfg.batch_size, trainer.cfg.accumulation)
-        if shape != ours:
-            if progress.batch > 0:
-                progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-            self.log.say("ranks x batch x accumulation was {} x {} x {}, now {} x {} x {}: "
-                         .format(*shape, *ours) + f"goes on at epoch {progress.epoch}")  # fmt: skip
+        if self.order != checkpoint["order"] and progress.batch > 0:
+            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        for name, old in checkpoint["order"].items():
+            if old != self.order[name]:
+                self.log.say(f"{name} was {old}, now {self.order[name]}: goes on at epoch "
+                             f"{progress.epoch}")  # fmt: skip
 
     def evaluate(self) -> None:
         """Scores the dev split and writes a checkpoint."""
@@ -968,7 +982,19 @@ class Run:
         return "epochs" if self.progress.epoch > self.trainer.cfg.epochs else None
 
     def run(self) -> str:
-        """Trains until a limit is reached or a signal arrives, and returns which."""
+        """Trains until a limit is reached or a signal arrives; returns and logs which."""
+        progress = self.progress
+        try:
+            reason = self.train_epochs()
+        except (OSError, ValueError, FloatingPointError) as error:
+            with suppress(OSError):  # perhaps it is the disk
+                self.log.write("end", reason=f"error: {data.reason(error)}", step=progress.step)
+            raise
+        best_wer = progress.best_wer if progress.evaluated else None
+        self.log.write("end", reason=reason, best_wer=best_wer, step=progress.step)
+        return reason
+
+    def train_epochs(self) -> str:
         progress = self.progress
         self.first_step = progress.step
         if progress.batch == 0 and progress.evaluated < progress.step:
@@ -1057,17 +1083,26 @@ def log_settings(run: Run) -> None:
 
 def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[list, list]:
     """Training utterances of all splits without the long ones, and the whole dev split."""
-    train = [
-        u
-        for split in cfg.train_splits
-        for u in data.read_split(cfg.data, split, features, cfg.skip_bad)
-    ]
-    dev = data.read_split(cfg.data, cfg.dev_split, features)
-    train, note = data.drop_long(train, features)
+    found, wrong = [], []
+    for split in (*cfg.train_splits, cfg.dev_split):
+        try:
+            # A score without the bad ones would be of another set.
+            skip_bad = cfg.skip_bad and split != cfg.dev_split
+            found.append(data.read_split(cfg.data, split, features, skip_bad))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    *parts, dev = found
+    train, note = data.drop_long([u for part in parts for u in part], features)
     for name, utterances in (("train", train), ("dev", dev)):
         hours = sum(u.duration_s for u in utterances) / 3600
         log.say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
     log.say(f"train: longer than {features.max_utterance_s} s: {note}")
+    unheard = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
+    if unheard:
+        log.say(f"warning: no training text has the characters {''.join(sorted(unheard))!r} of "
+                "the dev texts: words with them will be errors")  # fmt: skip
     return train, dev
 
 
@@ -1131,16 +1166,13 @@ def main() -> int:
     })  # fmt: skip
 
     # 3 model and optimiser
-    if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if found is None:
-            forget_run(out)
     trainer = make_trainer(cfg, model_cfg, ranks)
     run = Run(trainer, features, tokenizer, train, dev, log)
     run.asked_vocab_size = asked_vocab_size
-    if cfg.profile and run.steps_per_epoch <= report.PROFILE_STEPS:
-        raise ValueError(f"--profile: {run.steps_per_epoch} steps in an epoch, expected at least "
-                         f"{report.PROFILE_STEPS + 1}")  # fmt: skip
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if found is None:  # nothing is deleted for a run that cannot begin
+            forget_run(out)
     if found is not None:
         run.restore(checkpoint)
     else:
@@ -1163,7 +1195,6 @@ def main() -> int:
         signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
     with pulse.watching():
         reason = run.run()
-    log.write("end", reason=reason, best_wer=run.progress.best_wer, step=run.progress.step)
     reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if reached else "aborted")
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
@@ -1178,4 +1209,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {data.reason(error)}")

@@ -16,8 +16,8 @@ TASKSET = '#!/bin/sh\necho "pid 1\'s current affinity list: ${CPUS:-0-7}"\n'
 
 # What run.sh may take from the machine that tests; an mpirun there shall not decide.
 PROGRAMS = ("awk", "basename", "bash", "cat", "cmp", "cp", "dirname", "env", "grep", "mkdir",
-            "paste", "realpath", "sed", "sh", "sleep", "sort", "tail", "test", "timeout",
-            "uniq")  # fmt: skip
+            "mktemp", "paste", "realpath", "rm", "sed", "sh", "sleep", "sort", "tail", "test",
+            "timeout", "uniq")  # fmt: skip
 
 # FAIL names the script or module whose call ends with status 3.
 PYTHON = """#!/bin/sh

@@ -6,6 +6,7 @@ Intel's launcher set there.
 """
 
 import itertools
+import os
 import socket
 import time
 from pathlib import Path
@@ -270,8 +271,9 @@ def test_ipexrun(checkout, ranks, options):
 def test_ipexrun_fails_if_no_run_ended(checkout, ends, status):
     """ipexrun succeeds whatever becomes of its ranks."""
     log = "out/demo/log.jsonl"
-    end = f'echo \'{{"event": "end"}}\' >> {log}\n'
-    checkout.script(log, '{"event": "end"}\n')
+    end = f'echo \'{{"event": "end", "reason": "epochs"}}\' >> {log}\n'
+    checkout.script(log, '{"event": "end", "reason": "epochs"}\n')
+    os.utime(checkout.root / log, (0, 0))
     checkout.script(".venv/bin/ipexrun", f"#!/bin/sh\n{end * ends}")
     result = checkout.run(LAUNCHER="ipex", RANKS="2")
     assert result.returncode == status, result.stderr
@@ -279,7 +281,7 @@ def test_ipexrun_fails_if_no_run_ended(checkout, ends, status):
 
 
 @pytest.mark.parametrize(("reason", "status"), [
-    ("epochs", 1), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143),
+    ("epochs", 1), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143), ("error: full", 1),
 ])  # fmt: skip
 def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
     """torchrun makes 1 of whatever status its ranks ended with."""
@@ -290,6 +292,7 @@ def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
                     f""" echo '{{"event": "end", "reason": "{reason}", "step": 9}}' >> {log}\n"""
                     "exit 1 ;; esac\n")  # fmt: skip
     assert checkout.run(RANKS="2").returncode == status
+    os.utime(checkout.root / log, (0, 0))
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
                     " exit 5 ;; esac\n")  # fmt: skip
     assert checkout.run(RANKS="2").returncode == 5  # nothing new in the log

@@ -9,6 +9,7 @@ original's bucketing sampler draws and the durations of train-clean-100.
 
 import gzip
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -194,10 +195,11 @@ def test_missing_audio_is_an_error_with_file_and_line(corpus):
 
 def test_audio_of_another_chapter_does_not_count(corpus):
     corpus.audio("7-8-0000")
+    corpus.transcript("7-8-0000 THIRD\n", "7-8")
     path = corpus.transcript("7-9-0000 FIRST\n7-8-0000 STRAY\n7-9-0001 SECOND\n")
     utterances, problems = corpus.scan()
-    assert len(utterances) == 2
-    assert problems[0][:3] == ("error", "id not of its folder", f"{path}:2")
+    assert len(utterances) == 3
+    assert [p[:3] for p in problems] == [("error", "id not of its folder", f"{path}:2")]
 
 
 @pytest.mark.parametrize("copy", ["7/8/7-9-0000.flac", "7/9/7-9-0000.wav"])
@@ -205,6 +207,7 @@ def test_two_recordings_of_one_id_are_an_error_that_names_both(corpus, copy):
     path = corpus.root / "dev" / copy
     path.parent.mkdir(exist_ok=True)
     soundfile.write(path, np.ones(1600), 16000)
+    (path.parent / f"7-{path.parent.name}.trans.txt").touch()
     errors = [p for p in corpus.scan()[1] if p.level == "error"]
     assert len(errors) == 1
     assert "duplicate" in errors[0].kind
@@ -275,6 +278,44 @@ def test_split_without_transcripts_is_an_error_with_the_folder(corpus):
     (corpus.root / "test" / "1" / "2").mkdir(parents=True)
     _, [problem] = data.scan_split(corpus.root, "test")
     assert problem[:3] == ("error", "split empty", str(corpus.root / "test"))
+
+
+def test_chapter_without_transcript_file_is_an_error_with_the_folder(corpus):
+    corpus.audio("7-8-0000")
+    utterances, problems = corpus.scan()
+    assert len(utterances) == 2
+    assert problems[0][:3] == ("error", "transcript file missing", str(corpus.chapter("7-8")))
+
+
+def test_split_whose_transcripts_name_nothing_is_an_error(corpus):
+    corpus.transcript("")
+    utterances, problems = corpus.scan()
+    assert utterances == []
+    assert ("error", "split empty", str(corpus.root / "dev")) in [p[:3] for p in problems]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
+    """As os.scandir says it; root, as which tests may run, may read everything."""
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("7/9"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    utterances, problems = corpus.scan()
+    assert utterances == []
+    where = str(corpus.chapter())
+    assert Problem("error", "folder not readable", where, "Permission denied") in problems
+
+
+def test_suffixes_may_be_capital(corpus):
+    path = corpus.chapter() / "7-9-0000.flac"
+    path.rename(path.with_suffix(".FLAC"))
+    utterances, problems = corpus.scan()
+    assert [u.id for u in utterances] == ["7-9-0000", "7-9-0001"]
+    assert problems == []
 
 
 def test_problems_are_counted_by_kind_and_the_first_ten_shown():

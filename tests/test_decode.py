@@ -533,9 +533,34 @@ def test_a_folder_of_good_and_bad_files_is_transcribed(scene, main, tmp_path):
 
 
 def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
-    status, _, errors = main("--checkpoint", scene.checkpoint, tmp_path)
+    status, printed, errors = main("--checkpoint", scene.checkpoint, tmp_path, scene.audio[0])
     assert status == 1
-    assert f"{tmp_path}: no .flac, .wav, .ogg files" in errors
+    assert printed == f"{scene.audio[0]}\t{scene.texts[0]}\n"
+    assert f"{tmp_path}: Is a directory" in errors
+
+
+def test_names_of_all_kinds(scene, main, tmp_path):
+    """A file given twice, capital suffixes, a name that is not UTF-8, raw samples."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9.flac")
+    names = [odd, tmp_path / "A.FLAC", tmp_path / "a.raw"]
+    for path in names:
+        path.write_bytes(scene.audio[0].read_bytes())
+    first = scene.audio[0]
+    status, printed, errors = main("--checkpoint", scene.checkpoint, first, first, *names)
+    assert status == 1
+    shown = [first, first, f"{tmp_path}/caf\\udce9.flac", tmp_path / "A.FLAC"]
+    assert printed == "".join(f"{name}\t{scene.texts[0]}\n" for name in shown)
+    assert f"{tmp_path}/a.raw: not readable as audio" in errors
+    status, printed, _ = main("--checkpoint", scene.checkpoint, tmp_path)
+    assert status == 0
+    assert len(printed.splitlines()) == 2  # .raw is no suffix of audio
+
+
+def test_references_are_found_by_relative_paths_too(scene, monkeypatch):
+    monkeypatch.chdir(scene.audio[0].parent)
+    assert decode.find_reference(scene.audio[0].name) == TEXTS[0]
+    monkeypatch.chdir(scene.audio[0].parents[1])
+    assert decode.find_reference(f"2/{scene.audio[0].name}") == TEXTS[0]
 
 
 def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):

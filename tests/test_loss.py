@@ -906,6 +906,37 @@ def test_joint_costs_of_fast_rnnt(case):
     assert_close(costs, case["float64_costs"])
 
 
+def test_masked_classes_may_leave_nodes_that_no_path_reaches():
+    """Node (1, 1) of T = 3, U = 1: both arcs that lead there have probability 0."""
+    torch.manual_seed(3)
+    scores = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    rest = (torch.tensor([[1]]), torch.tensor([3]), torch.tensor([1]), 3)
+    gradients = []
+    for zero in (-torch.inf, -500.0):  # exp(-500) is nothing beside the others
+        logits = scores.clone()
+        logits[0, 0, 1, 3] = logits[0, 1, 0, 1] = zero
+        logits.requires_grad_()
+        loss.transducer_loss(logits, *rest).backward()
+        gradients.append(logits.grad)
+    assert_close(*gradients)
+
+
+def test_a_lattice_without_a_path_costs_infinity():
+    logits = torch.full((1, 3, 2, 4), -torch.inf)
+    logits[..., 0] = 0
+    rest = (torch.tensor([[1]]), torch.tensor([3]), torch.tensor([1]), 3)
+    assert loss.transducer_loss(logits, *rest, "none").tolist() == [torch.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool])
+@pytest.mark.parametrize("name", ["logit_lens", "target_lens"])
+def test_lengths_of_other_integer_types_are_refused(name, dtype):
+    lens = {"logit_lens": torch.tensor([1]), "target_lens": torch.tensor([1])}
+    lens[name] = lens[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name}: .*, expected int32 or int64"):
+        loss.transducer_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[1]]), *lens.values(), 3)
+
+
 def best_labels(problem: dict, blank: int) -> list[int]:
     """The labels of the most probable path, by the lattice at a temperature near 0."""
     emissions, predictions = (

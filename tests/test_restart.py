@@ -178,6 +178,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_status_of_its_own(
 def test_the_time_limit_has_a_status_of_its_own_and_one_step_is_done_before_it(run, tmp_path):
     assert run(tmp_path, "--time-limit-s", 1e-6) == 75
     assert checkpoints(tmp_path) == ["checkpoint-00000001.pt"]
+    assert events(tmp_path)[-1]["reason"] == "time limit"
     assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
     assert checkpoints(tmp_path)[-1] == "checkpoint-00000002.pt"
 
@@ -225,6 +226,19 @@ def test_more_epochs_continue_a_finished_run(run, whole, tmp_path):
     assert_same_run(tmp_path, whole())
 
 
+@pytest.mark.parametrize(("words", "why"), [
+    (("--batch-size", 500), "8 training utterances, fewer than a batch of 500"),
+    (("--profile", "--batch-size", 4), "--profile: 2 steps in an epoch"),
+    (("--vocab-size", 5), "vocab_size: 5, blank included"),
+])  # fmt: skip
+def test_restart_deletes_nothing_for_a_run_that_cannot_begin(run, tmp_path, words, why):
+    run(tmp_path, "--time-limit-s", 1e-6)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=why):
+        run(tmp_path, "--restart", *words)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_restart_deletes_the_run_and_nothing_else(run, whole, tmp_path):
     (tmp_path / "notes.txt").write_text("keep me")
     run(tmp_path, "--time-limit-s", 1e-6)
@@ -270,6 +284,24 @@ def test_after_a_change_to_larger_batches_the_new_checkpoints_stay(run, tmp_path
     assert run(tmp_path, "--resume", "--batch-size", 4, "--epochs", 6) == 0
     assert "resumed at step 16, epoch 6" in capsys.readouterr().out
     assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_seed_goes_on_at_the_next_epoch(run, tmp_path, capsys):
+    """In the middle of an epoch it would take some utterances twice and others not at all."""
+    run(tmp_path, at={6: send(signal.SIGTERM)})
+    assert run(tmp_path, "--resume", "--seed", 2) == 0
+    assert "seed was 1, now 2: goes on at epoch 3" in capsys.readouterr().out
+    assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
+
+
+def test_another_training_set_goes_on_at_the_next_epoch(run, own_corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, data_root=own_corpus, at={6: send(signal.SIGTERM)})
+    transcript = own_corpus / "train" / "1" / "2" / "1-2.trans.txt"
+    transcript.write_text(transcript.read_text().replace("THREE ONE TWO", "ONE"))
+    assert run(out, "--resume", data_root=own_corpus) == 0
+    assert "training set was 8 utterances, sha256" in capsys.readouterr().out
+    assert [e["epoch"] for e in events(out, "step")] == [1] * 4 + [2] * 2 + [3] * 4
 
 
 @pytest.mark.slow
@@ -324,13 +356,15 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
     contents = (whole() / LAST).read_bytes()
     path = tmp_path / "flipped.pt"
     noticed = 0
-    for place in random.Random(1).sample(range(len(contents)), 60):
+    version = contents.index(b"format")  # decides what kind of error there is
+    places = [*range(version, version + 12), *random.Random(1).sample(range(len(contents)), 60)]
+    for place in places:
         spoilt = bytearray(contents)
         spoilt[place] ^= 1 << place % 8
         path.write_bytes(spoilt)
         try:
             found = decode.load_checkpoint(path)
-        except ValueError:
+        except decode.DamagedCheckpoint:
             noticed += 1
         else:  # a bit of the archive's own bookkeeping that no value depends on
             assert decode.digest(found) == decode.digest(decode.load_checkpoint(whole() / LAST))
@@ -340,8 +374,8 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
 def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, whole, tmp_path):
     run(tmp_path, "--time-limit-s", 1e-6)
     path = tmp_path / "checkpoint-00000001.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save(checkpoint | {"format": 1}, path)
+    checkpoint = decode.load_checkpoint(path)
+    train.save_checkpoint(path, checkpoint | {"format": 1})
     with pytest.raises(ValueError, match="00000001.pt: format 1, this version reads"):
         run(tmp_path, "--resume")
 
@@ -374,6 +408,18 @@ def test_a_vanished_run_directory_ends_the_run(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="run"):
         run(out, at={6: lambda: out.rename(tmp_path / "elsewhere")})
     assert checkpoints(tmp_path / "elsewhere") == ["checkpoint-00000004.pt"]
+
+
+def test_a_log_that_cannot_be_written_is_named(run, tmp_path):
+    """It is written in every step, so that a full disk mostly shows there first."""
+
+    def fill():
+        (tmp_path / "log.jsonl").unlink()
+        (tmp_path / "log.jsonl").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="log.jsonl could not be written: No space left on device"):
+        run(tmp_path, at={6: fill})
+    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(run, tmp_path):
@@ -429,6 +475,20 @@ def test_skip_bad_goes_on_without_the_file_and_counts_it(run, own_corpus, tmp_pa
     said = capsys.readouterr().out
     assert "epoch 2 | 1 bad utterances left out" in said
     assert "epoch 3 | 1 bad utterances left out" in said
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_dev_file_that_goes_bad_ends_the_run_in_one_line(own_corpus, tmp_path, workers):
+    path = own_corpus / "dev" / "1" / "2" / "1-2-0001.flac"
+    path.unlink()  # in its place a file whose header is good
+    soundfile.write(path.with_suffix(".wav"), [0.1, float("nan")] * 3600, 16000, subtype="FLOAT")
+    done = run_train(own_corpus, tmp_path / "run", "--loader-workers", workers)
+    assert done.returncode == 1
+    said = f"{path.with_suffix('.wav')}: 3600 samples not finite"
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert events(tmp_path / "run")[-1]["reason"].endswith(said)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-00000004.pt"]
 
 
 def test_a_batch_of_bad_files_alone_ends_the_run(run, own_corpus, tmp_path):

@@ -191,14 +191,12 @@ CONSTANTS = {
     "data_spec_augment_freq_max": (20, FeatureConfig.freq_mask_max),
     "data_spec_augment_time_n": (10, FeatureConfig.time_masks),
     "data_spec_augment_time_max": (0.03, FeatureConfig.time_mask_max),
-    # The rest is no setting of ours: masks may be empty, warm-up and decay have one form.
-    "data_spec_augment_freq_min": (0, 0),
-    "data_spec_augment_time_min": (0, 0),
-    "opt_learning_rate_alt_decay_func": (True, True),
-    "opt_learning_rate_alt_warmup_func": (True, True),
 }
-# Where a run's corpus, cluster, seed, result or clock decides.
+# No setting of ours, masks may be empty and the schedule has one form; or a run's corpus, cluster,
+# seed, result or clock decides. test_mllog.py looks at these.
 OF_A_RUN = {
+    "data_spec_augment_freq_min", "data_spec_augment_time_min",
+    "opt_learning_rate_alt_decay_func", "opt_learning_rate_alt_warmup_func",
     "cache_clear", "init_start", "init_stop", "run_start", "run_stop", "block_start", "block_stop",
     "epoch_start", "epoch_stop", "eval_start", "eval_stop", "eval_accuracy", "seed",
     "submission_benchmark", "submission_org", "submission_division", "submission_status",
@@ -743,9 +741,9 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_equal_one_with_twice_the_batch(two_ranks, float64, split):
     alone = make_trainer()
     expected = run_steps(alone, lambda numbers: [numbers])
-    losses = np.mean([[loss for loss, _ in results[split][0]] for results in two_ranks], 0)
-    assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-9)
     for results in two_ranks:
+        losses = [loss for loss, _ in results[split][0]]  # of all ranks
+        assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-9)
         norms = [norm for _, norm in results[split][0]]
         assert norms == pytest.approx([norm for _, norm in expected], rel=1e-9)
         # float64: another order of summation.
@@ -787,8 +785,12 @@ def test_every_field_is_a_flag(config):
              "submission_division": "closed", "submission_org": "Ours"}  # fmt: skip
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
-        if field.name in ("data", "train_splits", "dev_split", "out", "feature_size"):
-            continue  # WORDS has the first four; the last follows from FeatureConfig
+        if field.name in ("data", "train_splits", "dev_split", "out"):
+            continue  # WORDS has them
+        if field.name == "feature_size":  # follows from FeatureConfig
+            with pytest.raises(SystemExit):
+                parse("--feature-size", "256")
+            continue
         old = getattr(defaults, field.name)
         value = names.get(field.name) or another(old)
         flag = "--" + field.name.replace("_", "-")
@@ -1090,6 +1092,36 @@ def test_a_command_line_that_is_wrong_ends_with_status_2(corpus, tmp_path):
     assert done.returncode == 2
     assert "lr: -0.5, expected more than 0" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("target-wer", "25"), ("lr", "inf"), ("dither", "inf"), ("speed-max", "inf"),
+    ("trim-db", "nan"), ("weights-init-scale", "nan"), ("time-limit-s", "nan"),
+])  # fmt: skip
+def test_values_that_make_no_sense_are_refused(capsys, flag, value):
+    with pytest.raises(SystemExit) as ended:
+        parse(f"--{flag}", value)
+    assert ended.value.code == 2
+    assert f"{flag.replace('-', '_')}: {float(value)}, expected" in capsys.readouterr().err
+
+
+def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path, capsys):
+    tiny_corpus(tmp_path)
+    transcript = tmp_path / "dev" / "1" / "2" / "1-2.trans.txt"
+    transcript.write_text(transcript.read_text().replace("ONE", "one"))
+    cfg, _, features = train.parse_configs(["--data", str(tmp_path), "--out", "", *TINY])
+    with pytest.warns(UserWarning, match="small letters"):
+        train.load_corpus(cfg, features, train.report.Log(tmp_path / "run", 0))
+    assert "no training text has the characters 'eno' of the dev texts" in capsys.readouterr().out
+
+
+def test_the_errors_of_all_splits_are_listed_at_once(tmp_path):
+    tiny_corpus(tmp_path)
+    for split in ("train", "dev"):
+        (tmp_path / split / "1" / "2" / "1-2-0001.flac").unlink()
+    cfg, _, features = train.parse_configs(["--data", str(tmp_path), "--out", "", *TINY])
+    with pytest.raises(ValueError, match="train cannot be used(.|\n)*dev cannot be used"):
+        train.load_corpus(cfg, features, train.report.Log(tmp_path / "run", 0))
 
 
 def test_a_corpus_with_errors_is_refused(tmp_path):
