@@ -36,6 +36,7 @@ import soxr
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 FORMATS = {".flac": ("FLAC",), ".wav": ("WAV", "WAVEX"), ".ogg": ("OGG",)}  # as libsndfile says
 
@@ -523,8 +524,9 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     found = []
     with ThreadPoolExecutor() as pool:  # corpora often lie across a network
         probes = pool.map(lambda i: probe_audio(i, texts[i][0], cfg, decode), texts)
+        bar = tqdm(probes, desc=split, unit="file", total=len(texts), disable=None, leave=False)
         for (utterance_id, (path, text)), (duration_s, wrong) in zip(
-            texts.items(), probes, strict=True
+            texts.items(), bar, strict=True
         ):
             problems += wrong
             if duration_s > 0:

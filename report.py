@@ -78,6 +78,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     for row, label in zip(axes, panels.values(), strict=True):
         row[0].set(ylabel=label, ylim=(0, None))
         for ax in row:
+            ax.locator_params(nbins=4)  # ticks are what takes the time
             ax.grid(alpha=0.3)
     for ax, label in zip(axes[-1], ("epochs", "hours"), strict=True):
         ax.set(xlabel=label, xlim=(0, None))
@@ -194,21 +195,12 @@ class Log:
 # ---------------------------------------------------------------------------------------- warnings
 
 
-def warn_of_epoch(log: Log, loss: float, previous_loss: float, best_wer: float,
-                  waited: float) -> None:  # fmt: skip
-    """After an epoch.
-
-    Args:
-        loss, previous_loss: means of this epoch and the one before, infinite if there is none.
-        waited: share of the time that went into waiting for data.
-    """
+def warn_of_epoch(log: Log, loss: float, previous_loss: float, best_wer: float) -> None:
+    """Means of an epoch and of the one before, infinite if there is none."""
     # At a low WER a flat loss is the end that every training comes to.
     log.warn("flat", best_wer > 0.5 and loss > 0.99 * previous_loss,
              f"the loss is flat, {loss:.2f} after {previous_loss:.2f} an epoch ago: look at --lr "
              "and --warmup-epochs, then at the corpus (prepare.py check)")  # fmt: skip
-    log.warn("wait", waited > 1 / 3,
-             f"{100 * waited:.0f} % of the epoch went by waiting for data: more --loader-workers "
-             "if there are cores, or a faster disk")  # fmt: skip
 
 
 def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:
@@ -221,6 +213,15 @@ def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:
     log.warn("wer", is_warm and not blank and result["wer"] >= 1,
              "WER is 100 % or more after the warm-up: usual for some epochs while the loss falls; "
              "if it does not, look at --lr, --vocab-size and the transcripts")  # fmt: skip
+
+
+def warn_of_waiting(log: Log, waits: Sequence[float]) -> None:
+    """From the shares of the last hundred steps that went by waiting for data. The median: the
+    first step of an epoch always waits."""
+    usual = statistics.median(waits) if len(waits) >= 20 else 0.0
+    log.warn("wait", usual > 1 / 3,
+             f"{100 * usual:.0f} % of a step goes by waiting for data: more --loader-workers if "
+             "there are cores, or a faster disk")  # fmt: skip
 
 
 def warn_of_gradient(log: Log, grad_norm: float, norms: Sequence[float]) -> None:

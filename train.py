@@ -21,6 +21,7 @@ import atexit
 import copy
 import faulthandler
 import fcntl
+import gc
 import hashlib
 import importlib
 import json
@@ -761,6 +762,7 @@ class Run:
         self.first_step = 0  # that this process did not do
         self.epoch_loss = math.inf  # mean over the last epoch
         self.norms: deque[float] = deque(maxlen=100)  # of the gradient in the last steps
+        self.waits: deque[float] = deque(maxlen=100)  # for data, as shares of those steps
         self.profiled = not trainer.cfg.profile or trainer.ranks.rank != 0  # nothing to do
         self.asked_vocab_size = trainer.model.cfg.vocab_size  # the texts may give fewer pieces
         cfg = trainer.cfg
@@ -841,13 +843,12 @@ class Run:
         cfg, progress = self.trainer.cfg, self.progress
         epoch_started = waited_from = time.monotonic()
         first, batches = progress.batch, self.epoch_steps()
-        left_out, waited_s = 0, 0.0
+        left_out = 0
         while progress.batch < self.steps_per_epoch:
             current, reason = self.next_batches(batches)
             if reason is not None:
                 return reason
             data_s = time.monotonic() - waited_from
-            waited_s += data_s
             progress.step += 1
             progress.batch += 1
             # As if all steps had been of today's size: with other ranks or batches before a
@@ -876,7 +877,7 @@ class Run:
         )
         if left_out := int(all_sum(torch.tensor(left_out), self.trainer.ranks)):
             self.log.say(f"epoch {progress.epoch} | {left_out} bad utterances left out")
-        report.warn_of_epoch(self.log, loss, self.epoch_loss, progress.best_wer, waited_s / seconds)
+        report.warn_of_epoch(self.log, loss, self.epoch_loss, progress.best_wer)
         self.epoch_loss = loss
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         return None
@@ -897,6 +898,8 @@ class Run:
             )
         report.warn_of_gradient(self.log, grad_norm, self.norms)
         self.norms.append(grad_norm)
+        self.waits.append(data_s / step_s)
+        report.warn_of_waiting(self.log, self.waits)
         if progress.step == self.first_step + 50:
             left = (cfg.epochs - progress.epoch + 1) * self.steps_per_epoch - progress.batch
             hours = (time.monotonic() - self.started) * left / 50 / 3600
@@ -1193,6 +1196,7 @@ def main() -> int:
     # 5 train
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
+    gc.freeze()  # a collection would go through all that torch has loaded
     with pulse.watching():
         reason = run.run()
     reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)

@@ -234,6 +234,14 @@ def parse(words: Sequence[str]) -> dict:
     return {name: value for config in configs for name, value in asdict(config).items()}
 
 
+def complaint_of(words: Sequence[str]) -> str | None:
+    try:
+        parse(words)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check_values(search: Search, command: Sequence[str]) -> dict:
     """Asks run.sh what it would launch, and train.py whether it would take what is searched.
 
@@ -245,22 +253,25 @@ def check_values(search: Search, command: Sequence[str]) -> dict:
     if launch is None:
         raise ValueError(f"DRY_RUN=1 {shlex.join(command)} launches no train.py: {result.stderr}")
     words = shlex.split(launch[1])
-    for name, d in search.space.items():
-        for value in d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high):
-            try:
-                parse([*words, *flags({name: value})])
-            except ValueError as error:
-                raise wrong(search.nodes[name], str(error)) from None
+    ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
+            for name, d in search.space.items()}  # fmt: skip
+    # One value may ask for another: speed_max for a smaller speed_min.
+    around = ({}, {n: v[0] for n, v in ends.items()}, {n: v[-1] for n, v in ends.items()})
+    for name, values in ends.items():
+        for value in values:
+            complaints = [complaint_of([*words, *flags(rest | {name: value})]) for rest in around]
+            if all(complaints):
+                raise wrong(search.nodes[name], complaints[0])
     return parse(words)
 
 
 # -------------------------------------------------------------------------------------- one trial
 
 # Ends process group $1 when its own standard input closes without a word, as it also does when the
-# tuner is killed: nothing else would end the ranks of a trial then.
+# tuner is killed: nothing else would end the ranks of a trial then. run.sh gives them two minutes.
 GUARD = """read -r ended && exit
 kill -TERM -- "-$1"
-for _ in {1..300}; do kill -0 -- "-$1" || exit 0; sleep 0.1; done
+for _ in {1..1500}; do kill -0 -- "-$1" || exit 0; sleep 0.1; done
 kill -KILL -- "-$1"
 """
 
@@ -301,6 +312,8 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
     gone.
     """
     folder, wers, spent = Path(lock.name).parent, {}, {}
+    log = folder / "log.jsonl"
+    known = log.read_text().count('"event": "eval"') if log.exists() else 0  # was it cut off?
     started = {"start_new_session": True, "pass_fds": [lock.fileno()]}
     with (folder / "run.log").open("ab") as output:
         process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=output,
@@ -309,7 +322,7 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
                              stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
                              **started)  # fmt: skip
     try:
-        for record in follow(folder / "log.jsonl", process):
+        for record in follow(log, process):
             if record["event"] == "step":  # one that is done again after a crash counts once
                 spent["step", record["step"]] = record["step_s"]
             if record["event"] == "eval":
@@ -318,7 +331,9 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
                 wers[str(record["epoch"])] = min([1.0, record["wer"], *wers.values()])
                 trial.set_user_attr("wers", wers)
                 trial.set_user_attr("seconds", sum(spent.values()))
-                reason = hopeless(study, trial.number, wers) if record["epoch"] < epochs else None
+                reason = None
+                if len(wers) > known and record["epoch"] < epochs:
+                    reason = hopeless(study, trial.number, wers)
                 if reason is not None and process.poll() is None:
                     trial.set_user_attr("reason", reason)
                     return TrialState.PRUNED
@@ -327,9 +342,12 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
         guard.stdin.close()
         status = process.wait()
         guard.wait()
-    if status == 0 and wers:
+    if status in (0, train.EXIT_STATUS["time limit"]) and wers:
         return TrialState.COMPLETE
-    said = (folder / "run.log").read_text(errors="replace").strip().rpartition("\n")[2]
+    lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
+    # Launchers add theirs.
+    ours = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
+    said = (ours or lines or ["nothing said"])[-1]
     trial.set_user_attr("reason", f"status {status}, {len(wers)} evaluations: {said}")
     return TrialState.FAIL
 
@@ -508,8 +526,10 @@ def main() -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     out = args.out.resolve()
     # Knobs of run.sh that are set belong to the command that repeats a trial.
-    knobs = re.findall(r"^([A-Z]+)=\$\{\1:-", (REPO / "run.sh").read_text(), re.MULTILINE)
-    env = [f"{k}={os.environ[k]}" for k in dict.fromkeys([*knobs, "OMP_NUM_THREADS"])
+    source = (REPO / "run.sh").read_text()
+    knobs = re.findall(r"^([A-Z]+)=\$\{\1:-", source, re.MULTILINE)
+    knobs += re.findall(r"\bdecide ([A-Z_]+) ", source)
+    env = [f"{k}={os.environ[k]}" for k in dict.fromkeys(knobs)
            if k in os.environ and k not in ("OUT", "DRY_RUN")]  # fmt: skip
     command = [*(["env", *env] if env else []), *shlex.split(args.run), *words]
     try:

@@ -161,8 +161,8 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert [row["epoch_s"] for row in stored["ladder"]] == [1600, 800, 800, 400, 200, 100, 100]
     assert [row["alone"] for row in stored["ladder"]] == [None, None, None, 2, 2, 2, 1]
     assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
-    assert stored["epochs_to_target"] == {"run": 10}
-    assert "run: WER 10 % after 10 epochs" in said
+    assert stored["epochs_to_target"] == {str(run): 10}
+    assert f"{run}: WER 10 % after 10 epochs" in said
     table = next(i for i, line in enumerate(said) if line.split()[:1] == ["s"])
     assert said[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone", "original"]
     assert said[table + 3].split() == ["normalisation", "800", "1.00x", "2.00x", "-", "1.07x"]
@@ -211,4 +211,4 @@ def test_a_rung_that_fails_fails_the_ladder_with_its_reason(tmp_path):
 def test_ranks_that_do_not_divide_the_batch_are_an_error(tmp_path):
     shapes = write_shapes(tmp_path / "shapes.json")
     with pytest.raises(ValueError, match="--ranks 3 does not divide the batch of 2"):
-        bench.bench_ladder(Namespace(shapes=shapes, ranks=3), [])
+        bench.bench_ladder(Namespace(shapes=shapes, ranks=3, runs=[], png=tmp_path / "x.png"), [])

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections import defaultdict
 
 import matplotlib.image
@@ -19,6 +20,7 @@ import torch
 from tones import TINY, run_here, tiny_corpus
 
 import bench
+import data
 import report
 
 
@@ -101,7 +103,7 @@ def test_every_run_has_its_colour_against_epochs_and_hours(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["bench.py", "curves", *map(str, folders), "--png", str(png)])
     bench.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["b"] == {"best_wer": 0.5, "hours": pytest.approx(0.09), "epochs": 2}
+    assert result[str(folders[1])] == {"best_wer": 0.5, "hours": pytest.approx(0.09), "epochs": 2}
     report.draw_curves({"a": report.read_run(folders[0])}, tmp_path / "one.png")
     assert min(pixels(tmp_path / "one.png", "tab:blue")) > 100
     assert pixels(tmp_path / "one.png", "tab:orange") == [0, 0]
@@ -155,20 +157,21 @@ def test_an_exploding_gradient_is_warned_of(warned, norm, before, expected):
 
 def test_a_loss_that_is_flat_for_an_epoch_is_warned_of(warned):
     log, lines = warned
-    report.warn_of_epoch(log, 99.1, 100.0, 0.9, 0.1)
+    report.warn_of_epoch(log, 99.1, 100.0, 0.9)
     assert "the loss is flat, 99.10 after 100.00" in lines()[0]
-    report.warn_of_epoch(log, 98.9, 100.0, 0.9, 0.1)  # falls by more than a hundredth
-    report.warn_of_epoch(log, 99.1, 100.0, 0.4, 0.1)  # has learnt what it can
-    report.warn_of_epoch(log, 99.1, float("inf"), 0.9, 0.1)  # no epoch before
+    report.warn_of_epoch(log, 98.9, 100.0, 0.9)  # falls by more than a hundredth
+    report.warn_of_epoch(log, 99.1, 100.0, 0.4)  # has learnt what it can
+    report.warn_of_epoch(log, 99.1, float("inf"), 0.9)  # no epoch before
     assert lines() == []
 
 
 def test_waiting_for_data_above_a_third_is_warned_of(warned):
     log, lines = warned
-    report.warn_of_epoch(log, 1.0, 100.0, 0.9, 0.34)
-    assert "34 % of the epoch went by waiting for data" in lines()[0]
-    report.warn_of_epoch(log, 1.0, 100.0, 0.9, 0.33)
+    report.warn_of_waiting(log, [0.34] * 19)  # too few to tell
+    report.warn_of_waiting(log, [1.0] + [0.33] * 19)  # the first step waits for the workers
     assert lines() == []
+    report.warn_of_waiting(log, [0.34] * 20)
+    assert "34 % of a step goes by waiting for data" in lines()[0]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +260,18 @@ def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys):
     shares = sorted(a / b - 1 for a, b in result["turns"])
     assert result["report_share"] == shares[1]
     assert result["draw_s"] > 0
+
+
+def test_a_run_that_waits_for_its_data_says_so_while_it_runs(tmp_path, monkeypatch, capsys):
+    """Epochs of large corpora last for hours."""
+    root = tiny_corpus(tmp_path)
+    real = data.load_audio
+    monkeypatch.setattr(data, "load_audio", lambda *a: time.sleep(0.1) or real(*a))
+    run_here("--data", root, "--out", root / "run", *TINY, "--train-splits", *["train"] * 6,
+             "--batch-size", 2, "--epochs", 1)  # fmt: skip
+    said = capsys.readouterr().out.splitlines()
+    (warning,) = [i for i, line in enumerate(said) if "goes by waiting for data" in line]
+    assert warning < next(i for i, line in enumerate(said) if "avg train utts/s" in line)
 
 
 # ------------------------------------------------------------------------------------- TensorBoard

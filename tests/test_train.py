@@ -983,6 +983,19 @@ def test_a_run_ends_after_its_epochs_and_says_so(finished):
     )
 
 
+def test_the_console_has_what_the_original_printed_and_more(finished):
+    number = r"[0-9]+\.[0-9]+"
+    for line in (
+        rf"epoch 1 \| iter 1/4 \| loss {number} \| utts/s {number} \| took {number} s \| "
+        rf"lrate 8.00e-02 \| grad norm {number} \| data wait {number} s",
+        rf"epoch 1 \| avg train utts/s {number} \| avg loss {number} \| took {number} s",
+        rf"epoch 2 \| dev ema wer {number} % \| [0-9,]+ errors in 6 words \| rtf {number} \| "
+        rf"took {number} s",
+        r"wrote .*/checkpoint-00000012.pt( and best.pt)?",
+    ):
+        assert re.search(rf"^{line}$", finished[1].stdout, re.MULTILINE), line
+
+
 def test_the_count_of_dropped_utterances_is_printed(finished):
     assert "1 of 9 dropped" in finished[1].stdout
 

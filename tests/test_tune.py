@@ -52,6 +52,7 @@ for epoch in range(done + 1, args.epochs + 1):
     write("step", step=epoch, step_s=9.0)
     if args.lr > 0.02:
         print("train.py: step 1: gradient norm is nan\\n", file=sys.stderr)
+        print("=" * 60, file=sys.stderr)  # as torchrun ends its report
         sys.exit(3)
     while epoch == 2 and not os.path.exists(os.environ.get("GO", "/")):
         time.sleep(0.05)
@@ -59,6 +60,7 @@ for epoch in range(done + 1, args.epochs + 1):
     wer = 1 if hopeless else min(1, 0.3 / epoch + 100 * abs(args.lr - 0.004))
     write("eval", epoch=epoch, step=epoch, wer=wer, seconds=1.0)
     time.sleep(300 if hopeless and epoch < args.epochs else float(os.environ.get("EPOCH_S", 0)))
+sys.exit(int(os.environ.get("END", 0)))
 """
 
 CONFIG = """\
@@ -366,6 +368,39 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
         "status 3, 0 evaluations: train.py: step 1: gradient norm is nan"
     }
     assert "gradient norm is nan" in out
+
+
+def test_trials_that_a_time_limit_ends_are_complete(case, monkeypatch):
+    """train.py and run.sh end with 75 then."""
+    monkeypatch.setenv("END", "75")
+    _, error = case.run()
+    assert error is None
+    assert {t.state for t in case.trials()} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_values_that_need_each_other_can_be_searched_together(case):
+    case.change("  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
+                "  - {name: speed_min, type: double, bounds: {min: 0.8, max: 1.2}}\n"
+                "  - {name: speed_max, type: double, bounds: {min: 1.2, max: 1.4}}\n")  # fmt: skip
+    assert case.run()[1] is None
+    text = case.config.read_text()
+    case.config.write_text(text.replace("{min: 1.2, max: 1.4}", "{min: 0.5, max: 0.7}"))
+    assert re.search(r"tune.yaml:6: .*speed_max: .*, expected at least", case.run()[1])
+
+
+def test_a_trial_that_goes_on_is_not_judged_again_by_its_old_epochs(tmp_path):
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for _ in range(tune.RIVALS):  # finished while it was cut off
+        study.add_trial(optuna.create_trial(
+            state=TrialState.COMPLETE, values=[1.0, 0.1],
+            user_attrs={"wers": {"1": 0.4, "2": 0.3, "3": 0.2}}))  # fmt: skip
+    evaluation = '{"event": "eval", "epoch": %d, "step": 1, "wer": %g, "seconds": 1.0}\n'
+    log = tmp_path / "log.jsonl"
+    log.write_text(evaluation % (1, 0.9) + evaluation % (2, 0.25))
+    more = f"open({str(log)!r}, 'a').write({evaluation % (3, 0.1)!r})"
+    with (tmp_path / "lock").open("w") as lock:
+        state = tune.run_trial(study, study.ask(), 4, [sys.executable, "-c", more], lock)
+    assert state == TrialState.COMPLETE
 
 
 def test_a_search_in_which_all_fails_is_an_error(case):
