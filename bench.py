@@ -277,36 +277,41 @@ def report_step(args: argparse.Namespace, cfg: train.TrainConfig, ranks: train.R
 
 
 def bench_report(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Steps with and without what a run reports of them, in turns, and one drawing of curves."""
+    """Steps with and without what a run reports of them, A B B A, and drawings of its curves."""
     with tempfile.TemporaryDirectory() as folder:
         log = report.Log(Path(folder), rank=0)
-        with open_run(args, words, args.steps, log) as run:
-            everything = list(iter_steps(run, args.steps))
+        with open_run(args, words, 1, log) as run:
+            (batches,) = iter_steps(run, 1)
+            reporting: list[float] = []
 
             def seconds(is_reported: bool) -> float:
                 started = time.perf_counter()
-                for batches in everything:
-                    run.progress.step += 1
-                    run.progress.batch += 1
-                    lr = run.trainer.cfg.lr
-                    loss, norm = train.train_step(run.trainer, batches, run.progress.step, lr)
-                    if is_reported:
-                        run.report_step(loss, lr, norm, 1.0, 0.0)
+                run.progress.step += 1
+                run.progress.batch += 1
+                lr = run.trainer.cfg.lr
+                loss, norm = train.train_step(run.trainer, batches, run.progress.step, lr)
+                done = time.perf_counter()
+                if is_reported:
+                    run.report_step(loss, lr, norm, 1.0, 0.0)
+                    reporting.append(time.perf_counter() - done)
                 return time.perf_counter() - started
 
-            seconds(False)  # oneDNN builds its kernels
-            turns = [(seconds(True), seconds(False)) for _ in range(args.turns)]
-            draw_s = median_seconds(log.draw, 5)
-            epoch_steps = run.steps_per_epoch
-    for a, b in turns:
-        print(f"{args.steps} steps: {a:.2f} s with reports, {b:.2f} s without")
-    share = statistics.median(a / b - 1 for a, b in turns)
-    step_s = statistics.median(b for _, b in turns) / args.steps
+            for _ in range(3):  # oneDNN builds its kernels
+                seconds(False)
+            pairs = []
+            for i in range(args.turns):
+                pair = {is_reported: seconds(is_reported) for is_reported in (i % 2 > 0, i % 2 < 1)}
+                pairs.append((pair[True], pair[False]))
+            draw_s, epoch_steps = median_seconds(log.draw, 5), run.steps_per_epoch
+    share = statistics.median(a / b - 1 for a, b in pairs)
+    step_s, own_s = statistics.median(b for _, b in pairs), statistics.median(reporting)
     draw_share = draw_s / (epoch_steps * step_s)
-    print(f"reports take {100 * share:.2f} % of a step; drawing the curves after every epoch takes "
+    print(f"a step takes {1e3 * step_s:.1f} ms, its report {1e3 * own_s:.2f} ms, "
+          f"{100 * own_s / step_s:.2f} %; {args.turns} steps with against as many without, in "
+          f"turns: {100 * share:+.2f} %; drawing the curves after every epoch takes "
           f"{draw_s:.2f} s, {100 * draw_share:.2f} % of its {epoch_steps} steps")  # fmt: skip
-    finish({"report_share": share, "draw_s": draw_s, "draw_share": draw_share, "step_s": step_s,
-            "turns": turns})  # fmt: skip
+    finish({"report_s": own_s, "report_share": share, "draw_s": draw_s, "draw_share": draw_share,
+            "step_s": step_s, "turns": pairs})  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -370,6 +375,7 @@ def bench_loss(args: argparse.Namespace) -> None:
 def bench_features(args: argparse.Namespace) -> None:
     """Processor time of one thread from file to input frames, with and without augmentation."""
     torch.set_num_threads(1)
+    data.keep_memory()  # as in a worker
     with recordings(args, args.count) as utterances:
         chosen = utterances[:: max(1, len(utterances) // args.count)][: args.count]
         seconds = statistics.mean(u.duration_s for u in chosen)
@@ -681,8 +687,7 @@ def main() -> None:
     step.add_argument("--warmup", type=int, default=10, help="steps left out")
     step.add_argument("--steps", type=int, default=30, help="steps measured")
     reports = commands.add_parser("report", allow_abbrev=False)
-    reports.add_argument("--steps", type=int, default=20, help="steps in a turn")
-    reports.add_argument("--turns", type=int, default=4, help="with reports, and as many without")
+    reports.add_argument("--turns", type=int, default=40, help="with reports, and as many without")
     lossy = commands.add_parser("loss", allow_abbrev=False)
     lossy.add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     lossy.add_argument("--batch-size", type=int, default=32)

@@ -13,6 +13,7 @@ modelzoo/rnnt/pytorch/common/data/dali/pipeline.py). Corpora have LibriSpeech's 
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import io
 import math
@@ -676,6 +677,15 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     return Batch(padded, feat_lens, targets, target_lens, ids, audio_s, len(items))
 
 
+def keep_memory() -> None:
+    """Tells glibc not to give memory back after every utterance: faulting it in again takes 1 ms
+    of the 10 that its features take. Other allocators do not have the function or ignore it."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at most this
+
+
 def start_worker(_worker: int) -> None:
     """Lowest priority for a worker process, on its parent's CPUs, without its parent's signals.
 
@@ -688,6 +698,7 @@ def start_worker(_worker: int) -> None:
     Batch systems signal all processes of a job. Training then still needs its workers.
     """
     os.nice(19)
+    keep_memory()
     if hasattr(os, "sched_setaffinity"):
         cpus = os.sched_getaffinity(0)
         for thread in os.listdir(f"/proc/{os.getppid()}/task"):
