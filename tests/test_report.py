@@ -17,7 +17,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from tones import TINY, run_here, tiny_corpus
+from tones import TINY, run_here, run_train, tiny_corpus
 
 import bench
 import data
@@ -246,6 +246,17 @@ def test_the_profile_has_table_trace_and_shares(shown):
     expected["joint network"] = expected.pop("joint network and loss") - sum(spent["lattice"])
     expected = {part: pytest.approx(100 * s / seconds, abs=1) for part, s in expected.items()}
     assert {part: shares[part] for part in expected} == expected
+
+
+@pytest.mark.slow
+def test_the_profile_of_two_ranks_sees_their_communication(tmp_path):
+    root = tiny_corpus(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["--train-splits", *["train"] * 3, "--batch-size", 1, "--epochs", 1, "--profile"]
+    done = run_train(root, root / "run", *words, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    (share,) = re.findall(r"Communication was under way ([0-9.]+) % of the time", done.stdout)
+    assert 0 < float(share) < 100
 
 
 def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys):

@@ -147,20 +147,23 @@ def test_resuming_is_exact_in_other_modes_too(run, whole, tmp_path, words):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_exactly(corpus, whole, tmp_path):
-    words = ("--batch-size", 1)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_resume_exactly(corpus, whole, tmp_path, precision):
+    words = ("--batch-size", 1, "--precision", precision)
     stopped = run_train(corpus, tmp_path, *words, "--time-limit-s", 1e-6, launcher=TORCHRUN)
     assert stopped.returncode != 0
-    assert [e["event"] for e in events(tmp_path)][-1] == "end"
+    assert events(tmp_path)[-1]["reason"] == "time limit"
     done = run_train(corpus, tmp_path, *words, "--resume", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
+    expected = whole(*words, launcher=TORCHRUN)
+    losses = [[(e["step"], e["loss"], e["grad_norm"]) for e in events(d, "step")]
+              for d in (tmp_path, expected)]  # fmt: skip
+    assert losses[0] == losses[1]
     kept = [e for e in events(tmp_path, "eval") if e["step"] % 4 == 0]  # one more at the stop
-    assert [e["errors"] for e in kept] == [
-        e["errors"] for e in events(whole(*words, launcher=TORCHRUN), "eval")
-    ]
-    ours, theirs = (decode.load_checkpoint(d / LAST)
-                    for d in (tmp_path, whole(*words, launcher=TORCHRUN)))  # fmt: skip
-    same_tensors(ours["model"], theirs["model"])
+    assert [e["errors"] for e in kept] == [e["errors"] for e in events(expected, "eval")]
+    ours, theirs = (decode.load_checkpoint(d / LAST) for d in (tmp_path, expected))
+    for part in ("model", "ema", "optimizer"):
+        same_tensors(ours[part], theirs[part])
 
 
 @pytest.mark.parametrize("number", train.STOP_SIGNALS)

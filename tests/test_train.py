@@ -16,6 +16,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -994,6 +995,34 @@ def test_the_console_has_what_the_original_printed_and_more(finished):
         r"wrote .*/checkpoint-00000012.pt( and best.pt)?",
     ):
         assert re.search(rf"^{line}$", finished[1].stdout, re.MULTILINE), line
+
+
+def test_small_batches_are_warned_of(finished):
+    assert "warning: a global batch of 2 is under 64" in finished[1].stdout
+
+
+def test_utterances_with_more_labels_than_frames_are_counted(tmp_path, capsys):
+    tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
+    spoken = [data.Utterance("a", "a.flac", seconds, "ONE TWO THREE") for seconds in (0.1, 3.0)]
+    _, model_cfg, features = parse("--preset", "demo")
+    train.check_texts(spoken, tokenizer, model_cfg, features, train.Log(tmp_path, 0))
+    said = capsys.readouterr().out
+    assert "1 of 2 training utterances have more labels than encoder frames of 120 ms" in said
+
+
+def test_the_time_that_is_left_is_projected_from_the_steps_of_this_process(
+    corpus, capsys, tmp_path
+):
+    run = make_run(corpus)
+    run.log = train.Log(tmp_path, 0)
+    run.first_step, run.started = 100, time.monotonic() - 500  # 10 s a step
+    progress = run.progress
+    for progress.step, progress.epoch, progress.batch in ((50, 1, 2), (149, 2, 1), (150, 2, 2)):
+        run.report_step(1.0, 0.1, 1.0, 10.0, 0.0)
+    # Three epochs of four steps, of which six are done.
+    assert re.findall("projected: .*", capsys.readouterr().out) == [
+        f"projected: {60 / 3600:.2f} h for the rest of 3 epochs"
+    ]
 
 
 def test_the_count_of_dropped_utterances_is_printed(finished):
