@@ -8,6 +8,7 @@
     python bench.py decode --checkpoint C --data ROOT --split S        # greedy search
     python bench.py curves RUN [RUN ...] --png FILE     # compares runs, from log.jsonl
     python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 15 minutes
+    python bench.py scaling [flags of train.py]         # ranks and hosts; as root makes hosts
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
 """
@@ -32,9 +33,11 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import decode
@@ -674,6 +677,187 @@ def draw_ladder(png: Path, results: dict) -> None:
     figure.savefig(png)
 
 
+# ------------------------------------------------------------------------------------ scaling
+
+LOOPBACK = "127.0.0.1"
+SUBNET = "10.213.78."
+
+
+class Case(NamedTuple):
+    """Ranks of one thread each, and how their gradients travel."""
+
+    ranks: int
+    gbit: float = 0  # per second, each rank on a host of its own; 0: all on this one
+    words: tuple[str, ...] = ()  # for bench_member
+
+    def __str__(self) -> str:
+        where = f"{self.ranks} hosts, {self.gbit:g} Gbit/s" if self.gbit else f"{self.ranks} ranks"
+        return " ".join([where, *self.words])
+
+
+def all_reduce_bf16(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """For DistributedDataParallel; torch's own hook of this kind is for GPUs alone."""
+    small = bucket.buffer().bfloat16().div_(dist.get_world_size())
+    done = dist.all_reduce(small, async_op=True).get_future()
+    return done.then(lambda future: bucket.buffer().copy_(future.value()[0]))
+
+
+def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """One rank of a case: medians of a step, of one without all-reduce, and of all-reduces."""
+    with open_run(args, words, 1) as run:
+        trainer = run.trainer
+        (batches,) = iter_steps(run, 1)
+        dtype = torch.bfloat16 if args.compress else torch.float32
+        gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
+        parallel = trainer.parallel
+        if trainer.ranks.world > 1 and (args.compress or args.bucket_mb):
+            parallel = DistributedDataParallel(
+                trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=args.bucket_mb or None
+            )
+        if args.compress:
+            parallel.register_comm_hook(None, all_reduce_bf16)
+        trainer = trainer._replace(parallel=parallel)
+
+        def step(is_synced: bool) -> None:
+            with contextlib.nullcontext() if is_synced else parallel.no_sync():
+                train.train_step(trainer, batches * args.micro_batches, 1, trainer.cfg.lr)
+
+        what = {"all_reduce": lambda: dist.all_reduce(gradient)}
+        if not args.exchange_only:
+            what |= {"step": lambda: step(True), "compute": lambda: step(False)}
+        if trainer.ranks.world == 1:
+            what = {"step": lambda: step(True)}
+        seconds = defaultdict(list)
+        for _ in range(args.turns + 1):
+            for name, function in what.items():
+                train.all_sum(torch.zeros(1), trainer.ranks)  # all begin together
+                started = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - started)
+        if trainer.ranks.rank == 0:
+            finish({name: statistics.median(s[1:]) for name, s in seconds.items()}
+                   | {"gradient_bytes": gradient.nbytes})  # fmt: skip
+        if trainer.ranks.world > 1:
+            dist.barrier()  # the store is rank 0's
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def hosts_of(case: Case) -> Iterator[list[list[str]]]:
+    """For each rank what its command begins with: nothing, or the namespace that is its host."""
+    if not case.gbit:
+        yield [[]] * case.ranks
+        return
+    names = [f"rnnt-scale{i}" for i in range(case.ranks)]
+    try:
+        ip("link", "add", "rnnt-scale", "type", "bridge")
+        ip("link", "set", "rnnt-scale", "up")
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", f"{name}-p", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"{name}-p", "master", "rnnt-scale", "up")
+            ip("-n", name, "addr", "add", f"{SUBNET}{i + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate",
+               f"{case.gbit}gbit", "burst", "1mb", "latency", "50ms")  # fmt: skip
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "del", name)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("link", "del", "rnnt-scale")
+
+
+def measure_case(case: Case, words: Sequence[str]) -> dict:
+    """bench_member in a process for each rank. Raises ValueError with its words if one fails."""
+    with hosts_of(case) as prefixes, tempfile.TemporaryFile("w+") as said:
+        members = []
+        for rank, prefix in enumerate(prefixes):
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0",
+                   "WORLD_SIZE": str(case.ranks), "MASTER_PORT": "29477",
+                   "MASTER_ADDR": f"{SUBNET}1" if case.gbit else LOOPBACK}  # fmt: skip
+            members.append(subprocess.Popen(
+                [*prefix, sys.executable, __file__, "member", *case.words, *words], env=env,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=said, text=True,
+            ))  # fmt: skip
+        out = members[0].communicate()[0]
+        if any([member.wait() for member in members]):
+            said.seek(0)
+            raise ValueError(f"{case}: {(said.read().strip() or 'nothing said').splitlines()[-1]}")
+    return json.loads(out.splitlines()[-1])
+
+
+def can_make_hosts() -> bool:
+    try:
+        with hosts_of(Case(1, gbit=1)):
+            return True
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no hosts made, needs root and iproute2: {getattr(error, 'stderr', error)}")
+        return False
+
+
+def ring_s(ranks: int, num_bytes: int, gbit: float) -> float:
+    """Of a ring all-reduce: each rank sends and receives 2 (n-1)/n of the gradient."""
+    return 2 * (ranks - 1) / ranks * num_bytes * 8 / (gbit * 1e9)
+
+
+def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """What more ranks cost: table, remedies on a slow network, and a projection to four hosts."""
+    words = ["--preset", "democratized", "--batch-size", "8", *words]
+    cases = [Case(1), Case(2)]
+    slow = Case(2, gbit=1)
+    if can_make_hosts():
+        cases += [Case(2, gbit=10), slow, Case(4, 10, ("--exchange-only",)),
+                  Case(4, 1, ("--exchange-only",)), slow._replace(words=("--bucket-mb", "5")),
+                  slow._replace(words=("--bucket-mb", "100")), slow._replace(words=("--compress",)),
+                  slow._replace(words=("--micro-batches", "4"))]  # fmt: skip
+    results = {}
+    print(f"{'':<34}{'step s':>8}{'compute':>9}{'all-reduce':>12}{'hidden':>8}{'efficiency':>12}")
+    for case in cases:
+        row = results[case] = measure_case(case, ["--turns", str(args.turns), *words])
+        single = results[cases[0]]["step"] * (4 if "--micro-batches" in case.words else 1)
+        cells = f"{case!s:<34}"
+        if "step" in row:
+            row["efficiency"] = single / row["step"]
+            cells += f"{row['step']:>8.2f}"
+        if "compute" in row:
+            row["hidden"] = 1 - (row["step"] - row["compute"]) / row["all_reduce"]
+            cells += f"{row['compute']:>9.2f}{row['all_reduce']:>12.3f}{100 * row['hidden']:>7.0f}%"
+            cells += f"{100 * row['efficiency']:>11.0f}%"
+        elif "all_reduce" in row:
+            cells = f"{cells:<51}{row['all_reduce']:>12.3f}"
+        print(cells, flush=True)
+    result = {"cases": {str(case): row for case, row in results.items()}}
+    if slow in results:
+        result |= project_hosts(results)
+    finish(result)
+
+
+def project_hosts(results: dict[Case, dict]) -> dict:
+    """Speed-up from one host to four, of two ranks each, on the networks that were measured."""
+    plain = {c: r for c, r in results.items() if c.gbit and c.words in ((), ("--exchange-only",))}
+    ideal = [ring_s(c.ranks, r["gradient_bytes"], c.gbit) for c, r in plain.items()]
+    slope, latency = np.polyfit(ideal, [r["all_reduce"] for r in plain.values()], 1)
+    print(f"all-reduce = {latency:.3f} s + {slope:.2f} x bytes over the network's rate")
+    here, speedups = results[Case(2)], {}
+    for gbit in (10, 1):
+        row = results[Case(2, gbit=gbit)]
+        reduce_s = latency + slope * ring_s(8, row["gradient_bytes"], gbit)
+        # All-reduces hide behind the backward pass as much as they did there, at least not at all.
+        step = here["compute"] + (1 - min(1, max(0, row["hidden"]))) * reduce_s
+        speedups[f"{gbit} Gbit/s"] = 4 * here["step"] / step
+    said = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
+    print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "
+          f"{said}; the original says 5.16. Assumed: hosts as fast as this one, ranks that share "
+          "nothing but the network, one ring")  # fmt: skip
+    return {"projected_speedup": speedups, "latency_s": latency, "slope": slope}
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -698,7 +882,15 @@ def main() -> None:
     decoding.add_argument("--batch-size", type=int, default=64)
     rung, ladder = (commands.add_parser(name, allow_abbrev=False) for name in ("rung", "ladder"))
     add_ladder_flags(rung, ladder)
-    for command in (step, reports, features, decoding, rung):
+    member, scaling = (commands.add_parser(name, allow_abbrev=False)
+                       for name in ("member", "scaling"))  # fmt: skip
+    member.add_argument("--exchange-only", action="store_true", help="all-reduces alone")
+    member.add_argument("--compress", action="store_true", help="gradients travel as bfloat16")
+    member.add_argument("--bucket-mb", type=int, default=0, help="of an all-reduce; 0: torch's 25")
+    member.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    for command in (member, scaling):
+        command.add_argument("--turns", type=int, default=5, help="of every measure")
+    for command in (step, reports, features, decoding, rung, member):
         needed = command in (decoding, rung)
         command.add_argument("--data", required=needed, help="corpus root")
         command.add_argument("--split", required=needed, help="folder below it")
@@ -707,7 +899,8 @@ def main() -> None:
     curves.add_argument("--png", required=True, type=Path)
     args, words = parser.parse_known_args()
     with_words = {"step": bench_step, "report": bench_report, "rung": bench_rung,
-                  "ladder": bench_ladder}  # fmt: skip
+                  "ladder": bench_ladder, "member": bench_member,
+                  "scaling": bench_scaling}  # fmt: skip
     if words and args.command not in with_words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     if getattr(args, "data", None) and not args.split:

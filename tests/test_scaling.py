@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bench.py scaling measures and concludes: python -m pytest tests/test_scaling.py"""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from tones import run_script
+
+import bench
+from bench import Case
+
+BYTES = 4 * 10**8
+# 2 Gbit more than the ring's share takes 10 ms; a step hides half of it behind 2 s of computing.
+REDUCE_S = {case: 0.01 + 1.5 * bench.ring_s(case.ranks, BYTES, case.gbit)
+            for case in (Case(2, 10), Case(2, 1), Case(4, 10), Case(4, 1))}  # fmt: skip
+
+
+def measured(case, words):
+    row = {"gradient_bytes": BYTES, "all_reduce": REDUCE_S.get(case._replace(words=()), 0.1)}
+    if "--exchange-only" in case.words:
+        return row
+    if case == Case(1):
+        return {"step": 1.8, "gradient_bytes": BYTES}
+    return row | {"compute": 2.0, "step": 2.0 + 0.5 * row["all_reduce"]}
+
+
+@pytest.mark.parametrize("has_hosts", [True, False])
+def test_table_and_projection(monkeypatch, capsys, has_hosts):
+    monkeypatch.setattr(bench, "measure_case", measured)
+    monkeypatch.setattr(bench, "can_make_hosts", lambda: has_hosts)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "scaling"])
+    bench.main()
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["cases"]["2 ranks"]["hidden"] == pytest.approx(0.5)
+    assert result["cases"]["2 ranks"]["efficiency"] == pytest.approx(1.8 / 2.05)
+    if not has_hosts:
+        assert set(result["cases"]) == {"1 ranks", "2 ranks"}
+        assert "projected_speedup" not in result
+        return
+    assert len(result["cases"]) == 10
+    assert result["slope"] == pytest.approx(1.5)
+    assert result["latency_s"] == pytest.approx(0.01)
+    for gbit in (10, 1):
+        reduce_s = 0.01 + 1.5 * 2 * 7 / 8 * 8 * BYTES / (gbit * 1e9)
+        expected = 4 * 2.05 / (2 + 0.5 * reduce_s)
+        assert result["projected_speedup"][f"{gbit} Gbit/s"] == pytest.approx(expected)
+    assert "the original says 5.16" in lines[-1]
+
+
+def test_compressed_gradients_are_the_mean_of_all_ranks(monkeypatch):
+    """In bfloat16: 1.001 travels as 1."""
+
+    class Bucket:
+        flat = torch.tensor([1.001, -3.0])
+
+        def buffer(self):
+            return self.flat
+
+    class Work:
+        def __init__(self, tensor):
+            self.done = torch.futures.Future()
+            self.done.set_result([tensor + torch.tensor([2.0, 2.0])])  # of another rank
+
+        def get_future(self):
+            return self.done
+
+    monkeypatch.setattr(bench.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(bench.dist, "all_reduce", lambda tensor, async_op: Work(tensor))
+    bucket = Bucket()
+    assert bench.all_reduce_bf16(None, bucket).wait().tolist() == [2.5, 0.5]
+    assert bucket.flat.tolist() == [2.5, 0.5]
+
+
+@pytest.mark.slow
+def test_ranks_and_hosts_are_really_measured():
+    words = ["--turns", "1", "--preset", "demo", "--batch-size", "1", "--vocab-size", "24"]
+    *lines, last = run_script("bench.py", "scaling", *words).splitlines()
+    cases = json.loads(last)["cases"]
+    if os.geteuid() != 0 or any("no hosts made" in line for line in lines):
+        assert len(cases) == 2
+    else:
+        assert len(cases) == 10
+        slow, fast = (cases[f"2 hosts, {gbit} Gbit/s"]["all_reduce"] for gbit in (1, 10))
+        num_bytes = cases["2 ranks"]["gradient_bytes"]
+        assert slow > 0.5 * bench.ring_s(2, num_bytes, 1)  # the rate holds, but for its burst
+        assert slow > fast
+    assert cases["2 ranks"]["step"] > 0
