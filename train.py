@@ -133,11 +133,11 @@ class TrainConfig:
 
 
 # What else a preset changes: small corpora need small batches, hence more steps. LAMB turns every
-# tensor by the same share of its norm, noise or not, which a batch of 16 does not survive at a
+# tensor by the same share of its norm, noise or not, which a batch of 8 does not survive at a
 # useful rate: without weight decay it is Adam.
 RECIPES = {
-    "mini": dict(epochs=28, batch_size=16, lr=0.0012, weight_decay=0.0, warmup_epochs=4,
-                 hold_epochs=15, lr_gamma=0.78, ema_decay=0.995, eval_batch_size=64),
+    "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
+                 hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, loader_workers=2),
 }  # fmt: skip
