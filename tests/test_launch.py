@@ -14,6 +14,7 @@ import time
 
 import pytest
 from checkout import PYTHON, REPO, Checkout, line_of
+from tones import heed_sigint
 
 
 @pytest.fixture
@@ -218,6 +219,7 @@ def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status
     child = subprocess.Popen(
         ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
         env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none"},
+        preexec_fn=heed_sigint,
     )  # fmt: skip
     pids = checkout.root / "pids"
     while not (pids.exists() and pids.read_text()):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,12 @@ def run_script(script, *words):
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def heed_sigint():
+    """For a child: bash cannot trap a signal that the tests, in the background, were told to
+    ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def live(corpus, out, *words):
