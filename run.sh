@@ -156,12 +156,12 @@ decide() {
 }
 
 # train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0. What became
-# of the run is in the last line of its log, if that was written since.
+# of the run is in the last line of its log, if that was written since, be it in the same tick of the clock.
 train() {
   local since status=0 last=""
   since=$(mktemp)
   run_step "$@" || status=$?
-  if [[ $OUT/log.jsonl -nt $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
+  if [[ ! $OUT/log.jsonl -ot $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
   rm -f "$since"
   case $last in
     *'"event": "end", "reason": "time limit"'*) status=75 ;;
