@@ -766,11 +766,12 @@ def hosts_of(case: Case) -> Iterator[list[list[str]]]:
                f"{case.gbit}gbit", "burst", "1mb", "latency", "50ms")  # fmt: skip
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
-        for name in names:
+        # A namespace goes with its last process, which may take a while to end; its link now.
+        gone = [words for name in names
+                for words in (("link", "del", f"{name}-p"), ("netns", "del", name))]  # fmt: skip
+        for words in (*gone, ("link", "del", "rnnt-scale")):
             with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "del", name)
-        with contextlib.suppress(subprocess.CalledProcessError):
-            ip("link", "del", "rnnt-scale")
+                ip(*words)
 
 
 def measure_case(case: Case, words: Sequence[str]) -> dict:

@@ -82,6 +82,8 @@ def cluster(tmp_path):
             daemon.terminate()
             daemon.wait()
         for i in range(1, HOSTS + 1):
+            # A namespace goes with its last process, which may take a while to end; the link now.
+            ip("link", "del", f"{BRIDGE}{i}", check=False)
             ip("netns", "del", NAME.format(i), check=False)
         ip("link", "del", BRIDGE, check=False)
 
