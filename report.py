@@ -243,6 +243,9 @@ PROFILE_PARTS = {
     "waiting for data": ("enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__",
                          "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"),
 }  # fmt: skip
+# These run on threads of their own, gradients' behind the backward pass.
+PROFILE_ALL_REDUCES = ("gloo:all_reduce", "mpi:all_reduce",
+                       "oneccl_bindings_for_pytorch::allreduce")  # fmt: skip
 PROFILE_SKIP, PROFILE_STEPS = 10, 5  # first steps build oneDNN's kernels
 
 
@@ -275,16 +278,7 @@ def report_profile(result: profile, seconds: float, log: Log) -> None:
     parts["lattice of the loss"] = lattice
     parts["everything else"] = seconds - sum(parts.values())
     shares = ", ".join(f"{part} {100 * s / seconds:.1f} %" for part, s in parts.items())
-    # All-reduces run on threads of their own, gradients' behind the backward pass.
-    # Names are gloo:all_reduce, oneccl_bindings_for_pytorch::allreduce.
-    travel = (
-        sum(
-            s
-            for name, s in total.items()
-            if "allreduce" in name.replace("_", "") and "::allreduce_" not in name
-        )
-        / seconds
-    )
+    travel = sum(total.get(name, 0.0) for name in PROFILE_ALL_REDUCES) / seconds
     log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.3f} s: {shares}. The largest part "
             f"is {max(parts, key=parts.get)}. Communication was under way {100 * travel:.1f} % of "
             f"the time. {trace} is for ui.perfetto.dev.")  # fmt: skip
