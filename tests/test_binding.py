@@ -267,11 +267,13 @@ def test_ipexrun(checkout, ranks, options):
     assert launcher_of(checkout, LAUNCHER="ipex", RANKS=ranks) == f"ipexrun{options}"
 
 
-@pytest.mark.parametrize(("ends", "status"), [(1, 0), (0, 2)])
-def test_ipexrun_fails_if_no_run_ended(checkout, ends, status):
+@pytest.mark.parametrize(("ends", "reason", "status"), [
+    (1, "epochs", 0), (0, "epochs", 2), (1, "error: full", 1),
+])  # fmt: skip
+def test_ipexrun_fails_if_no_run_ended_well(checkout, ends, reason, status):
     """ipexrun succeeds whatever becomes of its ranks."""
     log = "out/demo/log.jsonl"
-    end = f'echo \'{{"event": "end", "reason": "epochs"}}\' >> {log}\n'
+    end = f'echo \'{{"event": "end", "reason": "{reason}"}}\' >> {log}\n'
     checkout.script(log, '{"event": "end", "reason": "epochs"}\n')
     os.utime(checkout.root / log, (0, 0))
     checkout.script(".venv/bin/ipexrun", f"#!/bin/sh\n{end * ends}")
@@ -281,16 +283,16 @@ def test_ipexrun_fails_if_no_run_ended(checkout, ends, status):
 
 
 @pytest.mark.parametrize(("reason", "status"), [
-    ("epochs", 1), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143), ("error: full", 1),
+    ("epochs", 7), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143), ("error: full", 7),
 ])  # fmt: skip
 def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
-    """torchrun makes 1 of whatever status its ranks ended with."""
+    """torchrun makes 1 of whatever status its ranks ended with; here it is 7."""
     install(checkout, "Intel MPI")
     log = "out/demo/log.jsonl"
     checkout.script(log, '{"event": "end", "reason": "SIGTERM", "step": 1}\n')  # of an earlier run
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
                     f""" echo '{{"event": "end", "reason": "{reason}", "step": 9}}' >> {log}\n"""
-                    "exit 1 ;; esac\n")  # fmt: skip
+                    "exit 7 ;; esac\n")  # fmt: skip
     assert checkout.run(RANKS="2").returncode == status
     os.utime(checkout.root / log, (0, 0))
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"

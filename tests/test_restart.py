@@ -494,6 +494,16 @@ def test_a_dev_file_that_goes_bad_ends_the_run_in_one_line(own_corpus, tmp_path,
     assert checkpoints(tmp_path / "run") == ["checkpoint-00000004.pt"]
 
 
+def test_another_sample_rate_is_said_once_and_not_by_every_worker(own_corpus, tmp_path):
+    path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
+    samples, rate = soundfile.read(path)
+    soundfile.write(path, samples[::2], rate // 2)
+    done = run_train(own_corpus, tmp_path / "run", "--loader-workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("8000 Hz, will be resampled") == 1
+    assert "audio of" not in done.stderr  # what load_audio warns of
+
+
 def test_a_batch_of_bad_files_alone_ends_the_run(run, own_corpus, tmp_path):
     def spoil():
         for path in (own_corpus / "train" / "1" / "2").glob("*.flac"):
