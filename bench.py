@@ -594,7 +594,8 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
     # What could fail after the measuring fails before it.
     epochs = {str(folder): epochs_to(report.read_run(folder)[1], args.target_wer)
               for folder in args.runs}  # fmt: skip
-    args.png.with_suffix(".json").touch()
+    if not os.access(args.png.parent, os.W_OK):
+        raise ValueError(f"--png: {args.png.parent} cannot be written")
     buckets, args.utterances = read_shapes(args.shapes)
     batch, threads = len(buckets[0]), torch.get_num_threads()
     if batch % args.ranks:
@@ -679,8 +680,7 @@ def draw_ladder(png: Path, results: dict) -> None:
 
 # ------------------------------------------------------------------------------------ scaling
 
-LOOPBACK = "127.0.0.1"
-SUBNET = "10.213.78."
+SUBNET = "10.213.78."  # of the hosts that `made_hosts` makes, from 1
 
 
 class Case(NamedTuple):
@@ -710,9 +710,9 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
         dtype = torch.bfloat16 if args.compress else torch.float32
         gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
         parallel = trainer.parallel
-        if trainer.ranks.world > 1 and (args.compress or args.bucket_mb):
+        if args.bucket_mb:
             parallel = DistributedDataParallel(
-                trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=args.bucket_mb or None
+                trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=args.bucket_mb
             )
         if args.compress:
             parallel.register_comm_hook(None, all_reduce_bf16)
@@ -746,42 +746,45 @@ def ip(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def hosts_of(case: Case) -> Iterator[list[list[str]]]:
-    """For each rank what its command begins with: nothing, or the namespace that is its host."""
-    if not case.gbit:
-        yield [[]] * case.ranks
-        return
-    names = [f"rnnt-scale{i}" for i in range(case.ranks)]
+def made_hosts(count: int, gbit: float) -> Iterator[list[list[str]]]:
+    """Network namespaces on a bridge; for each what a command begins with to run in it.
+
+    Raises:
+        OSError, CalledProcessError: without iproute2 or the rights to use it.
+    """
+    names = [f"rnnt-host{i}" for i in range(1, count + 1)]
     try:
-        ip("link", "add", "rnnt-scale", "type", "bridge")
-        ip("link", "set", "rnnt-scale", "up")
-        for i, name in enumerate(names):
+        ip("link", "add", "rnnt-bridge", "type", "bridge")
+        ip("link", "set", "rnnt-bridge", "up")
+        for i, name in enumerate(names, 1):
             ip("netns", "add", name)
             ip("link", "add", f"{name}-p", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", f"{name}-p", "master", "rnnt-scale", "up")
-            ip("-n", name, "addr", "add", f"{SUBNET}{i + 1}/24", "dev", "eth0")
+            ip("link", "set", f"{name}-p", "master", "rnnt-bridge", "up")
+            ip("-n", name, "addr", "add", f"{SUBNET}{i}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
             ip("netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate",
-               f"{case.gbit}gbit", "burst", "1mb", "latency", "50ms")  # fmt: skip
+               f"{gbit}gbit", "burst", "1mb", "latency", "50ms")  # fmt: skip
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
         # A namespace goes with its last process, which may take a while to end; its link now.
         gone = [words for name in names
                 for words in (("link", "del", f"{name}-p"), ("netns", "del", name))]  # fmt: skip
-        for words in (*gone, ("link", "del", "rnnt-scale")):
+        for words in (*gone, ("link", "del", "rnnt-bridge")):
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip(*words)
 
 
 def measure_case(case: Case, words: Sequence[str]) -> dict:
     """bench_member in a process for each rank. Raises ValueError with its words if one fails."""
-    with hosts_of(case) as prefixes, tempfile.TemporaryFile("w+") as said:
+    hosts = made_hosts(case.ranks, case.gbit) if case.gbit else contextlib.nullcontext()
+    with hosts as prefixes, tempfile.TemporaryFile("w+") as said:
         members = []
-        for rank, prefix in enumerate(prefixes):
+        for rank in range(case.ranks):
+            prefix = prefixes[rank] if prefixes else []  # without hosts of their own: this one
             env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0",
                    "WORLD_SIZE": str(case.ranks), "MASTER_PORT": "29477",
-                   "MASTER_ADDR": f"{SUBNET}1" if case.gbit else LOOPBACK}  # fmt: skip
+                   "MASTER_ADDR": f"{SUBNET}1" if case.gbit else "127.0.0.1"}  # fmt: skip
             members.append(subprocess.Popen(
                 [*prefix, sys.executable, __file__, "member", *case.words, *words], env=env,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=said, text=True,
@@ -795,7 +798,7 @@ def measure_case(case: Case, words: Sequence[str]) -> dict:
 
 def can_make_hosts() -> bool:
     try:
-        with hosts_of(Case(1, gbit=1)):
+        with made_hosts(1, gbit=1):
             return True
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"no hosts made, needs root and iproute2: {getattr(error, 'stderr', error)}")
@@ -827,7 +830,9 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
             row["efficiency"] = single / row["step"]
             cells += f"{row['step']:>8.2f}"
         if "compute" in row:
-            row["hidden"] = 1 - (row["step"] - row["compute"]) / row["all_reduce"]
+            # Steps differ by more than a short all-reduce takes: it counts as hidden, or not.
+            exposed = (row["step"] - row["compute"]) / row["all_reduce"]
+            row["hidden"] = 1 - min(1.0, max(0.0, exposed))
             cells += f"{row['compute']:>9.2f}{row['all_reduce']:>12.3f}{100 * row['hidden']:>7.0f}%"
             cells += f"{100 * row['efficiency']:>11.0f}%"
         elif "all_reduce" in row:
@@ -849,8 +854,8 @@ def project_hosts(results: dict[Case, dict]) -> dict:
     for gbit in (10, 1):
         row = results[Case(2, gbit=gbit)]
         reduce_s = latency + slope * ring_s(8, row["gradient_bytes"], gbit)
-        # All-reduces hide behind the backward pass as much as they did there, at least not at all.
-        step = here["compute"] + (1 - min(1, max(0, row["hidden"]))) * reduce_s
+        # All-reduces hide behind the backward pass as much as they did there.
+        step = here["compute"] + (1 - row["hidden"]) * reduce_s
         speedups[f"{gbit} Gbit/s"] = 4 * here["step"] / step
     said = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
     print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "

@@ -16,18 +16,13 @@ import sys
 import pytest
 from launched import PATH, WORDS, Run
 
+import bench
+
 pytestmark = pytest.mark.slow
 
 SYSTEM = f"{PATH}:/usr/sbin:/sbin"
 HOSTS = 4
-ADDRESS = "10.213.77.{}"
-NAME = "rnnt-host{}"
-BRIDGE = "rnnt-br"
-
-
-def ip(*words, check=True):
-    command = [shutil.which("ip", path=SYSTEM), *words]
-    return subprocess.run(command, check=check, capture_output=True, text=True)
+ADDRESS = f"{bench.SUBNET}{{}}"
 
 
 def why_not():
@@ -35,16 +30,13 @@ def why_not():
     for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
         if shutil.which(program, path=SYSTEM) is None:
             return f"there is no {program}"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    probe = ip("netns", "add", "rnnt-probe", check=False)
-    ip("netns", "del", "rnnt-probe", check=False)
-    return f"ip netns: {probe.stderr.strip()}" if probe.returncode else ""
+    return "" if bench.can_make_hosts() else "no network namespaces here"
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with the command line that leads to the hosts: ssh, to be called like ssh."""
+    """A folder with the command line that leads to the hosts, ssh, to be called like ssh; and what
+    a command on the first of them begins with."""
     if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path / "ssh"
@@ -62,37 +54,21 @@ def cluster(tmp_path):
         ' -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
     (folder / "ssh").chmod(0o755)
-    daemons = []
-    try:
-        ip("link", "add", BRIDGE, "type", "bridge")
-        ip("link", "set", BRIDGE, "up")
-        for i in range(1, HOSTS + 1):
-            name, port = NAME.format(i), f"{BRIDGE}{i}"
-            ip("netns", "add", name)
-            ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", port, "master", BRIDGE, "up")
-            ip("-n", name, "addr", "add", f"{ADDRESS.format(i)}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            sshd = ["ip", "netns", "exec", name, shutil.which("sshd", path=SYSTEM), "-D"]
-            daemons.append(subprocess.Popen([*sshd, "-f", config], env={"PATH": SYSTEM}))
-        yield folder
-    finally:
+    with bench.made_hosts(HOSTS, gbit=10) as hosts:
+        sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
+        daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
+        yield folder, hosts[0]
         for daemon in daemons:
             daemon.terminate()
             daemon.wait()
-        for i in range(1, HOSTS + 1):
-            # A namespace goes with its last process, which may take a while to end; the link now.
-            ip("link", "del", f"{BRIDGE}{i}", check=False)
-            ip("netns", "del", NAME.format(i), check=False)
-        ip("link", "del", BRIDGE, check=False)
 
 
 def on_the_first(cluster, folder, addresses):
     """Command and environment of run.sh on the first host."""
     (folder / "hosts").write_text("".join(f"{address}\n" for address in addresses))
-    command = ["ip", "netns", "exec", NAME.format(1), "bash", "run.sh"]
-    env = {"PATH": SYSTEM, "RANKS": "", "SSH": str(cluster / "ssh"),
+    ssh, first = cluster
+    command = [*first, "bash", "run.sh"]
+    env = {"PATH": SYSTEM, "RANKS": "", "SSH": str(ssh / "ssh"),
            "I_MPI_HYDRA_IFACE": "eth0"}  # fmt: skip
     return command, env
 

@@ -208,6 +208,12 @@ def test_a_rung_that_fails_fails_the_ladder_with_its_reason(tmp_path):
     assert "stack: 0, expected at least 1" in result.stderr
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    args = Namespace(runs=[], png=tmp_path / "nowhere" / "ladder.png")
+    with pytest.raises(ValueError, match="--png: .*/nowhere cannot be written"):
+        bench.bench_ladder(args, [])
+
+
 def test_ranks_that_do_not_divide_the_batch_are_an_error(tmp_path):
     shapes = write_shapes(tmp_path / "shapes.json")
     with pytest.raises(ValueError, match="--ranks 3 does not divide the batch of 2"):
