@@ -20,6 +20,8 @@ import json
 import math
 import os
 import resource
+import secrets
+import socket
 import statistics
 import subprocess
 import sys
@@ -742,7 +744,9 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    ended = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if ended.returncode:
+        raise OSError(f"ip {' '.join(words)}: {ended.stderr.strip()}")
 
 
 @contextlib.contextmanager
@@ -750,16 +754,18 @@ def made_hosts(count: int, gbit: float) -> Iterator[list[list[str]]]:
     """Network namespaces on a bridge; for each what a command begins with to run in it.
 
     Raises:
-        OSError, CalledProcessError: without iproute2 or the rights to use it.
+        OSError: without iproute2 or the rights to use it.
     """
-    names = [f"rnnt-host{i}" for i in range(1, count + 1)]
+    # Another process may make hosts at the same time: names of our own, within Linux' 15 letters.
+    bridge = f"rnnt{secrets.token_hex(3)}"
+    names = [f"{bridge}-{i}" for i in range(1, count + 1)]
     try:
-        ip("link", "add", "rnnt-bridge", "type", "bridge")
-        ip("link", "set", "rnnt-bridge", "up")
+        ip("link", "add", bridge, "type", "bridge")
+        ip("link", "set", bridge, "up")
         for i, name in enumerate(names, 1):
             ip("netns", "add", name)
             ip("link", "add", f"{name}-p", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", f"{name}-p", "master", "rnnt-bridge", "up")
+            ip("link", "set", f"{name}-p", "master", bridge, "up")
             ip("-n", name, "addr", "add", f"{SUBNET}{i}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
@@ -770,20 +776,22 @@ def made_hosts(count: int, gbit: float) -> Iterator[list[list[str]]]:
         # A namespace goes with its last process, which may take a while to end; its link now.
         gone = [words for name in names
                 for words in (("link", "del", f"{name}-p"), ("netns", "del", name))]  # fmt: skip
-        for words in (*gone, ("link", "del", "rnnt-bridge")):
-            with contextlib.suppress(subprocess.CalledProcessError):
+        for words in (*gone, ("link", "del", bridge)):
+            with contextlib.suppress(OSError):
                 ip(*words)
 
 
 def measure_case(case: Case, words: Sequence[str]) -> dict:
     """bench_member in a process for each rank. Raises ValueError with its words if one fails."""
     hosts = made_hosts(case.ranks, case.gbit) if case.gbit else contextlib.nullcontext()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     with hosts as prefixes, tempfile.TemporaryFile("w+") as said:
         members = []
         for rank in range(case.ranks):
             prefix = prefixes[rank] if prefixes else []  # without hosts of their own: this one
             env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0",
-                   "WORLD_SIZE": str(case.ranks), "MASTER_PORT": "29477",
+                   "WORLD_SIZE": str(case.ranks), "MASTER_PORT": port,
                    "MASTER_ADDR": f"{SUBNET}1" if case.gbit else "127.0.0.1"}  # fmt: skip
             members.append(subprocess.Popen(
                 [*prefix, sys.executable, __file__, "member", *case.words, *words], env=env,
@@ -800,8 +808,8 @@ def can_make_hosts() -> bool:
     try:
         with made_hosts(1, gbit=1):
             return True
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no hosts made, needs root and iproute2: {getattr(error, 'stderr', error)}")
+    except OSError as error:
+        print(f"no hosts made, needs root and iproute2: {error}")
         return False
 
 
