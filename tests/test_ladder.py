@@ -63,12 +63,14 @@ def test_speedups():
 
 
 def test_projected_hours():
-    args = Namespace(utterances=10_240, global_batch=1024, server_cores=40, efficiency=0.5,
-                     network_gbit=32)  # fmt: skip
-    # 100 s on 2 cores are 10 s on 40 at half of their speed.
-    assert bench.project_hours(100, 2, 10**9, 1, args) == pytest.approx(49 * 10 / 3600)
-    # On four servers 2.5 s, and ten times 3/2 of a second for 32 Gbit each to 3/2 of it.
-    assert bench.project_hours(100, 2, 10**9, 4, args) == pytest.approx(49 * (2.5 + 15) / 3600)
+    args = Namespace(utterances=10_240, global_batch=1024, server_cores=8, network_gbit=32)
+    row = {"epoch_s": 48.0, "ranks": 2, "threads": 2, "parameters": 10**9}
+    pair = {"gradient_bytes": 10**9, "all_reduce": 0.5}
+    scaling = {"latency_s": 0.25, "slope": 2.0, "cases": {"2 ranks": pair}}
+    # Four ranks need 24 s. Each passes on 3/2 of 4 GB, of two ranks 1 GB in 0.5 s: ten times 3 s.
+    assert bench.project_hours(row, 1, scaling, args) == pytest.approx(49 * (24 + 30) / 3600)
+    # 16 ranks: 6 s, and ten times twice the seconds for 15/8 of 32 Gbit, and the latency.
+    assert bench.project_hours(row, 4, scaling, args) == pytest.approx(49 * (6 + 40) / 3600)
 
 
 def test_epochs_to_a_target():
@@ -135,6 +137,14 @@ def write_shapes(path: Path) -> Path:
     return path
 
 
+def needed(folder: Path) -> list:
+    """Flags that name what a ladder reads."""
+    scaling = {"latency_s": 0.1, "slope": 1.0,
+               "cases": {"2 ranks": {"gradient_bytes": 10**6, "all_reduce": 0.1}}}  # fmt: skip
+    (folder / "scaling.json").write_text(json.dumps(scaling))
+    return ["--shapes", write_shapes(folder / "shapes.json"), "--scaling", folder / "scaling.json"]
+
+
 def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     """Steps of known seconds: table, JSON, projection and picture."""
     asked = []
@@ -143,7 +153,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
         asked.append(rung)
         seconds = 8.0 if "baseline" in rung.words else 4.0
         seconds /= rung.ranks * (1 + rung.fused) * (1 + (rung.precision == "bf16"))
-        return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6}
+        return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6, "threads": 1}
 
     monkeypatch.setattr(bench, "measure_rung", measure)
     run = tmp_path / "run"
@@ -151,30 +161,30 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     evals = [{"event": "eval", "epoch": e, "step": e, "wer": 1 / e, "seconds": 1.0}
              for e in range(1, 12)]  # fmt: skip
     (run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    words = ["--shapes", write_shapes(tmp_path / "shapes.json"), "--png", tmp_path / "ladder.png",
-             "--runs", run]  # fmt: skip
+    words = [*needed(tmp_path), "--png", tmp_path / "ladder.png", "--runs", run]
     monkeypatch.setattr(sys, "argv", ["bench.py", "ladder", *map(str, words)])
     bench.main()
     said = capsys.readouterr().out.splitlines()
     assert len(asked) == len(set(asked)) == 10
     stored = json.loads((tmp_path / "ladder.json").read_text())
-    assert [row["epoch_s"] for row in stored["ladder"]] == [1600, 800, 800, 400, 200, 100, 100]
-    assert [row["alone"] for row in stored["ladder"]] == [None, None, None, 2, 2, 2, 1]
+    assert [row["epoch_s"] for row in stored["ladder"]] == [1600, 800, 800, 400, 200, 200, 100]
+    assert [row["alone"] for row in stored["ladder"]] == [None, None, None, 2, 2, 1, 2]
     assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
     assert stored["epochs_to_target"] == {str(run): 10}
     assert f"{run}: WER 10 % after 10 epochs" in said
     table = next(i for i, line in enumerate(said) if line.split()[:1] == ["s"])
     assert said[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone", "original"]
     assert said[table + 3].split() == ["normalisation", "800", "1.00x", "2.00x", "-", "1.07x"]
-    assert said[table + 6].split() == ["bf16", "100", "2.00x", "16.00x", "2.00x", "-"]
-    assert json.loads(said[-1])["epoch_s"]["bf16"] == 100
+    assert said[table + 5].split() == ["bf16", "200", "2.00x", "8.00x", "2.00x", "-"]
+    assert json.loads(said[-1])["epoch_s"]["bf16"] == 200
+    assert any("from '2 ranks'; assumed of a server: 64 cores" in line for line in said)
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_ladder_of_a_tiny_model(tmp_path):
     """Ten processes that measure one pass each."""
-    result = run_bench("ladder", "--shapes", write_shapes(tmp_path / "shapes.json"), "--seconds", 0,
+    result = run_bench("ladder", *needed(tmp_path), "--seconds", 0,
                        "--png", tmp_path / "ladder.png", *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "ladder.json").read_text())
@@ -203,7 +213,7 @@ def test_a_rung_goes_round_the_buckets_until_its_time_is_up(tmp_path):
 
 @pytest.mark.slow
 def test_a_rung_that_fails_fails_the_ladder_with_its_reason(tmp_path):
-    result = run_bench("ladder", "--shapes", write_shapes(tmp_path / "shapes.json"), "--stack", 0)
+    result = run_bench("ladder", *needed(tmp_path), "--stack", 0)
     assert result.returncode == 1
     assert "stack: 0, expected at least 1" in result.stderr
 

@@ -28,18 +28,22 @@ def measured(case, words):
 
 
 @pytest.mark.parametrize("has_hosts", [True, False])
-def test_table_and_projection(monkeypatch, capsys, has_hosts):
+def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     monkeypatch.setattr(bench, "measure_case", measured)
     monkeypatch.setattr(bench, "can_make_hosts", lambda: has_hosts)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "scaling"])
+    path = tmp_path / "scaling.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "scaling", "--json", str(path)])
     bench.main()
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
+    assert json.loads(path.read_text()) == result
     assert result["cases"]["2 ranks"]["hidden"] == pytest.approx(0.5)
     assert result["cases"]["2 ranks"]["efficiency"] == pytest.approx(1.8 / 2.05)
     if not has_hosts:
         assert set(result["cases"]) == {"1 ranks", "2 ranks"}
         assert "projected_speedup" not in result
+        with pytest.raises(ValueError, match="without hosts"):
+            bench.read_scaling(path)
         return
     assert len(result["cases"]) == 10
     assert result["slope"] == pytest.approx(1.5)
@@ -76,8 +80,9 @@ def test_compressed_gradients_are_the_mean_of_all_ranks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ranks_and_hosts_are_really_measured():
-    words = ["--turns", "1", "--preset", "demo", "--batch-size", "1", "--vocab-size", "24"]
+def test_ranks_and_hosts_are_really_measured(tmp_path):
+    words = ["--json", str(tmp_path / "scaling.json"), "--turns", "1", "--preset", "demo",
+             "--batch-size", "1", "--vocab-size", "24"]  # fmt: skip
     *lines, last = run_script("bench.py", "scaling", *words).splitlines()
     cases = json.loads(last)["cases"]
     if os.geteuid() != 0 or any("no hosts made" in line for line in lines):
