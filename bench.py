@@ -698,7 +698,9 @@ def draw_ladder(png: Path, results: dict) -> None:
     axes[1].bar_label(axes[1].bar(*zip(*ours.items(), strict=True), color="C1"), fmt="%.2f")
     axes[1].set(ylabel="speed-up", title="alone, on the original's model in fp32")
     for ax in axes:
-        ax.tick_params("x", rotation=30)
+        ax.margins(y=0.1)  # for the figures on the bars
+        for label in ax.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
     figure.savefig(png)
 
 
