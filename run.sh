@@ -113,6 +113,10 @@ check_hosts() {
   done
   for host in "${hosts[@]}"; do
     wait "${check[$host]}" || failed+=" $host (status $?)"
+    if [[ $signal ]]; then
+      kill "${check[@]}" 2>/dev/null || true
+      exit $((128 + signal))
+    fi
   done
   [[ -z $failed ]] || die "$HOSTS: no $python reached by $SSH on$failed; 1: not there, 124: no answer, 255: no login"
 }
@@ -147,10 +151,11 @@ free_port() {
   printf '%s\n' "$port"
 }
 
-# decide NAME VALUE WHY: one variable for the ranks; what the user has set wins.
+# decide NAME VALUE WHY: one variable for the ranks; what the user has set wins. Without either it stays unset.
 decide() {
   local value=$2 why=$3
   if [[ ${!1-} ]]; then value=${!1} why="as you set it"; fi
+  if [[ -z $value ]]; then return; fi
   settings+=("$1=$value")
   printf 'set     %s=%s  (%s)\n' "$1" "$value" "$why"
 }
@@ -186,7 +191,7 @@ set_up() {
   if [[ -x $PYTHON ]] && cmp -s "$REQUIREMENTS" "$stamp"; then return; fi
   printf 'set-up  %s from %s, takes some minutes\n' "$VENV" "$REQUIREMENTS"
   "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv "$VENV"
-  "$PYTHON" -m pip install --quiet --requirement "$REQUIREMENTS"
+  run_step "$PYTHON" -m pip install --quiet --requirement "$REQUIREMENTS"
   cp "$REQUIREMENTS" "$stamp"
 }
 
@@ -223,13 +228,14 @@ trap 'stop 15' TERM
 transcribe() {
   local files transcripts path text utterance
   files=("$DATA/$dev_split"/*/*/*.flac)
-  # A plain assignment keeps the exit status of decode.py; reading from <(...) would lose it.
-  transcripts=$("$PYTHON" decode.py --checkpoint "$OUT/best.pt" "${files[@]:0:3}")
+  transcripts=$(mktemp)
+  run_step "$PYTHON" decode.py --checkpoint "$OUT/best.pt" "${files[@]:0:3}" >"$transcripts"
   while IFS=$'\t' read -r path text; do
     utterance=$(basename "$path" .flac)
     printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
       "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
-  done <<<"$transcripts"
+  done <"$transcripts"
+  rm "$transcripts"
 }
 
 # ---- help and tests ----
@@ -305,21 +311,37 @@ mapfile -t nodes < <(printf '%s\n' "${cores[@]% *}" | uniq)
 quota=$(cpu_quota)
 usable=$((${quota:-0} > 0 && quota < ${#cores[@]} ? quota : ${#cores[@]}))
 
-# On one node of two cores one rank of two threads is 1.15 times as fast as two ranks of one.
-RANKS=${RANKS:-${#nodes[@]}}
+# One rank for each node, since memory of another is slow; but all compute for as long as the one with fewest cores, so
+# one rank for all if a cpuset has left nodes of different sizes. On one node of two cores one rank of two threads is
+# 1.15 times as fast as two ranks of one.
+sizes=$(printf '%s\n' "${cores[@]% *}" | uniq -c | awk '{ print $1 }' | sort -u)
+RANKS=${RANKS:-$([[ $sizes == *$'\n'* ]] && echo 1 || echo "${#nodes[@]}")}
 world=$((RANKS * ${#hosts[@]}))
 per_rank=$((usable > RANKS ? usable / RANKS : 1))
 host_list=$(IFS=,; printf '%s' "${hosts[*]}")
 single=0 # all ranks are on this machine
 if [[ " localhost 127.0.0.1 $HOSTNAME " == *" $host_list "* ]]; then single=1; fi
-[[ $single == 1 || " ${hosts[*]} " != *" localhost "* ]] ||
-  die "$HOSTS: localhost among other hosts; give the name by which they know this machine"
+if [[ $single == 0 ]]; then
+  for host in "${hosts[@]}"; do
+    [[ $host != localhost && $host != 127.* ]] || die "$HOSTS: $host is another machine on every host; give one name for all"
+  done
+  # Debian's /etc/hosts leads a machine's own name to 127.0.1.1, where rank 0 would wait for the others.
+  first=$(timeout 10 getent ahostsv4 "${MASTER_ADDR:-${hosts[0]}}" | awk 'NR == 1 { print $1 }') || true
+  [[ $first != 127.* ]] || die "$HOSTS: ${hosts[0]} is $first here, where no other host reaches it; give its address"
+fi
 
 ccl=("$VENV"/lib/python3*/site-packages/oneccl_bindings_for_pytorch)
 why_backend="as you set it"
 if [[ $BACKEND == auto ]]; then
   BACKEND=gloo why_backend="oneccl_bindings_for_pytorch is not in $VENV"
-  if [[ -e ${ccl[0]} ]]; then BACKEND=ccl why_backend="oneccl_bindings_for_pytorch is in $VENV"; fi
+  if [[ -e ${ccl[0]} ]]; then
+    # They are tied to one version of torch, and there may be another.
+    if "$PYTHON" -c 'import oneccl_bindings_for_pytorch'; then
+      BACKEND=ccl why_backend="oneccl_bindings_for_pytorch is in $VENV"
+    else
+      why_backend="oneccl_bindings_for_pytorch in $VENV cannot be imported"
+    fi
+  fi
 fi
 
 why_launcher="as you set it"
@@ -347,7 +369,7 @@ printf 'cores   %s physical in %s NUMA nodes behind CPUs %s%s\n' "${#cores[@]}" 
 printf 'ranks   %s on %s, by %s (%s)\n' "$RANKS" "${host_list//,/, }" "$LAUNCHER" "$why_launcher"
 if ((world > 1)); then printf 'backend %s (%s)\n' "$BACKEND" "$why_backend"; fi
 
-# Rank i of a host begins at core i * cores / ranks, so with a rank for each node none reaches over two.
+# Rank i of a host begins at core i * cores / ranks, so with a rank for each of equal nodes none reaches over two.
 # Its first cores are for the threads of oneCCL that communicate, the others compute.
 workers=0
 if ((world > 1)) && [[ $BACKEND == ccl ]]; then
@@ -361,7 +383,8 @@ for ((rank = 0; rank < RANKS; rank++)); do
   worker_cpus+=("${own[@]:0:workers}")
   domains+=$(mask "${own[@]:workers}"),
 done
-bound=$((usable == ${#cores[@]} && RANKS <= usable))
+bound=""
+if ((usable == ${#cores[@]} && RANKS <= usable)); then bound=yes; fi
 
 # ---- the environment of the ranks ----
 settings=()
@@ -375,20 +398,24 @@ done
 # OpenMP. Threads stay on their cores and, since others wait for them, sleep 1 ms after their work: both are the values
 # of Intel's launcher, read by Intel's OpenMP alone.
 decide OMP_NUM_THREADS $((per_rank - workers)) "$usable cores / $RANKS, less $workers for oneCCL"
-if ((bound)); then decide KMP_AFFINITY granularity=fine,compact,1,0 "one thread a core"; fi
+decide KMP_AFFINITY "${bound:+granularity=fine,compact,1,0}" "one thread a core"
 decide KMP_BLOCKTIME 1 "ms"
-if [[ $preload ]]; then decide LD_PRELOAD "$preload" "found"; fi
+decide LD_PRELOAD "$preload" "found"
+address=$([[ $single == 1 ]] && echo 127.0.0.1 || echo "${hosts[0]}")
+address=${MASTER_ADDR:-$address}
+port=${MASTER_PORT:-$(free_port)}
 if ((world > 1)); then
   # Intel MPI binds each rank to its mask; train.py does so with every other launcher.
-  if ((bound)); then decide I_MPI_PIN_DOMAIN "[$domains]" "cores of each rank"; fi
-  if [[ $LAUNCHER != torchrun ]]; then
-    decide MASTER_ADDR "$([[ $single == 1 ]] && echo 127.0.0.1 || echo "${hosts[0]}")" "host of rank 0"
-    decide MASTER_PORT "$(free_port)" "free here"
-  fi
+  decide I_MPI_PIN_DOMAIN "${bound:+[$domains]}" "cores of each rank"
+  decide MASTER_ADDR "$address" "host of rank 0"
+  decide MASTER_PORT "$port" "free here"
   if ((workers)); then
     decide CCL_WORKER_COUNT "$workers" "threads of oneCCL in each rank"
     decide CCL_WORKER_AFFINITY "$(IFS=,; printf '%s' "${worker_cpus[*]}")" "the first cores of each rank"
   fi
+else
+  # In a batch job of several tasks the job's own variables would make of one process the first of several.
+  settings+=(RANK=0 WORLD_SIZE=1 LOCAL_RANK=0)
 fi
 
 # ---- the launch ----
@@ -396,7 +423,11 @@ bootstrap=()
 if [[ $SSH != ssh ]]; then bootstrap=(-bootstrap ssh -bootstrap-exec "$SSH"); fi
 case $LAUNCHER in
   python) launch=("$PYTHON") ;;
-  torchrun) launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS") ;;
+  torchrun)
+    # Not --standalone, which looks this machine's own name up.
+    launch=("$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node "$RANKS")
+    launch+=(--master-addr "$address" --master-port "$port")
+    ;;
   ipex)
     launch=(ipexrun)
     if ((world > 1)); then
@@ -413,7 +444,13 @@ case $LAUNCHER in
       --bind-to none
       --mca plm_rsh_agent "$SSH"
     )
-    for setting in "${settings[@]}"; do launch+=(-x "${setting%%=*}"); done
+    names=("${settings[@]%%=*}")
+    # What Hydra passes on by itself.
+    while IFS= read -r name; do
+      [[ $name =~ ^(GLOO|CCL|FI|KMP|OMP|ONEDNN|DNNL|TORCH)_ && " ${names[*]} " != *" $name "* ]] || continue
+      names+=("$name")
+    done < <(compgen -e)
+    for name in "${names[@]}"; do launch+=(-x "$name"); done
     launch+=("$PYTHON")
     ;;
 esac
@@ -426,7 +463,8 @@ launch+=(
   --preset "$preset"
   "${resume[@]}"
 )
-if ((world > 1)); then launch+=(--ranks "$world" --backend "$BACKEND"); fi
+if ((world > 1)); then launch+=(--ranks "$world"); fi
+if ((world > 1)) || [[ $why_backend == "as you set it" ]]; then launch+=(--backend "$BACKEND"); fi
 launch+=("$@")
 # ipexrun hands its words to a shell.
 if [[ $LAUNCHER == ipex ]]; then mapfile -t launch < <(printf '%q\n' "${launch[@]}"); fi

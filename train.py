@@ -283,9 +283,10 @@ def init_ranks(cfg: TrainConfig) -> tuple[Ranks, "Pulse"]:
             "to this environment, and does it reach every host?"
         )
     bind(ranks)
+    # One that is asked for and missing is an error, be it needed or not.
+    backend = load_backend(cfg.backend) if ranks.world > 1 or cfg.backend != "auto" else ""
     if ranks.world == 1:
         return ranks, Pulse(dist.HashStore(), ranks, cfg.timeout_s)
-    backend = load_backend(cfg.backend)
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = os.environ.setdefault("MASTER_PORT", "29500")
     timeout = timedelta(seconds=cfg.timeout_s)

@@ -39,6 +39,7 @@ cp stand-ins/python .venv/bin/python
 """
 
 LDCONFIG = "#!/bin/sh\ncat libraries\n"
+GETENT = '#!/bin/sh\nsed -n "s/ $2\\$/ STREAM $2/p" addresses\n'  # of lines of address and name
 
 
 class Checkout:
@@ -48,7 +49,7 @@ class Checkout:
         self.root = root
         for name in ("run.sh", "requirements.txt", "hosts"):
             shutil.copy(REPO / name, root)
-        stand_ins = {"lscpu": LSCPU, "taskset": TASKSET, "ldconfig": LDCONFIG,
+        stand_ins = {"lscpu": LSCPU, "taskset": TASKSET, "ldconfig": LDCONFIG, "getent": GETENT,
                      "python3": PYTHON3, "python": PYTHON}  # fmt: skip
         for name, text in stand_ins.items():
             self.script(f"stand-ins/{name}", text)

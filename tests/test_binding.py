@@ -96,7 +96,9 @@ def test_two_sockets_of_52_cores_as_intels_launcher(checkout):
         (machine(2, 4, threads=2), "8-15", "", 4, "[0xf00,0xf000,]"),  # second threads only
         (machine(2, 16), "0-5", "", 6, None),  # a cpuset of 6 of 32 cores, on one socket
         (machine(2, 16), "13-18", "", 3, "[0xe000,0x70000,]"),  # and on both
-        (machine(2, 16), "3,20,5,7-8,31", "", 3, "[0xa8,0x80100100,]"),
+        (machine(2, 16), "3,20,5,7-8,29-31", "", 4, "[0x1a8,0xe0100000,]"),
+        (machine(2, 16), "13-20", "", 8, None),  # three cores of one socket and five of the other
+        (machine(2, 16), "0-5,16", "", 7, None),
     ],
 )
 def test_ranks_threads_and_masks(checkout, rows, cpus, ranks, threads, domains):
@@ -170,6 +172,22 @@ def test_what_the_user_has_set_wins_and_is_shown_as_theirs(checkout, name, value
     assert f"set     {name}=" in checkout.run(**env).stdout
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "Intel MPI", "Open MPI"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KMP_AFFINITY", "disabled"), ("LD_PRELOAD", "libmine.so"), ("I_MPI_PIN_DOMAIN", "socket")],
+)
+def test_what_the_user_has_set_wins_where_nothing_else_is_decided(checkout, name, value, launcher):
+    """More ranks than cores are not bound, and no library is found."""
+    if launcher != "torchrun":
+        install(checkout, launcher)
+    env = {"CPUS": "0-1", "RANKS": "8"}
+    assert name not in dry_run(checkout, **env)
+    printed = dry_run(checkout, **env, **{name: value})
+    assert printed[name] == value
+    assert (f" -x {name} " in printed["launch"]) == (launcher == "Open MPI")
+
+
 def test_two_workers_of_oneccl_leave_six_of_eight_cores(checkout):
     checkout.topology(machine(2, 8))
     printed = dry_run(checkout, CPUS="0-15", BACKEND="ccl", CCL_WORKER_COUNT="2")
@@ -205,6 +223,15 @@ def test_backend_is_ccl_where_its_bindings_are(checkout):
     package = ".venv/lib/python3.11/site-packages/oneccl_bindings_for_pytorch"
     (checkout.root / package).mkdir(parents=True)
     assert dry_run(checkout, RANKS="2")["launch"].endswith("--backend ccl")
+    printed = dry_run(checkout, RANKS="2", FAIL="import oneccl_bindings_for_pytorch")
+    assert printed["backend"] == "gloo (oneccl_bindings_for_pytorch in .venv cannot be imported)"
+
+
+def test_train_hears_of_a_backend_that_one_rank_does_not_need(checkout):
+    """It says what is missing."""
+    checkout.topology(machine(1, 2))
+    assert "--backend" not in dry_run(checkout)["launch"]
+    assert dry_run(checkout, BACKEND="ccl")["launch"].endswith(" --preset demo --backend ccl")
 
 
 # ---- launchers --------------------------------------------------------------------------------
@@ -235,6 +262,8 @@ def test_open_mpi_takes_slots_and_the_name_of_every_variable(checkout):
         " --mca plm_rsh_agent ssh -x OMP_NUM_THREADS -x KMP_AFFINITY -x KMP_BLOCKTIME"
         " -x I_MPI_PIN_DOMAIN -x MASTER_ADDR -x MASTER_PORT .venv/bin/python"
     )
+    command = launcher_of(checkout, GLOO_SOCKET_IFNAME="ib0", OMP_NUM_THREADS="1", OTHER="1")
+    assert command.endswith(" -x MASTER_PORT -x GLOO_SOCKET_IFNAME .venv/bin/python")
 
 
 def test_unknown_mpirun_is_an_error(checkout):
@@ -254,9 +283,19 @@ def test_missing_launcher_is_an_error(checkout):
 def test_torchrun_although_there_is_an_mpirun(checkout):
     install(checkout, "Intel MPI")
     printed = dry_run(checkout, LAUNCHER="torchrun", RANKS="2")
-    assert "-m torch.distributed.run --standalone --nproc-per-node 2" in printed["launch"]
-    # torchrun finds address and port itself.
-    assert not {"MASTER_ADDR", "MASTER_PORT"} & set(printed)
+    assert "-m torch.distributed.run --nnodes 1 --nproc-per-node 2" in printed["launch"]
+    # It would take this machine's own name, which a dead resolver may take minutes to look up.
+    assert f" --master-addr 127.0.0.1 --master-port {printed['MASTER_PORT']} " in printed["launch"]
+    env = {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "4711"}
+    printed = dry_run(checkout, LAUNCHER="torchrun", RANKS="2", **env)
+    assert " --master-addr 10.1.1.1 --master-port 4711 " in printed["launch"]
+
+
+def test_one_process_in_a_batch_job_of_several_is_alone(checkout):
+    checkout.topology(machine(1, 2))
+    checkout.script(".venv/bin/python", '#!/bin/sh\necho "<$1 $RANK of $WORLD_SIZE>"\n')
+    result = checkout.run(CPUS="0-1", SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0")
+    assert "<train.py 0 of 1>" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -363,7 +402,8 @@ def test_slots_that_equal_ranks_are_accepted(checkout):
         ("a\n\nb\na\n", "hosts:4: a stands twice"),
         ("a slots=2\nb slots=3\n", "hosts:2: 'slots=3' after 'slots=2'"),
         ("a slots=2\nb\n", "hosts:2: '' after 'slots=2'"),
-        ("localhost\nb\n", "hosts: localhost among other hosts"),
+        ("localhost\nb\n", "hosts: localhost is another machine on every host"),
+        ("b\n127.0.0.1\n", "hosts: 127.0.0.1 is another machine on every host"),
     ],
 )
 def test_wrong_hosts_file_is_an_error_that_names_the_line(checkout, text, message):
@@ -373,6 +413,19 @@ def test_wrong_hosts_file_is_an_error_that_names_the_line(checkout, text, messag
     assert result.returncode == 2
     assert message in result.stderr
     assert checkout.calls() == []
+
+
+def test_first_host_whose_name_leads_to_its_loopback_is_an_error(checkout):
+    """As Debian's /etc/hosts has it; the others would look for rank 0 on themselves."""
+    install(checkout, "Intel MPI")
+    (checkout.root / "hosts").write_text("a\nb\n")
+    (checkout.root / "addresses").write_text("127.0.1.1 a\n10.0.0.2 b\n10.0.0.1 a-eth0\n")
+    result = checkout.run(DRY_RUN="1")
+    assert result.returncode == 2
+    assert "hosts: a is 127.0.1.1 here, where no other host reaches it" in result.stderr
+    assert dry_run(checkout, MASTER_ADDR="a-eth0")["MASTER_ADDR"] == "a-eth0"
+    (checkout.root / "hosts").write_text("b\na\n")
+    assert dry_run(checkout)["MASTER_ADDR"] == "b"
 
 
 def test_other_hosts_need_an_mpirun(checkout):

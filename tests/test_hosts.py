@@ -30,7 +30,7 @@ def why_not():
     for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
         if shutil.which(program, path=SYSTEM) is None:
             return f"there is no {program}"
-    return "" if bench.can_make_hosts() else "no network namespaces here"
+    return "" if bench.can_make_hosts() else "no right to make network namespaces here"
 
 
 @pytest.fixture
@@ -95,13 +95,12 @@ def test_four_hosts_compute_what_one_process_computes(cluster, tmp_path):
         [*alone, "--batch-size", str(2 * HOSTS)], cwd=tmp_path, check=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    ours, expected = (
-        [event["grad_norm"] for event in events(tmp_path / "out" / name / "log.jsonl", "step")]
-        for name in ("demo", "alone")
-    )
+    ours, expected = (events(tmp_path / "out" / name / "log.jsonl", "step")
+                      for name in ("demo", "alone"))  # fmt: skip
     assert len(ours) == 4
-    # The norm of the gradient of the whole step; its terms are summed in another order.
-    assert ours == pytest.approx(expected, rel=1e-3)
+    # Of the whole step; the terms are summed in another order, which later steps amplify.
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):
+        assert [e[key] for e in ours] == pytest.approx([e[key] for e in expected], rel=tolerance)
 
 
 def test_host_that_does_not_answer_is_named(cluster, tmp_path):

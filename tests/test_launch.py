@@ -47,7 +47,7 @@ def test_dry_run_of_the_default(checkout):
 
 
 def test_dry_run_of_two_ranks(checkout):
-    result = checkout.run(DRY_RUN="1", RANKS="2")
+    result = checkout.run(DRY_RUN="1", RANKS="2", MASTER_PORT="4711")
     assert result.returncode == 0, result.stderr
     assert result.stdout == (
         "corpus  demo in data/demo\n"
@@ -59,9 +59,12 @@ def test_dry_run_of_two_ranks(checkout):
         "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)\n"
         "set     KMP_BLOCKTIME=1  (ms)\n"
         "set     I_MPI_PIN_DOMAIN=[0x3,0xc,]  (cores of each rank)\n"
-        "launch  .venv/bin/python -m torch.distributed.run --standalone"
-        " --nproc-per-node 2 train.py --data data/demo --train-splits train-demo"
-        " --dev-split dev-demo --out out/demo --preset demo --ranks 2 --backend gloo\n"
+        "set     MASTER_ADDR=127.0.0.1  (host of rank 0)\n"
+        "set     MASTER_PORT=4711  (as you set it)\n"
+        "launch  .venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
+        " --master-addr 127.0.0.1 --master-port 4711 train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo"
+        " --ranks 2 --backend gloo\n"
     )
 
 
@@ -118,7 +121,7 @@ def test_steps_run_in_order_and_scoring_takes_every_core(checkout):
     assert checkout.run(RANKS="2").returncode == 0
     prepare, train, score, transcribe = checkout.calls()
     assert prepare.startswith("prepare.py|demo|data/demo|")
-    assert train.startswith("-m|torch.distributed.run|--standalone|--nproc-per-node|2|train.py|")
+    assert train.startswith("-m|torch.distributed.run|--nnodes|1|--nproc-per-node|2|--master-addr|")
     assert train.endswith("|threads=2")
     checkpoint = "decode.py|--checkpoint|out/demo/best.pt|"
     assert score == f"{checkpoint}--data|data/demo|--split|dev-demo|threads=4"
@@ -209,24 +212,39 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
 )
-@pytest.mark.parametrize("step", ["prepare.py", "train.py"])
+@pytest.mark.parametrize("step", ["-m pip install", "prepare.py", "train.py", "best.pt data"])
 def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status):
     """The second of its processes ignores SIGINT, as shells have background processes do."""
+    (checkout.root / ".venv/requirements.txt").unlink()
     checkout.script(
         ".venv/bin/python",
-        f'#!/bin/sh\ncase $1 in {step}) sleep 600 & echo "$$ $!" > pids; wait ;; esac\n',
+        f'#!/bin/sh\ncase "$*" in *"{step}"*) sleep 600 & echo "$$ $!" >> pids; wait ;; esac\n',
     )
+    expect_end_by_signal(checkout, number, status, processes=2)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_wait_for_hosts(checkout, number, status):
+    checkout.script("stand-ins/mpirun", "#!/bin/sh\necho 'Intel(R) MPI'\n")
+    (checkout.root / "hosts").write_text("a\nb\n")
+    checkout.script("my-ssh", '#!/bin/sh\necho "$$" >> pids\nexec sleep 600\n')
+    expect_end_by_signal(checkout, number, status, processes=2, SSH="./my-ssh")
+
+
+def expect_end_by_signal(checkout, number, status, processes, **env):
+    """Once that many wrote their ids to `pids`; none of them may be left."""
     child = subprocess.Popen(
         ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
-        env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none"},
+        env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none", **env},
         preexec_fn=heed_sigint,
     )  # fmt: skip
     pids = checkout.root / "pids"
-    while not (pids.exists() and pids.read_text()):
+    while not (pids.exists() and len(pids.read_text().split()) == processes):
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(number)
     assert child.wait(timeout=60) == status
+    time.sleep(0.5)  # what run.sh has signalled and does not wait for
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
