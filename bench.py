@@ -7,7 +7,7 @@
     python bench.py features [--data ROOT --split S]    # processor time of the front end
     python bench.py decode --checkpoint C --data ROOT --split S        # greedy search
     python bench.py curves RUN [RUN ...] --png FILE     # compares runs, from log.jsonl
-    python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 20 minutes
+    python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 40 minutes
     python bench.py scaling [flags of train.py]         # ranks and hosts; as root makes hosts
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
@@ -455,9 +455,9 @@ def bench_curves(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------ ladder
 
-# What two of the ideas gave in intel/e2eAIOK's overview of its RNN-T, in time to WER 0.25: one node
-# 175,275 s, four 33,965, stack 8 and the smaller LSTM 18,200, normalised 17,005, fewer CCL workers
-# 15,849.
+# Seconds to WER 0.25 in intel/e2eAIOK's overview of its RNN-T; what two of its ideas gave.
+ORIGINAL_S = {"one node": 175_275, "four nodes": 33_965, "stack 8, LSTM 512 x 4": 18_200,
+              "normalisation": 17_005, "fewer oneCCL workers": 15_849}  # fmt: skip
 ORIGINAL = {"LSTM 512 x 4": 33_965 / 18_200, "normalisation": 18_200 / 17_005}
 THEIRS = 4  # rungs of the original; the others are ours
 PLAIN_ROWS = 4  # utterances whose logits the plain loss holds at once
@@ -483,10 +483,11 @@ def add_ladder_flags(rung: argparse.ArgumentParser, ladder: argparse.ArgumentPar
     ladder.add_argument("--target-wer", type=float, default=0.1, help="epochs that --runs took")
     ladder.add_argument("--scaling", type=Path, default=SCALING, help="from bench.py scaling")
     ladder.add_argument("--server-cores", type=int, default=64, help="projection: of a server")
+    ladder.add_argument("--server-ranks", type=int, default=2, help="projection: of a server")
     ladder.add_argument("--network-gbit", type=float, default=10, help="projection: per second")
     ladder.add_argument("--global-batch", type=int, default=1024, help="projection")
     for command in (rung, ladder):
-        command.add_argument("--seconds", type=float, default=45, help="of a rung, at least a pass")
+        command.add_argument("--seconds", type=float, default=60, help="a rung, two passes or more")
 
 
 def make_rungs(ranks: int) -> tuple[dict[str, Rung], dict[str, Rung]]:
@@ -528,6 +529,13 @@ def plain_joint_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - stan
     return torch.cat(costs)
 
 
+def steady(times: Sequence[Sequence[float]]) -> dict:
+    """Of each bucket's steps without the first, which builds kernels: median, least and most."""
+    warm = [bucket[1:] for bucket in times]
+    return {"step_s": [statistics.median(t) for t in warm], "least_s": [min(t) for t in warm],
+            "most_s": [max(t) for t in warm]}  # fmt: skip
+
+
 def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Seconds of a step of --batch utterances in each bucket of a corpus sorted by bucket."""
     cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
@@ -549,13 +557,12 @@ def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
         late = time.perf_counter() - began > args.seconds
         # Rank 0 decides for all.
         late = train.all_sum(torch.tensor(int(late and ranks.rank == 0)), ranks) > 0
-        if late and i + 1 >= len(mine):
+        if late and i + 1 >= 2 * len(mine):
             break
         started = time.perf_counter()
     if ranks.rank == 0:
-        # The first step of a shape builds kernels. Where there is no second, that hardly matters.
-        finish({
-            "step_s": [statistics.median(t[1:] or t) for t in times], "steps": sum(map(len, times)),
+        finish(steady(times) | {
+            "steps": sum(map(len, times)),
             "peak_rss_gb": peak_rss_gb(), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
         })  # fmt: skip
@@ -582,21 +589,20 @@ def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> 
 def project_hours(row: dict, servers: int, scaling: dict, args: argparse.Namespace) -> float:
     """Hours of 49 epochs on `servers` servers, from a rung of the ladder.
 
-    The servers' cores make ranks of as many threads and share the work evenly. After it, once in
-    --global-batch utterances, the float32 gradient goes round all ranks, as slowly as `scaling`
-    found: within a server as between two ranks here, else by the line fitted to its networks.
+    All cores share the work, each slowed down as one is here by another rank beside it. After it,
+    once in --global-batch utterances, the float32 gradient goes round all ranks, as slowly as
+    `scaling` found: within a server as between two ranks here, else by the fit to its networks.
     """
-    ranks = servers * args.server_cores // row["threads"]
-    num_bytes = 4 * row["parameters"]
+    pair, num_bytes = scaling["cases"][str(Case(2))], 4 * row["parameters"]
+    cores_here = row["ranks"] * row["threads"]
+    work_s = row["epoch_s"] * cores_here / (servers * args.server_cores * pair["efficiency"])
+    ranks = servers * args.server_ranks
     if servers > 1:
-        ideal = ring_s(ranks, num_bytes, args.network_gbit)
-        reduce_s = scaling["latency_s"] + scaling["slope"] * ideal
+        reduce_s = fitted_s(scaling, ranks, num_bytes, args.network_gbit)
     else:
-        pair = scaling["cases"][str(Case(2))]
         factor = ring_s(ranks, num_bytes, 1) / ring_s(2, pair["gradient_bytes"], 1)
         reduce_s = factor * pair["all_reduce"]
-    steps = args.utterances / args.global_batch
-    return 49 * (row["epoch_s"] * row["ranks"] / ranks + steps * reduce_s) / 3600
+    return 49 * (work_s + args.utterances / args.global_batch * reduce_s) / 3600
 
 
 def read_scaling(path: Path) -> dict:
@@ -606,15 +612,23 @@ def read_scaling(path: Path) -> dict:
     return scaling
 
 
-def epochs_to(rows: list[dict], target_wer: float) -> int | None:
-    return next((row["epoch"] for row in rows if row["wer"] <= target_wer), None)
+def epochs_to(folder: Path, target_wer: float) -> dict:
+    """When a run reached a WER, or how far it came, and what else it takes to compare runs."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    start = next(e for e in map(json.loads, lines) if e["event"] == "start")
+    rows = report.read_run(folder)[1]
+    reached = next((row["epoch"] for row in rows if row["wer"] <= target_wer), None)
+    return {
+        "epochs": reached, "ran": rows[-1]["epoch"], "best_wer": min(r["wer"] for r in rows),
+        "normalization": start["model_config"]["normalization"],
+        "preset": start["train_config"]["preset"], "seed": start["train_config"]["seed"],
+    }  # fmt: skip
 
 
 def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Seconds of an epoch of train-clean-100 on every rung: table, picture, JSON, projection."""
     # What could fail after the measuring fails before it.
-    epochs = {str(folder): epochs_to(report.read_run(folder)[1], args.target_wer)
-              for folder in args.runs}  # fmt: skip
+    epochs = {folder.name: epochs_to(folder, args.target_wer) for folder in args.runs}
     if not os.access(args.png.parent, os.W_OK):
         raise ValueError(f"--png: {args.png.parent} cannot be written")
     buckets, args.utterances = read_shapes(args.shapes)
@@ -637,8 +651,10 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
                 row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
                 results[kind].append(row)
                 print(f"{kind}: {name}: {row['epoch_s']:.0f} s an epoch", flush=True)
-    for name, epoch in epochs.items():
-        print(f"{name}: WER {100 * args.target_wer:g} % after {epoch or 'no'} epochs")
+    for name, run in epochs.items():
+        after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
+        print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
+              f"{100 * run['best_wer']:.1f} %")  # fmt: skip
     results["epochs_to_target"] = epochs
     report_ladder(args, results, scaling)
 
@@ -661,10 +677,10 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     for row in results["ladder"]:
         gains = ("-" if row[name] is None else f"{row[name]:.2f}x" for name in columns)
         print(f"{row['name']:<24}{row['epoch_s']:>12.0f}" + "".join(f"{x:>12}" for x in gains))
-    print(
-        "original: its gain in time to WER 0.25, of stack 8 and 512 x 4 together; four nodes gave "
-        "it 5.16x, fewer oneCCL workers 1.07x: one machine without oneCCL cannot show them"
-    )
+    results["original_s"] = ORIGINAL_S
+    story = ", ".join(f"{name} {seconds:,} s ({ORIGINAL_S['one node'] / seconds:.2f}x)"
+                      for name, seconds in ORIGINAL_S.items())  # fmt: skip
+    print(f"the original, time to WER 0.25: {story}; no other rung is its, stack and LSTM are one")
     best = min(results["ladder"], key=lambda row: row["epoch_s"])
     results["hours_of_49_epochs"] = {"here": 49 * best["epoch_s"] / 3600} | {
         name: project_hours(best, servers, scaling, args)
@@ -672,11 +688,13 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     }
     hours = ", ".join(f"{k} {v:.1f}" for k, v in results["hours_of_49_epochs"].items())
     print(f"hours of 49 epochs of train-clean-100: {hours}")
-    print(f"from {best['name']!r}; assumed of a server: {args.server_cores} cores, a rank on each "
-          f"{best['threads']}, as fast as here; a network of {args.network_gbit:g} Gbit/s; "
-          f"all-reduce not overlapped, global batch {args.global_batch}, with which 49 epochs must "
-          "still be enough; decoding and checkpoints left out; lattices as of an untrained model, "
-          "whose nodes are all visited")  # fmt: skip
+    share = scaling["cases"][str(Case(2))]["efficiency"]
+    print(f"from {best['name']!r}; assumed of a server: {args.server_ranks} ranks, "
+          f"{args.server_cores} cores, each {100 * share:.0f} % as fast as here, as two ranks were "
+          f"beside each other; a network of {args.network_gbit:g} Gbit/s; all-reduce not "
+          f"overlapped; global batch {args.global_batch}, with which 49 epochs must still be "
+          "enough; decoding and checkpoints left out; lattices as of an untrained model, whose "
+          "nodes are all visited")  # fmt: skip
     draw_ladder(args.png, results)
     args.png.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},
@@ -829,17 +847,25 @@ def measure_case(case: Case, words: Sequence[str]) -> dict:
 
 
 def can_make_hosts() -> bool:
+    """Whether this user may make a network namespace. What fails after that is an error."""
+    name = f"rnnt{secrets.token_hex(3)}"
     try:
-        with made_hosts(1, gbit=1):
-            return True
+        ip("netns", "add", name)
+        ip("netns", "del", name)
     except OSError as error:
         print(f"no hosts made, needs root and iproute2: {error}")
         return False
+    return True
 
 
 def ring_s(ranks: int, num_bytes: int, gbit: float) -> float:
     """Of a ring all-reduce: each rank sends and receives 2 (n-1)/n of the gradient."""
     return 2 * (ranks - 1) / ranks * num_bytes * 8 / (gbit * 1e9)
+
+
+def fitted_s(fit: dict, ranks: int, num_bytes: int, gbit: float) -> float:
+    """Of a ring all-reduce: a latency for each of its 2 (n-1) turns, and the bytes."""
+    return 2 * (ranks - 1) * fit["latency_s"] + fit["slope"] * ring_s(ranks, num_bytes, gbit)
 
 
 def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -880,21 +906,24 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
 def project_hosts(results: dict[Case, dict]) -> dict:
     """Speed-up from one host to four, of two ranks each, on the networks that were measured."""
     plain = {c: r for c, r in results.items() if c.gbit and c.words in ((), ("--exchange-only",))}
-    ideal = [ring_s(c.ranks, r["gradient_bytes"], c.gbit) for c, r in plain.items()]
-    slope, latency = np.polyfit(ideal, [r["all_reduce"] for r in plain.values()], 1)
-    print(f"all-reduce = {latency:.3f} s + {slope:.2f} x bytes over the network's rate")
+    terms = [(2 * (c.ranks - 1), ring_s(c.ranks, r["gradient_bytes"], c.gbit))
+             for c, r in plain.items()]  # fmt: skip
+    (latency, slope), *_ = np.linalg.lstsq(terms, [r["all_reduce"] for r in plain.values()])
+    fit = {"latency_s": latency, "slope": slope}
+    print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x bytes over the "
+          "network's rate")  # fmt: skip
     # On a fast network noise covers what hides behind the backward pass; on the slow one it shows.
     exposed = 1 - results[Case(2, gbit=1)]["hidden"]
     here, speedups = results[Case(2)], {}
     for gbit in (10, 1):
-        reduce_s = latency + slope * ring_s(8, here["gradient_bytes"], gbit)
+        reduce_s = fitted_s(fit, 8, here["gradient_bytes"], gbit)
         one, four = (here["compute"] + exposed * s for s in (here["all_reduce"], reduce_s))
         speedups[f"{gbit} Gbit/s"] = 4 * one / four
     said = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
     print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "
           f"{said}; the original says 5.16. Assumed: hosts as fast as this one, ranks that share "
           "nothing but the network, one ring")  # fmt: skip
-    return {"projected_speedup": speedups, "latency_s": latency, "slope": slope}
+    return {"projected_speedup": speedups} | fit
 
 
 # ------------------------------------------------------------------------------------ command line

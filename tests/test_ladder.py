@@ -64,20 +64,41 @@ def test_speedups():
 
 
 def test_projected_hours():
-    args = Namespace(utterances=10_240, global_batch=1024, server_cores=8, network_gbit=32)
+    args = Namespace(utterances=10_240, global_batch=1024, server_cores=16, server_ranks=4,
+                     network_gbit=32)  # fmt: skip
     row = {"epoch_s": 48.0, "ranks": 2, "threads": 2, "parameters": 10**9}
-    pair = {"gradient_bytes": 10**9, "all_reduce": 0.5}
-    scaling = {"latency_s": 0.25, "slope": 2.0, "cases": {"2 ranks": pair}}
-    # Four ranks need 24 s. Each passes on 3/2 of 4 GB, of two ranks 1 GB in 0.5 s: ten times 3 s.
+    pair = {"gradient_bytes": 10**9, "all_reduce": 0.5, "efficiency": 0.5}
+    scaling = {"latency_s": 0.05, "slope": 2.0, "cases": {"2 ranks": pair}}
+    # 48 s on 4 cores are 24 s on 16 at half of their speed. Of four ranks each passes on 3/2 of
+    # 4 GB, of two 1 GB in 0.5 s: ten times 3 s.
     assert bench.project_hours(row, 1, scaling, args) == pytest.approx(49 * (24 + 30) / 3600)
-    # 16 ranks: 6 s, and ten times twice the seconds for 15/8 of 32 Gbit, and the latency.
-    assert bench.project_hours(row, 4, scaling, args) == pytest.approx(49 * (6 + 40) / 3600)
+    # 16 ranks: 6 s, and ten times twice the seconds for 15/8 of 32 Gbit, and 30 turns.
+    assert bench.project_hours(row, 4, scaling, args) == pytest.approx(49 * (6 + 52.5) / 3600)
 
 
-def test_epochs_to_a_target():
-    rows = [{"epoch": 1, "wer": 1.0}, {"epoch": 2, "wer": 0.1}, {"epoch": 3, "wer": 0.05}]
-    assert bench.epochs_to(rows, 0.1) == 2
-    assert bench.epochs_to(rows, 0.01) is None
+def write_run(folder: Path, wers: list[float]) -> Path:
+    """A run of the demo preset without normalisation."""
+    folder.mkdir()
+    start = {"event": "start", "step": 0, "model_config": {"normalization": False},
+             "train_config": {"preset": "demo", "seed": 3}}  # fmt: skip
+    evals = [{"event": "eval", "epoch": e, "step": e, "wer": wer, "seconds": 1.0, "hours": 1.0}
+             for e, wer in enumerate(wers, 1)]  # fmt: skip
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (start, *evals)))
+    return folder
+
+
+def test_epochs_to_a_target(tmp_path):
+    run = write_run(tmp_path / "run", [1.0, 0.1, 0.05])
+    expected = {"epochs": 2, "ran": 3, "best_wer": 0.05, "normalization": False, "preset": "demo",
+                "seed": 3}  # fmt: skip
+    assert bench.epochs_to(run, 0.1) == expected
+    assert bench.epochs_to(run, 0.01) == expected | {"epochs": None}
+
+
+def test_steps_that_build_kernels_do_not_count():
+    assert bench.steady([[9.0, 1.0, 1.5, 1.2], [8.0, 2.0]]) == {
+        "step_s": [1.2, 2.0], "least_s": [1.0, 2.0], "most_s": [1.5, 2.0]
+    }  # fmt: skip
 
 
 def test_noise_has_the_asked_lengths_and_labels(tmp_path):
@@ -141,7 +162,8 @@ def write_shapes(path: Path) -> Path:
 def needed(folder: Path) -> list:
     """Flags that name what a ladder reads."""
     scaling = {"latency_s": 0.1, "slope": 1.0,
-               "cases": {"2 ranks": {"gradient_bytes": 10**6, "all_reduce": 0.1}}}  # fmt: skip
+               "cases": {"2 ranks": {"gradient_bytes": 10**6, "all_reduce": 0.1,
+                                  "efficiency": 0.9}}}  # fmt: skip
     (folder / "scaling.json").write_text(json.dumps(scaling))
     return ["--shapes", write_shapes(folder / "shapes.json"), "--scaling", folder / "scaling.json"]
 
@@ -157,11 +179,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
         return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6, "threads": 1}
 
     monkeypatch.setattr(bench, "measure_rung", measure)
-    run = tmp_path / "run"
-    run.mkdir()
-    evals = [{"event": "eval", "epoch": e, "step": e, "wer": 1 / e, "seconds": 1.0}
-             for e in range(1, 12)]  # fmt: skip
-    (run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
+    run = write_run(tmp_path / "run", [1 / e for e in range(1, 12)])
     words = [*needed(tmp_path), "--png", tmp_path / "ladder.png", "--runs", run]
     monkeypatch.setattr(sys, "argv", ["bench.py", "ladder", *map(str, words)])
     bench.main()
@@ -171,20 +189,20 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert [row["epoch_s"] for row in stored["ladder"]] == [1600, 800, 800, 800, 400, 200, 200, 100]
     assert [row["alone"] for row in stored["ladder"]] == [None, None, None, None, 2, 2, 1, 2]
     assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
-    assert stored["epochs_to_target"] == {str(run): 10}
-    assert f"{run}: WER 10 % after 10 epochs" in said
+    assert stored["epochs_to_target"]["run"]["epochs"] == 10
+    assert "run: WER 10 % after 10 epochs, best 9.1 %" in said
     table = next(i for i, line in enumerate(said) if line.split()[:1] == ["s"])
     assert said[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone", "original"]
     assert said[table + 4].split() == ["normalisation", "800", "1.00x", "2.00x", "-", "1.07x"]
     assert said[table + 6].split() == ["bf16", "200", "2.00x", "8.00x", "2.00x", "-"]
     assert json.loads(said[-1])["epoch_s"]["bf16"] == 200
-    assert any("from '2 ranks'; assumed of a server: 64 cores" in line for line in said)
+    assert any("from '2 ranks'; assumed of a server: 2 ranks, 64 cores" in line for line in said)
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_ladder_of_a_tiny_model(tmp_path):
-    """Eleven processes that measure one pass each."""
+    """Eleven processes that measure two passes each."""
     result = run_bench("ladder", *needed(tmp_path), "--seconds", 0,
                        "--png", tmp_path / "ladder.png", *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -193,7 +211,8 @@ def test_ladder_of_a_tiny_model(tmp_path):
     assert len(stored["alone"]) == 4
     assert stored["alone"][0]["step_s"] == stored["ladder"][bench.THEIRS]["step_s"]
     for row in stored["ladder"] + stored["alone"]:
-        assert len(row["step_s"]) == row["steps"] == 2
+        assert len(row["step_s"]) == 2
+        assert row["steps"] == 4
         assert row["epoch_s"] == pytest.approx(sum(row["step_s"]) / 2 * 200)
         assert row["threads"] == max(1, torch.get_num_threads() // row["ranks"])
     said = json.loads(result.stdout.splitlines()[-1])
@@ -208,7 +227,7 @@ def test_a_rung_goes_round_the_buckets_until_its_time_is_up(tmp_path):
                        2, "--seconds", 15, "--loader-workers", 1, *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
-    assert measured["steps"] > 2
+    assert measured["steps"] > 4
     assert len(measured["step_s"]) == 2
 
 

@@ -13,8 +13,8 @@ import bench
 from bench import Case
 
 BYTES = 4 * 10**8
-# 2 Gbit more than the ring's share takes 10 ms; a step hides half of it behind 2 s of computing.
-REDUCE_S = {case: 0.01 + 1.5 * bench.ring_s(case.ranks, BYTES, case.gbit)
+# A turn takes 10 ms and half as long again as its bytes; a step hides half of all behind computing.
+REDUCE_S = {case: 2 * (case.ranks - 1) * 0.01 + 1.5 * bench.ring_s(case.ranks, BYTES, case.gbit)
             for case in (Case(2, 10), Case(2, 1), Case(4, 10), Case(4, 1))}  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     assert result["slope"] == pytest.approx(1.5)
     assert result["latency_s"] == pytest.approx(0.01)
     for gbit in (10, 1):
-        reduce_s = 0.01 + 1.5 * 2 * 7 / 8 * 8 * BYTES / (gbit * 1e9)
+        reduce_s = 14 * 0.01 + 1.5 * 2 * 7 / 8 * 8 * BYTES / (gbit * 1e9)
         expected = 4 * 2.05 / (2 + 0.5 * reduce_s)
         assert result["projected_speedup"][f"{gbit} Gbit/s"] == pytest.approx(expected)
     assert "the original says 5.16" in lines[-1]
