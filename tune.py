@@ -13,7 +13,7 @@ The file is that of Intel's e2eAIOK; names are fields of train.py's configs (or 
       - {name: learning_rate, transformation: log, type: double, bounds: {min: 1e-3, max: 1e-2}}
       - {name: warmup_epochs, type: int, bounds: {min: 1, max: 10}}
       - {name: stack, type: int, grid: [4, 6, 8]}
-      - {name: precision, type: categorical, categorical_values: [bf16, fp32]}
+      - {name: precision, type: categorical, categorical_values: [auto, fp32]}
     metrics:                                                           # threshold is optional
     - {name: training_time, objective: minimize, threshold: 43200}     # s of steps and evaluations
     - {name: WER, objective: minimize, threshold: 0.25}                # best of the run
@@ -55,7 +55,9 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 import train
 
@@ -63,6 +65,7 @@ REPO = Path(__file__).resolve().parent
 CONFIGS = (train.TrainConfig, train.ModelConfig, train.FeatureConfig)
 FIELDS = {f.name: f.type for config in CONFIGS for f in fields(config)}
 PLACES = ("data", "out", "resume", "restart")  # say where, and may differ between hosts
+LOCAL = ("DATA", "VENV", "REQUIREMENTS", "SSH", "CGROUPS", "MASTER_ADDR", "MASTER_PORT")  # likewise
 METRICS = ("training_time", "WER")
 RIVALS = 3  # trials that must have come as far before their median prunes
 POLL_S = 0.5
@@ -100,7 +103,8 @@ def read(node: yaml.Node, shape: dict | list | Callable | None) -> Any:  # noqa:
         if callable(shape) and isinstance(node, yaml.ScalarNode):
             return shape(node.value)
     wanted = {dict: "a mapping", list: "a list with something in it"}.get(type(shape))
-    raise wrong(node, f"expected {wanted or shape.__name__}, not {node.value!r}")
+    found = {"mapping": "a mapping", "sequence": "a list"}.get(node.id, repr(node.value))
+    raise wrong(node, f"expected {wanted or shape.__name__}, not {found}")
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -122,7 +126,7 @@ def boolean(text: str) -> bool:
 
 
 PARAMETER = {
-    "name": None, "type": None, "transformation?": one_of("log"),
+    "name": None, "type": None, "transformation?": None,
     "bounds?": {"min": None, "max": None}, "grid?": [None], "categorical_values?": [None],
 }  # fmt: skip
 # What the original's files say about the machine; here run.sh and the command line say it.
@@ -147,9 +151,11 @@ def read_parameter(node: yaml.Node) -> tuple[str, BaseDistribution]:
     if kinds[form] is not own and (form, own) != ("int", number):
         raise wrong(entry["type"], f"{name} is {own.__name__}, not {form}")
     values = "categorical_values" if form == "categorical" else "grid"
-    log = "transformation" in entry
+    log = "transformation" in entry and bool(read(entry["transformation"], one_of("log")))
+    if log and "bounds" not in entry:
+        raise wrong(entry["transformation"], f"{name}: log is for values between bounds")
     ranges = entry.keys() & {"bounds", "grid", "categorical_values"}
-    if ranges == {values} and not log:
+    if ranges == {values}:
         choices = [read(value, kinds[form]) for value in entry[values]]
         if len(set(choices)) < len(choices):
             raise wrong(entry[values][0], f"{name}: a value stands twice")
@@ -186,15 +192,27 @@ class Search(NamedTuple):
     budget: int  # trials
 
 
-def read_search(path: Path) -> Search:
+def compose(path: Path) -> yaml.Node:
     try:
         with path.open("rb") as file:
             root = yaml.compose(file)
+    except yaml.reader.ReaderError as error:
+        text = path.read_bytes()
+        if error.encoding == "unicode":  # the position counts characters, not bytes
+            text = text.decode()[: error.position].encode()
+        line = text[: error.position].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: {error.reason}") from None
     except yaml.YAMLError as error:  # names the line by itself
         raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: lists or mappings too deep inside each other") from None
     if root is None:
         raise ValueError(f"{path}:1: nothing in it")
-    top = read(root, FILE)
+    return root
+
+
+def read_search(path: Path) -> Search:
+    top = read(compose(path), FILE)
     for key in MACHINE:
         if key in top:
             print(wrong(top[key], f"{key} has no effect: run.sh and words for train.py decide it"))
@@ -377,25 +395,40 @@ def folder_of(trial: Trial | FrozenTrial) -> str:
     return trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
 
 
+def plain(value: object) -> object:
+    """As the file has it: splits, a list in the configs, are words there."""
+    return " ".join(value) if isinstance(value, (list, tuple)) else value
+
+
+def contains(distribution: BaseDistribution, value: object) -> bool:
+    try:
+        optuna.create_trial(value=0, params={"x": value}, distributions={"x": distribution})
+    except ValueError:
+        return False
+    return True
+
+
 def enqueue(study: optuna.Study, params: dict, distributions: dict, **attrs: str) -> None:
-    """Raises ValueError if a value is outside of its distribution."""
+    """A trial that takes these values; those of other parameters are still to be chosen."""
     study.add_trial(
         optuna.create_trial(state=TrialState.WAITING, params=params, distributions=distributions,
                             user_attrs=attrs)
     )  # fmt: skip
 
 
-def open_study(out: Path, search: Search, defaults: dict) -> optuna.Study:
-    """Raises ValueError if the study in `out` was begun with another file or other words."""
+def open_study(out: Path, search: Search, defaults: dict, env: Sequence[str]) -> optuna.Study:
+    """Raises ValueError if the study in `out` was begun with another file, words or environment."""
     asked = {name: repr(distribution) for name, distribution in search.space.items()}
     fixed = {k: v for k, v in defaults.items() if k not in (*PLACES, *asked)}
+    fixed["env"] = [setting for setting in env if setting.split("=")[0] not in LOCAL]
     about = json.loads(json.dumps([asked, search.thresholds, fixed]))
     # SQLite waits for other tuners' transactions: 60 s instead of 5.
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{out / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
     )
-    refusal = ValueError(f"{out} has a search of another name or with other parameters, thresholds "
-                         "or words for train.py: take another --out")  # fmt: skip
+    refusal = ValueError(f"{out} has a search of another name or with other parameters, "
+                         "thresholds, words for train.py or knobs of run.sh: take another "
+                         "--out")  # fmt: skip
     if set(optuna.get_all_study_names(storage)) - {search.name}:
         raise refusal
     study = optuna.create_study(
@@ -407,10 +440,11 @@ def open_study(out: Path, search: Search, defaults: dict) -> optuna.Study:
         raise refusal
     study.set_user_attr("about", about)
     if not study.trials:
-        try:
-            enqueue(study, {name: defaults[name] for name in search.space}, search.space)
-        except ValueError as error:
-            print(f"no trial with the values train.py would take: {error}")
+        usual = {name: d for name, d in search.space.items() if contains(d, plain(defaults[name]))}
+        enqueue(study, {name: plain(defaults[name]) for name in usual}, usual)
+        for name in search.space.keys() - usual:
+            print(f"{name}: {plain(defaults[name])}, which train.py would take, is not searched; "
+                  "the first trial takes another value")  # fmt: skip
     return study
 
 
@@ -536,11 +570,13 @@ def main() -> None:
         search = read_search(args.config)
         defaults = check_values(search, command)
         with locked(out / "study.lock"):
-            study = open_study(out, search, defaults)
+            study = open_study(out, search, defaults, env)
         tune(study, search, out, defaults["epochs"], command)
         report(study, search, out)
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
+    except (OptunaError, SQLAlchemyError) as error:
+        sys.exit(f"tune.py: {out}/study.db: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit("tune.py: interrupted; the same command goes on")
 

@@ -230,7 +230,10 @@ LR = CONFIG.splitlines()[4]
         ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 10,
          "expected training_time and WER"),
         ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
-        ("observation_budget: 6", "observation_budget: [6]", 12, "expected int"),
+        ("observation_budget: 6", "observation_budget: [6]", 12,
+         "expected int, not a list"),
+        (LR, "  - {name: stack, type: int, grid: [4, 6],\n     transformation: log}", 6,
+         "stack: log is for values between bounds"),
         ("observation_budget: 6", "budget: 6", 12, "budget: unknown or twice"),
         ("  project: sda", "  project: 'sda", 2, "line"),
         ("  project: sda", "\tproject: sda", 2, "line"),
@@ -247,11 +250,22 @@ def test_an_error_names_its_line(case, old, new, line, message):
     assert place in str(error.value), error.value
 
 
-@pytest.mark.parametrize("content", [b"", b"a: \xff\n", b"- 1\n", b"a: 1\n---\nb: 2\n"])
-def test_what_is_no_such_file_is_an_error_that_names_it(case, content):
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"", ":1: nothing in it"),
+        (b"a: 1\nb: \xff\n", ":2: invalid start byte"),
+        ("ä: 1\nü: 2\nb: \x07\n".encode(), ":3: special characters are not allowed"),
+        (b"- 1\n", ":1: expected a mapping"),
+        (b"a: 1\n---\nb: 2\n", "line 2"),
+        (b"[" * 5000, ": lists or mappings too deep"),
+    ],
+)
+def test_what_is_no_such_file_is_an_error_that_names_it(case, content, place):
     case.config.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(case.config))):
+    with pytest.raises(ValueError, match=re.escape(str(case.config))) as error:
         tune.read_search(case.config)
+    assert place in str(error.value), error.value
 
 
 def test_values_that_train_py_refuses_name_their_line(case):
@@ -313,6 +327,37 @@ def test_constraints_follow_the_thresholds(case):
     first = case.trials()[0]
     assert first.constraints == {"training_time": 1.0, "WER": pytest.approx(-0.05)}
     assert "no trial meets all thresholds" in out
+
+
+def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(case):
+    form = "  - {name: %s, type: categorical, categorical_values: [%s]}\n"
+    case.change("metrics:\n", form % ("precision", "bf16, fp32") + form % ("train_splits", "a b, t")
+                + "metrics:\n")  # fmt: skip
+    out, error = case.run()
+    assert error is None
+    trial = case.trials()[0]
+    assert (trial.params["lr"], trial.params["warmup_epochs"]) == (0.004, 2)
+    assert trial.params["train_splits"] == "t"
+    assert trial.params["precision"] in ("bf16", "fp32")
+    assert "precision: auto, which train.py would take, is not searched" in out
+
+
+def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys):
+    search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)}, {},
+                         [100.0, 0.5], 4)  # fmt: skip
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for lr, seconds, wer in ((0.1, 200, 0.1), (0.2, 90, 0.3), (0.3, 95, 0.2), (0.4, 50, 0.6)):
+        trial = study.ask(search.space)
+        trial.set_user_attr("command", ["run", "--lr", str(lr)])
+        trial.set_constraint("training_time", seconds - 100)
+        trial.set_constraint("WER", wer - 0.5)
+        study.tell(trial, [seconds, wer])
+    tune.report(study, search, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
+    assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
+    assert lines[-2] == "best: trial 2, WER 20.00 % after 95 s"
+    assert lines[-1] == f"run --lr 0.3 --out {tmp_path}/best"
 
 
 def study_of(*curves: list[float]) -> optuna.Study:
@@ -407,7 +452,7 @@ def test_a_search_in_which_all_fails_is_an_error(case):
     case.change("min: 1e-3, max: 1.0e-2", "min: 0.1, max: 1")
     out, error = case.run()
     assert "no trial was completed" in error
-    assert "no trial with the values train.py would take" in out
+    assert "lr: 0.004, which train.py would take, is not searched" in out
     assert len(case.trials()) == 6
 
 
@@ -453,10 +498,18 @@ def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
     case.run()
     assert len(case.trials()) == 7
     assert "take another --out" in case.run("--epochs", "3")[1]
+    assert "take another --out" in case.run(RANKS="2")[1]
+    assert case.run(SSH="my-ssh")[1] is None
     for old, new in (("max: 10", "max: 9"), ("experiment: rnnt", "experiment: other")):
         case.change(old, new)
         assert "take another --out" in case.run()[1]
     assert len(case.trials()) == 7
+
+
+def test_a_damaged_study_is_an_error_that_names_it(case):
+    case.out.mkdir()
+    (case.out / "study.db").write_bytes(b"no database" * 100)
+    assert f"{case.out}/study.db: " in case.run()[1]
 
 
 @pytest.mark.slow
