@@ -16,6 +16,7 @@ Without --data, step and features make audio with train-clean-100's distribution
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -733,10 +734,21 @@ class Case(NamedTuple):
     ranks: int
     gbit: float = 0  # per second, each rank on a host of its own; 0: all on this one
     words: tuple[str, ...] = ()  # for bench_member
+    ccl_workers: int = 0  # threads of oneCCL in each rank; 0: gloo
 
     def __str__(self) -> str:
         where = f"{self.ranks} hosts, {self.gbit:g} Gbit/s" if self.gbit else f"{self.ranks} ranks"
-        return " ".join([where, *self.words])
+        ccl = [f"oneCCL with {self.ccl_workers}"] if self.ccl_workers else []
+        return " ".join([where, *self.words, *ccl])
+
+    def environment(self, rank: int, port: str) -> dict[str, str]:
+        env = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(self.ranks),
+               "LOCAL_RANK": "0", "MASTER_PORT": port,
+               "MASTER_ADDR": f"{SUBNET}1" if self.gbit else "127.0.0.1"}  # fmt: skip
+        if self.ccl_workers:  # there is no mpirun to tell oneCCL who is who
+            env |= {"CCL_WORKER_COUNT": str(self.ccl_workers), "CCL_PROCESS_LAUNCHER": "none",
+                    "CCL_LOCAL_RANK": str(rank), "CCL_LOCAL_SIZE": str(self.ranks)}  # fmt: skip
+        return env
 
 
 def all_reduce_bf16(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -832,12 +844,12 @@ def measure_case(case: Case, words: Sequence[str]) -> dict:
         members = []
         for rank in range(case.ranks):
             prefix = prefixes[rank] if prefixes else []  # without hosts of their own: this one
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0",
-                   "WORLD_SIZE": str(case.ranks), "MASTER_PORT": port,
-                   "MASTER_ADDR": f"{SUBNET}1" if case.gbit else "127.0.0.1"}  # fmt: skip
+            backend = "ccl" if case.ccl_workers else "gloo"
             members.append(subprocess.Popen(
-                [*prefix, sys.executable, __file__, "member", *case.words, *words], env=env,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=said, text=True,
+                [*prefix, sys.executable, __file__, "member", "--backend", backend, *case.words,
+                 *words],
+                env=os.environ | case.environment(rank, port), stderr=said, text=True,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             ))  # fmt: skip
         out = members[0].communicate()[0]
         if any([member.wait() for member in members]):
@@ -872,6 +884,8 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
     """What more ranks cost: table, remedies on a slow network, and a projection to four hosts."""
     words = ["--preset", "democratized", "--batch-size", "8", *words]
     cases = [Case(1), Case(2)]
+    if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
+        cases += [Case(2, ccl_workers=n) for n in (1, 2, 4)]
     slow = Case(2, gbit=1)
     if can_make_hosts():
         cases += [Case(2, gbit=10), slow, Case(4, 10, ("--exchange-only",)),

@@ -56,6 +56,23 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     assert "the original says 5.16" in lines[-1]
 
 
+def test_oneccl_is_measured_with_1_2_and_4_workers_where_it_is(monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(bench, "measure_case", lambda case, words: (
+        asked.append(case), measured(case, words))[1])  # fmt: skip
+    monkeypatch.setattr(bench, "can_make_hosts", lambda: False)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "scaling", "--json", str(tmp_path / "scaling.json")]
+    )
+    bench.main()
+    assert [case.ccl_workers for case in asked] == [0, 0, 1, 2, 4]
+    assert "2 ranks oneCCL with 4" in capsys.readouterr().out
+    env = asked[-1].environment(1, "4711")
+    assert (env["CCL_WORKER_COUNT"], env["CCL_LOCAL_RANK"], env["RANK"]) == ("4", "1", "1")
+    assert "CCL_WORKER_COUNT" not in asked[1].environment(1, "4711")
+
+
 def test_compressed_gradients_are_the_mean_of_all_ranks(monkeypatch):
     """In bfloat16: 1.001 travels as 1."""
 
