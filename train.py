@@ -1212,6 +1212,12 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {data.reason(error)}")
+    # A thread of torch's that comes back to an interpreter which is gone aborts the process, as one
+    # of two ranks did after a whole run. All is written, so nothing has to be taken apart.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
