@@ -681,7 +681,7 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     results["original_s"] = ORIGINAL_S
     story = ", ".join(f"{name} {seconds:,} s ({ORIGINAL_S['one node'] / seconds:.2f}x)"
                       for name, seconds in ORIGINAL_S.items())  # fmt: skip
-    print(f"the original, time to WER 0.25: {story}; no other rung is its, stack and LSTM are one")
+    print(f"the original, time to WER 0.25: {story}; stack 8 and its LSTM are one")
     best = min(results["ladder"], key=lambda row: row["epoch_s"])
     results["hours_of_49_epochs"] = {"here": 49 * best["epoch_s"] / 3600} | {
         name: project_hours(best, servers, scaling, args)

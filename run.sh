@@ -336,7 +336,7 @@ if [[ $BACKEND == auto ]]; then
   BACKEND=gloo why_backend="oneccl_bindings_for_pytorch is not in $VENV"
   if [[ -e ${ccl[0]} ]]; then
     # They are tied to one version of torch, and there may be another.
-    if "$PYTHON" -c 'import oneccl_bindings_for_pytorch'; then
+    if "$PYTHON" -c 'import torch, oneccl_bindings_for_pytorch'; then
       BACKEND=ccl why_backend="oneccl_bindings_for_pytorch is in $VENV"
     else
       why_backend="oneccl_bindings_for_pytorch in $VENV cannot be imported"

@@ -133,7 +133,7 @@ class TrainConfig:
 
 
 # What else a preset changes: small corpora need small batches, hence more steps. LAMB turns every
-# tensor by the same share of its norm, noise or not, which a batch of 8 does not survive at a
+# tensor by the same share of its norm, noise or not, which batches of 16 did not survive at a
 # useful rate: without weight decay it is Adam.
 RECIPES = {
     "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,

@@ -223,7 +223,7 @@ def test_backend_is_ccl_where_its_bindings_are(checkout):
     package = ".venv/lib/python3.11/site-packages/oneccl_bindings_for_pytorch"
     (checkout.root / package).mkdir(parents=True)
     assert dry_run(checkout, RANKS="2")["launch"].endswith("--backend ccl")
-    printed = dry_run(checkout, RANKS="2", FAIL="import oneccl_bindings_for_pytorch")
+    printed = dry_run(checkout, RANKS="2", FAIL="import torch, oneccl_bindings_for_pytorch")
     assert printed["backend"] == "gloo (oneccl_bindings_for_pytorch in .venv cannot be imported)"
 
 

@@ -111,4 +111,6 @@ def test_ranks_and_hosts_are_really_measured(tmp_path):
         num_bytes = cases["2 ranks"]["gradient_bytes"]
         assert slow > 0.5 * bench.ring_s(2, num_bytes, 1)  # the rate holds, but for its burst
         assert slow > fast
-    assert cases["2 ranks"]["step"] > 0
+    pair = cases["2 ranks"]
+    assert pair["step"] > 0.2 * pair["compute"] > 0
+    assert pair["efficiency"] == cases["1 ranks"]["step"] / pair["step"]
