@@ -325,11 +325,11 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
               lock: IO) -> TrialState:  # fmt: skip
     """Runs the command to its end, or until it is hopeless before the last epoch.
 
-    The trial gets `wers` (epoch -> best so far, at most 1), `seconds` and, if it is not complete,
-    the `reason`. Whoever has the lock open holds it: the trial and its guard, even if the tuner is
-    gone.
+    The trial gets `wers` (epoch -> best so far, at most 1), `clock` (epoch -> seconds by its end),
+    `seconds` and, if it is not complete, the `reason`. Whoever has the lock open holds it: the
+    trial and its guard, even if the tuner is gone.
     """
-    folder, wers, spent = Path(lock.name).parent, {}, {}
+    folder, wers, clock, spent = Path(lock.name).parent, {}, {}, {}
     log = folder / "log.jsonl"
     known = log.read_text().count('"event": "eval"') if log.exists() else 0  # was it cut off?
     started = {"start_new_session": True, "pass_fds": [lock.fileno()]}
@@ -347,7 +347,9 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
                 spent["eval", record["epoch"]] = record["seconds"]
                 # Above 1 all are equal: how much an untrained model babbles says nothing.
                 wers[str(record["epoch"])] = min([1.0, record["wer"], *wers.values()])
+                clock[str(record["epoch"])] = sum(spent.values())
                 trial.set_user_attr("wers", wers)
+                trial.set_user_attr("clock", clock)
                 trial.set_user_attr("seconds", sum(spent.values()))
                 reason = None
                 if len(wers) > known and record["epoch"] < epochs:
@@ -512,6 +514,18 @@ def print_table(study: optuna.Study, search: Search) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
+def print_within(study: optuna.Study, first: FrozenTrial) -> None:
+    """What any trial had reached in the time that the first complete one took for all."""
+    seconds, wer = first.values
+    reached = [(t.user_attrs["wers"][epoch], t.number, epoch)
+               for t in study.get_trials(deepcopy=False)
+               for epoch, at in t.user_attrs.get("clock", {}).items() if at <= seconds]  # fmt: skip
+    if reached:
+        least, number, epoch = min(reached)
+        print(f"in the {seconds:.0f} s of trial {first.number}, which ended at WER {100 * wer:.2f} "
+              f"%: trial {number} had {100 * least:.2f} % after epoch {epoch}")  # fmt: skip
+
+
 def report(study: optuna.Study, search: Search, out: Path) -> None:
     """Table, picture, importances and the best trial's command; ValueError if none is complete."""
     print_table(study, search)
@@ -542,6 +556,7 @@ def report(study: optuna.Study, search: Search, out: Path) -> None:
         print("no trial meets all thresholds; what follows has the lowest WER")
     best = min(feasible or complete, key=lambda t: t.values[::-1])
     seconds, wer = best.values
+    print_within(study, complete[0])
     print(f"best: trial {best.number}, WER {100 * wer:.2f} % after {seconds:.0f} s")
     print(shlex.join([*best.user_attrs["command"], "--out", str(out / "best")]))
 

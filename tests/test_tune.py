@@ -351,11 +351,19 @@ def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys
         trial.set_user_attr("command", ["run", "--lr", str(lr)])
         trial.set_constraint("training_time", seconds - 100)
         trial.set_constraint("WER", wer - 0.5)
+        trial.set_user_attr("wers", {"1": 2 * wer, "2": wer})
+        trial.set_user_attr("clock", {"1": seconds / 2, "2": seconds})
         study.tell(trial, [seconds, wer])
     tune.report(study, search, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
+    assert lines[-3] == ("in the 200 s of trial 0, which ended at WER 10.00 %: trial 0 had 10.00 % "
+                         "after epoch 2")  # fmt: skip
+    tune.print_within(study, study.trials[1])
+    assert capsys.readouterr().out == (
+        "in the 90 s of trial 1, which ended at WER 30.00 %: trial 1 had 30.00 % after epoch 2\n"
+    )
     assert lines[-2] == "best: trial 2, WER 20.00 % after 95 s"
     assert lines[-1] == f"run --lr 0.3 --out {tmp_path}/best"
 
