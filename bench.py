@@ -2,12 +2,12 @@
 """Every performance figure of the README, one subcommand each; the last line printed is JSON.
 
     python bench.py step [--data ROOT --split S] [flags of train.py]   # where a step's time goes
-    python bench.py report [--data ROOT --split S] [flags of train.py]  # what its reports cost
+    python bench.py report --data ROOT --split S [flags of train.py]  # what its reports cost
     python bench.py loss                                # joint network and loss, fused and plain
     python bench.py features [--data ROOT --split S]    # processor time of the front end
     python bench.py decode --checkpoint C --data ROOT --split S        # greedy search
     python bench.py curves RUN [RUN ...] --png FILE     # compares runs, from log.jsonl
-    python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 40 minutes
+    python bench.py ladder [--ranks 2] [--runs RUN ...] # what every idea is worth: 50 minutes
     python bench.py scaling [flags of train.py]         # ranks and hosts; as root makes hosts
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
@@ -66,6 +66,10 @@ def gemm_tflops(dtype: torch.dtype = torch.bfloat16, size: int = 4096) -> float:
     """The machine's matrix rate that `mfu` relates to: size^3 products of this dtype."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b, 5) / 1e12
+
+
+def rss_gb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
 
 
 def peak_rss_gb() -> float:
@@ -190,7 +194,7 @@ class Stopwatch:
             (train, "joint_transducer_loss", "joint+loss"),
             (loss.JointCosts, "backward", "joint+loss backward"),
             (Tensor, "backward", "other backward"),
-            (train, "all_sum", "all-reduce"),
+            (train, "all_sum", "all-reduce of sums"),
             (train, "clip_gradients", "optimiser"),
             (trainer.optimizer, "step", "optimiser"),
             (train, "update_ema", "EMA"),
@@ -245,7 +249,32 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
                 forward_flops(trainer.model.cfg, b.feat_lens, b.target_lens) for b in batches
             )
             rows.append((seconds, flops))
-    report_step(args, trainer.cfg, trainer.ranks, rows, watch, rate)
+        apart = dict(zip(("decode", "features"), front_end_s(run, 32), strict=True))
+        if trainer.ranks.world > 1:
+            gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()))
+            reduce_s = median_seconds(lambda: dist.all_reduce(gradient), 5)
+            apart["all-reduce of gradients"] = reduce_s / (
+                trainer.cfg.batch_size * trainer.cfg.accumulation * trainer.ranks.world
+            )
+    if trainer.ranks.rank == 0:
+        report_step(args, trainer.cfg, trainer.ranks.world, rows, watch, apart, rate)
+
+
+def front_end_s(run: train.Run, count: int) -> tuple[float, float]:
+    """Processor time of an utterance: decoding its file, and its augmented features."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    chosen = run.train[:: max(1, len(run.train) // count)][:count]
+    times = []
+    for i, utterance in enumerate([chosen[0], *chosen]):  # the first makes what all others share
+        began = time.process_time()
+        samples = data.load_audio(utterance.path, run.features)
+        decoded = time.process_time()
+        data.features(samples, run.features, np.random.default_rng(i))
+        times.append((decoded - began, time.process_time() - decoded))
+    torch.set_num_threads(threads)
+    decode_s, features_s = np.mean(times[1:], axis=0).tolist()
+    return decode_s, features_s
 
 
 def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
@@ -258,24 +287,33 @@ def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
         run.progress.epoch += 1
 
 
-def report_step(args: argparse.Namespace, cfg: train.TrainConfig, ranks: train.Ranks,
-                rows: list[tuple[float, float]], watch: Stopwatch,
+def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,  # noqa: PLR0913
+                rows: list[tuple[float, float]], watch: Stopwatch, apart: dict[str, float],
                 rate: float) -> None:  # fmt: skip
-    """The table of stages, warm-up apart, and the JSON line."""
+    """The table of stages, warm-up apart, and the JSON line.
+
+    Args:
+        rows: seconds of each step and the floating-point operations of this rank's forward pass.
+        apart: seconds of an utterance of what happens beside the stages or inside of them: workers
+            decode files and make features, gradients travel during the backward pass.
+        rate: TFLOP/s of matrix products in this rank while all others multiply too.
+    """
     measured = rows[args.warmup :]
     seconds = sum(s for s, _ in measured)
-    count = len(measured) * cfg.batch_size * cfg.accumulation * ranks.world
+    count = len(measured) * cfg.batch_size * cfg.accumulation * world
     median = statistics.median(s for s, _ in measured)
     watch.seconds["rest"] = seconds - sum(watch.seconds.values())
     print(f"first {args.warmup} steps: {sum(s for s, _ in rows[: args.warmup]):.1f} s, left out")
     print(f"{'stage':<22}{'ms/utterance':>14}{'share':>8}")
     for stage, spent in watch.seconds.items():
         print(f"{stage:<22}{1e3 * spent / count:>14.2f}{100 * spent / seconds:>7.1f}%")
-    flops = 3 * sum(f for _, f in measured) * ranks.world
+    for stage, spent in apart.items():
+        print(f"{stage:<22}{1e3 * spent:>14.2f}{'apart':>8}")
+    flops = 3 * sum(f for _, f in measured)
     finish({
         "utts_per_s": count / seconds, "mfu": flops / seconds / 1e12 / rate,
         "gemm_tflops": rate, "peak_rss_gb": peak_rss_gb(), "median_step_s": median,
-        "batch": cfg.batch_size, "accumulation": cfg.accumulation, "ranks": ranks.world,
+        "batch": cfg.batch_size, "accumulation": cfg.accumulation, "ranks": world,
         "threads": torch.get_num_threads(), "preset": cfg.preset,
     })  # fmt: skip
 
@@ -362,7 +400,7 @@ def bench_loss(args: argparse.Namespace) -> None:
 
         return median_seconds(call, repeats)
 
-    before = peak_rss_gb()
+    before = rss_gb()
     fused_s = seconds(lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), 7)
     grown = peak_rss_gb() - before
     plain_s = seconds(plain_loss, 3)
@@ -476,7 +514,8 @@ class Rung(NamedTuple):
 
 def add_ladder_flags(rung: argparse.ArgumentParser, ladder: argparse.ArgumentParser) -> None:
     rung.add_argument("--batch", type=int, required=True, help="utterances of a bucket, all ranks")
-    rung.add_argument("--plain-loss", action="store_true", help="all logits exist at once")
+    rung.add_argument("--plain-loss", action="store_true",
+                      help=f"the logits of {PLAIN_ROWS} utterances exist at once")  # fmt: skip
     ladder.add_argument("--ranks", type=int, default=2, help="of the rung that has several")
     ladder.add_argument("--shapes", type=Path, default=SHAPES, help="buckets of (seconds, labels)")
     ladder.add_argument("--png", type=Path, default=SHAPES.with_name("ladder.png"))
@@ -579,7 +618,12 @@ def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> 
                "--batch-size", str(batch // rung.ranks), "--precision", rung.precision,
                "--loader-workers", str(rung.workers),
                *([] if rung.fused else ["--plain-loss"])]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // rung.ranks))}
+    own = max(1, threads // rung.ranks)
+    env = {**os.environ, "OMP_NUM_THREADS": str(own)}
+    if rung.ranks > 1:  # bound as run.sh does it
+        cpus = sorted(os.sched_getaffinity(0))
+        masks = (sum(1 << cpu for cpu in cpus[i * own : (i + 1) * own]) for i in range(rung.ranks))
+        env["I_MPI_PIN_DOMAIN"] = f"[{','.join(map(hex, masks))}]"
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         said = (result.stderr.strip() or "nothing said").splitlines()[-1]
@@ -590,13 +634,13 @@ def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> 
 def project_hours(row: dict, servers: int, scaling: dict, args: argparse.Namespace) -> float:
     """Hours of 49 epochs on `servers` servers, from a rung of the ladder.
 
-    All cores share the work, each slowed down as one is here by another rank beside it. After it,
-    once in --global-batch utterances, the float32 gradient goes round all ranks, as slowly as
-    `scaling` found: within a server as between two ranks here, else by the fit to its networks.
+    All cores share the work, each as fast as one is here. After it, once in --global-batch
+    utterances, the float32 gradient goes round all ranks, as slowly as `scaling` found: within a
+    server as between two ranks here, else by the fit to its networks.
     """
     pair, num_bytes = scaling["cases"][str(Case(2))], 4 * row["parameters"]
     cores_here = row["ranks"] * row["threads"]
-    work_s = row["epoch_s"] * cores_here / (servers * args.server_cores * pair["efficiency"])
+    work_s = row["epoch_s"] * cores_here / (servers * args.server_cores)
     ranks = servers * args.server_ranks
     if servers > 1:
         reduce_s = fitted_s(scaling, ranks, num_bytes, args.network_gbit)
@@ -637,27 +681,40 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
     if batch % args.ranks:
         raise ValueError(f"--ranks {args.ranks} does not divide the batch of {batch}")
     scaling = read_scaling(args.scaling)
-    results: dict[str, list[dict] | dict] = {}
-    measured: dict[Rung, dict] = {}
+    ladder, alone = make_rungs(args.ranks)
+    # The first of our ideas is on the ladder and alone.
+    rungs = {rung: name for name, rung in (*alone.items(), *ladder.items())}
+    measured: dict[Rung, list[dict]] = {rung: [] for rung in (*ladder.values(), *alone.values())}
     with tempfile.TemporaryDirectory() as folder:
         synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
         words = ["--data", folder, "--split", "noise", "--seconds", str(args.seconds), *words]
-        for kind, rungs in zip(("ladder", "alone"), make_rungs(args.ranks), strict=True):
-            results[kind] = []
-            for name, rung in rungs.items():
-                if rung not in measured:  # the first of our ideas is on the ladder and alone
-                    measured[rung] = measure_rung(rung, batch, threads, words)
-                row = {"name": name, **rung._asdict(), **measured[rung]}
-                # Buckets hold equally many utterances, so their steps weigh the same.
-                row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
-                results[kind].append(row)
-                print(f"{kind}: {name}: {row['epoch_s']:.0f} s an epoch", flush=True)
+        # Two rounds, in turns: the gains of the first two rungs are above any noise.
+        for rung in (*measured, *list(measured)[2:]):
+            row = measure_rung(rung, batch, threads, words)
+            # Buckets hold equally many utterances, so their steps weigh the same.
+            row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
+            measured[rung].append(row)
+            print(f"{rungs[rung]}: {row['epoch_s']:.0f} s an epoch", flush=True)
+    results: dict[str, list[dict] | dict] = {
+        kind: [name_rung(name, rung, measured[rung]) for name, rung in some.items()]
+        for kind, some in (("ladder", ladder), ("alone", alone))
+    }
     for name, run in epochs.items():
         after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
         print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
               f"{100 * run['best_wer']:.1f} %")  # fmt: skip
     results["epochs_to_target"] = epochs
     report_ladder(args, results, scaling)
+
+
+def name_rung(name: str, rung: Rung, measured: Sequence[dict]) -> dict:
+    """A row of the table: the mean of what was measured, and how far apart it was."""
+    seconds = [row["epoch_s"] for row in measured]
+    mean_s = statistics.mean(seconds)
+    return {
+        "name": name, **rung._asdict(), **measured[0], "epoch_s": mean_s, "epochs_s": seconds,
+        "apart": (max(seconds) - min(seconds)) / mean_s,
+    }  # fmt: skip
 
 
 def add_speedups(ladder: list[dict], alone: list[dict]) -> None:
@@ -678,10 +735,14 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     for row in results["ladder"]:
         gains = ("-" if row[name] is None else f"{row[name]:.2f}x" for name in columns)
         print(f"{row['name']:<24}{row['epoch_s']:>12.0f}" + "".join(f"{x:>12}" for x in gains))
+    apart = [row["apart"] for row in results["ladder"][2:] + results["alone"]]
+    print(f"two measurements of a rung were apart by {100 * statistics.median(apart):.1f} % "
+          f"(median), {100 * max(apart):.1f} % at most: gains of less are none")  # fmt: skip
     results["original_s"] = ORIGINAL_S
     story = ", ".join(f"{name} {seconds:,} s ({ORIGINAL_S['one node'] / seconds:.2f}x)"
                       for name, seconds in ORIGINAL_S.items())  # fmt: skip
-    print(f"the original, time to WER 0.25: {story}; stack 8 and its LSTM are one")
+    print(f"the original, time to WER 0.25: {story}; stack 8 and its LSTM are one; oneCCL's "
+          "workers are cases of bench.py scaling where its bindings are installed")  # fmt: skip
     best = min(results["ladder"], key=lambda row: row["epoch_s"])
     results["hours_of_49_epochs"] = {"here": 49 * best["epoch_s"] / 3600} | {
         name: project_hours(best, servers, scaling, args)
@@ -689,15 +750,15 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     }
     hours = ", ".join(f"{k} {v:.1f}" for k, v in results["hours_of_49_epochs"].items())
     print(f"hours of 49 epochs of train-clean-100: {hours}")
-    share = scaling["cases"][str(Case(2))]["efficiency"]
-    print(f"from {best['name']!r}; assumed of a server: {args.server_ranks} ranks, "
-          f"{args.server_cores} cores, each {100 * share:.0f} % as fast as here, as two ranks were "
-          f"beside each other; a network of {args.network_gbit:g} Gbit/s; all-reduce not "
-          f"overlapped; global batch {args.global_batch}, with which 49 epochs must still be "
-          "enough; decoding and checkpoints left out; lattices as of an untrained model, whose "
-          "nodes are all visited")  # fmt: skip
-    draw_ladder(args.png, results)
+    print(f"from {best['name']!r}; assumed of a server: {args.server_ranks} ranks, one a socket, "
+          f"{args.server_cores} cores, each as fast as here with all at work, and the threads of a "
+          f"rank share its work without loss, as no more than {best['threads']} were seen to; a "
+          f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
+          f"{args.global_batch}, with which 49 epochs must still be enough; evaluation and "
+          "checkpoints left out; lattices as of an untrained model, whose nodes are all "
+          "visited")  # fmt: skip
     args.png.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    draw_ladder(args.png, results)
     finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},
             "hours_of_49_epochs": results["hours_of_49_epochs"]})  # fmt: skip
 
@@ -715,7 +776,7 @@ def draw_ladder(png: Path, results: dict) -> None:
     line.set(ylabel="cumulative speed-up", ylim=(0, 1.15 * max(total)))
     ours = {row["name"]: row["alone"] for row in results["ladder"][THEIRS:]}
     axes[1].bar_label(axes[1].bar(*zip(*ours.items(), strict=True), color="C1"), fmt="%.2f")
-    axes[1].set(ylabel="speed-up", title="alone, on the original's model in fp32")
+    axes[1].set(ylabel="speed-up", title="alone, on top of the fourth")
     for ax in axes:
         ax.margins(y=0.1)  # for the figures on the bars
         for label in ax.get_xticklabels():
@@ -759,10 +820,14 @@ def all_reduce_bf16(_state: None, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """One rank of a case: medians of a step, of one without all-reduce, and of all-reduces."""
+    """One rank of a case: a step, one without all-reduce, all-reduces; medians over --turns.
+
+    Every rank of every case computes the same batch, so that cases differ by ranks alone.
+    """
     with open_run(args, words, 1) as run:
         trainer = run.trainer
-        (batches,) = iter_steps(run, 1)
+        dataset = data.SpeechDataset(run.train, run.tokenizer, run.features, seed=1)
+        batches = [data.collate([dataset[i] for i in range(trainer.cfg.batch_size)])]
         dtype = torch.bfloat16 if args.compress else torch.float32
         gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
         parallel = trainer.parallel
@@ -791,10 +856,21 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
                 function()
                 seconds[name].append(time.perf_counter() - started)
         if trainer.ranks.rank == 0:
-            finish({name: statistics.median(s[1:]) for name, s in seconds.items()}
-                   | {"gradient_bytes": gradient.nbytes})  # fmt: skip
+            finish(summarize(seconds) | {"gradient_bytes": gradient.nbytes})
         if trainer.ranks.world > 1:
             dist.barrier()  # the store is rank 0's
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict:
+    """Median and sorted "turns" of every measure, the first turn left out.
+
+    What a step waits for its all-reduce is taken turn by turn: computing varies more than that.
+    """
+    if "compute" in seconds:
+        pairs = zip(seconds["step"], seconds["compute"], strict=True)
+        seconds["waits"] = [step - compute for step, compute in pairs]
+    turns = {name: sorted(s[1:]) for name, s in seconds.items()}
+    return {name: statistics.median(s) for name, s in turns.items()} | {"turns": turns}
 
 
 def ip(*words: str) -> None:
@@ -893,7 +969,8 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
                   slow._replace(words=("--bucket-mb", "100")), slow._replace(words=("--compress",)),
                   slow._replace(words=("--micro-batches", "4"))]  # fmt: skip
     results = {}
-    print(f"{'':<34}{'step s':>8}{'compute':>9}{'all-reduce':>12}{'hidden':>8}{'efficiency':>12}")
+    print(f"{'':<34}{'step s':>8}{'compute':>9}{'all-reduce':>12}{'waits, least to most':>24}"
+          f"{'efficiency':>12}")  # fmt: skip
     for case in cases:
         row = results[case] = measure_case(case, ["--turns", str(args.turns), *words])
         single = results[cases[0]]["step"] * (4 if "--micro-batches" in case.words else 1)
@@ -903,9 +980,10 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
             cells += f"{row['step']:>8.2f}"
         if "compute" in row:
             # Steps differ by more than a short all-reduce takes: it counts as hidden, or not.
-            exposed = (row["step"] - row["compute"]) / row["all_reduce"]
-            row["hidden"] = 1 - min(1.0, max(0.0, exposed))
-            cells += f"{row['compute']:>9.2f}{row['all_reduce']:>12.3f}{100 * row['hidden']:>7.0f}%"
+            row["hidden"] = 1 - min(1.0, max(0.0, row["waits"] / row["all_reduce"]))
+            least, *_, most = row["turns"]["waits"]
+            cells += f"{row['compute']:>9.2f}{row['all_reduce']:>12.3f}"
+            cells += f"{row['waits']:>8.2f} ({least:>5.2f} to {most:>5.2f})"
             cells += f"{100 * row['efficiency']:>11.0f}%"
         elif "all_reduce" in row:
             cells = f"{cells:<51}{row['all_reduce']:>12.3f}"
@@ -924,8 +1002,8 @@ def project_hosts(results: dict[Case, dict]) -> dict:
              for c, r in plain.items()]  # fmt: skip
     (latency, slope), *_ = np.linalg.lstsq(terms, [r["all_reduce"] for r in plain.values()])
     fit = {"latency_s": latency, "slope": slope}
-    print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x bytes over the "
-          "network's rate")  # fmt: skip
+    print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x 2 (n-1)/n x "
+          "bytes over the network's rate")  # fmt: skip
     # On a fast network noise covers what hides behind the backward pass; on the slow one it shows.
     exposed = 1 - results[Case(2, gbit=1)]["hidden"]
     here, speedups = results[Case(2)], {}
@@ -974,7 +1052,7 @@ def main() -> None:
     for command in (member, scaling):
         command.add_argument("--turns", type=int, default=5, help="of every measure")
     for command in (step, reports, features, decoding, rung, member):
-        needed = command in (decoding, rung)
+        needed = command in (decoding, rung, reports)
         command.add_argument("--data", required=needed, help="corpus root")
         command.add_argument("--split", required=needed, help="folder below it")
     curves = commands.add_parser("curves", allow_abbrev=False)

@@ -31,8 +31,8 @@ import data
 from data import Batch, FeatureConfig, Tokenizer
 from model import ModelConfig, Transducer
 
-MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309); one frame is 240 ms
 CHECKPOINT_FORMAT = 3
+MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
 MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample); checked when a new frame starts
 
 
@@ -71,7 +71,7 @@ def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
     frame = torch.zeros_like(enc_lens)  # (B,) t of each utterance
     emitted = torch.zeros_like(enc_lens)  # (B,) labels at this frame
     total = torch.zeros_like(enc_lens)  # (B,) labels so far
-    rows = torch.arange(len(feats), device=feats.device)  # utterances not at their end
+    rows = enc_lens.nonzero()[:, 0]  # utterances not at their end
     paths: list[list[Arc]] = [[] for _ in range(len(feats))]
     while len(rows):
         logits = joint(encoded[rows, frame[rows]], predicted[rows])  # (rows, V)

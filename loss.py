@@ -257,7 +257,7 @@ def lattice_sizes(enc_lens: Tensor, target_lens: Tensor) -> list[tuple[int, int,
 class JointCosts(torch.autograd.Function):
     """Encoder and predictor outputs, output layer -> costs (B,).
 
-    The forward pass keeps two numbers a lattice node, the log-probabilities of its arcs. The
+    The forward pass keeps the lattice, some numbers a node, but no logits and no softmax. The
     backward pass computes the logits again, for the nodes that the paths really visit: early in
     training all of them, once the model aligns a small part.
     """
@@ -304,7 +304,7 @@ class JointCosts(torch.autograd.Function):
             grad_rows = joint_backward(
                 rows, arcs, labels[b][visited % u1], (w, c, ctx.blank), grads[2:]
             )
-            grad_rows.mul_((rows > 0) * (256 / (256 - dropped_of_256(ctx.dropout))))
+            grad_rows.mul_(rows > 0).mul_(256 / (256 - dropped_of_256(ctx.dropout)))
             grad_hidden[visited] = grad_rows
             grad_hidden = grad_hidden.view(n, u1, -1)
             grads[0][b, :n] = grad_hidden.sum(1, dtype=stat_dtype)

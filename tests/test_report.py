@@ -259,10 +259,12 @@ def test_the_profile_of_two_ranks_sees_their_communication(tmp_path):
     assert 0 < float(share) < 100
 
 
-def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys):
-    words = ["report", "--turns", "3", "--preset", "demo", "--batch-size", "1",
-             "--enc-hidden", "8", "--vocab-size", "16", "--loader-workers", "0"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys, tmp_path):
+    root = tiny_corpus(tmp_path)
+    words = ["report", "--data", root, "--split", "train", "--turns", "3", "--preset", "demo",
+             "--batch-size", "1", "--enc-hidden", "8", "--vocab-size", "32",
+             "--loader-workers", "0"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
     bench.main()
     torch.set_flush_denormal(False)
     *lines, result = capsys.readouterr().out.splitlines()

@@ -25,7 +25,9 @@ def measured(case, words):
     if case == Case(1):
         return {"step": 1.8, "gradient_bytes": BYTES}
     noise = -1 if case.gbit == 10 else 0  # more than the all-reduce takes
-    return row | {"compute": 2.0, "step": 2.0 + 0.5 * row["all_reduce"] + noise}
+    waits = 0.5 * row["all_reduce"] + noise
+    turns = {"waits": [waits - 0.125, waits, waits + 0.25]}
+    return row | {"compute": 2.0, "step": 2.0 + waits, "waits": waits, "turns": turns}
 
 
 @pytest.mark.parametrize("has_hosts", [True, False])
@@ -39,6 +41,9 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     result = json.loads(last)
     assert json.loads(path.read_text()) == result
     assert result["cases"]["2 ranks"]["hidden"] == pytest.approx(0.5)
+    pair = next(line for line in lines if line.startswith("2 ranks"))
+    assert pair.split() == ["2", "ranks", "2.05", "2.00", "0.100", "0.05", "(-0.07", "to", "0.30)",
+                            "88%"]  # fmt: skip
     assert result["cases"]["2 ranks"]["efficiency"] == pytest.approx(1.8 / 2.05)
     if not has_hosts:
         assert set(result["cases"]) == {"1 ranks", "2 ranks"}

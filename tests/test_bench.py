@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench.py measures what it says: python -m pytest tests/test_bench.py"""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from tones import REPO
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import train
+from model import PRESETS, ModelConfig, Transducer
+
+SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "16",
+         "--batch-size", "2", "--loader-workers", "0"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("changes", [{}, {"stack": 3, "pre_layers": 1, "pred_layers": 1}])
+def test_flops_are_those_that_torch_counts(changes):
+    """torch counts matrix products alone, and LSTM cells where it takes them apart."""
+    cfg = replace(ModelConfig(64, 24, 16, 2, 2, 2, 12, 2, 20), **changes)
+    model = Transducer(cfg).eval()
+    lens, target_lens = torch.tensor([12, 12]), torch.tensor([5, 5])
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        encoded, _ = model.encode(torch.randn(2, 12, 64), lens)
+        model.joint(encoded, model.predict(torch.zeros(2, 5, dtype=torch.int64)))
+    assert bench.forward_flops(cfg, lens, target_lens) == counter.get_total_flops()
+
+
+def test_padding_does_not_count():
+    cfg, lens = PRESETS["democratized"], torch.tensor([420, 300])
+    alone = [bench.forward_flops(cfg, lens[i : i + 1], torch.tensor([50])) for i in (0, 1)]
+    assert bench.forward_flops(cfg, lens, torch.tensor([50, 50])) == pytest.approx(sum(alone))
+
+
+def test_nested_stages_add_up_to_the_whole(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 6.0])  # outer begins, inner begins, inner ends, outer ends
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    watch = bench.Stopwatch()
+    inner = watch.timed("inner", lambda: "result")
+    assert watch.timed("outer", inner)() == "result"
+    assert watch.seconds == {"inner": 3.0, "outer": 3.0}
+
+
+def test_report_of_steps(capsys):
+    """Four ranks of a batch of 2: warm-up left out, 2 x 4 utterances a step."""
+    args = Namespace(warmup=1)
+    rows = [(9.0, 1e12), (1.0, 2e12), (3.0, 2e12)]  # seconds, this rank's operations
+    watch = bench.Stopwatch()
+    watch.seconds["encoder"] = 3.0
+    cfg = train.TrainConfig(".", ["x"], "x", ".", batch_size=2)
+    bench.report_step(args, cfg, 4, rows, watch, {"decode": 0.004}, 6.0)
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[0] == "first 1 steps: 9.0 s, left out"
+    assert [line.split() for line in table[2:]] == [
+        ["encoder", "187.50", "75.0%"], ["rest", "62.50", "25.0%"], ["decode", "4.00", "apart"]
+    ]  # fmt: skip
+    said = json.loads(last)
+    assert said["utts_per_s"] == 4  # 16 in 4 s
+    assert said["mfu"] == pytest.approx(3 * 4e12 / 4 / 6e12)
+    assert said["median_step_s"] == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
+    monkeypatch.setattr(bench, "gemm_tflops", lambda: 0.5)
+    words = ["--warmup", "1", "--steps", "2", "--preset", "democratized", *SMALL,
+             "--accumulation", str(accumulation)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench.py", "step", *words])
+    bench.main()
+    *table, last = capsys.readouterr().out.splitlines()
+    said, rows = json.loads(last), [line.rsplit(maxsplit=2) for line in table[2:]]
+    stages = {name: float(ms) for name, ms, share in rows if share != "apart"}
+    assert sum(stages.values()) == pytest.approx(1e3 / said["utts_per_s"], abs=0.1)
+    assert set(stages) == {
+        "wait for data", "encoder", "prediction", "joint+loss", "joint+loss backward",
+        "other backward", "all-reduce of sums", "optimiser", "EMA", "rest",
+    }  # fmt: skip
+    assert stages["rest"] < 0.2 * sum(stages.values())
+    apart = {name for name, _, share in rows if share == "apart"}
+    assert apart == {"decode", "features"}
+    assert 0 < said["mfu"] < 1
+    assert said["peak_rss_gb"] > 0.1
+    assert (said["batch"], said["accumulation"], said["ranks"]) == (2, accumulation, 1)
+
+
+def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", replace(PRESETS["demo"], joint_hidden=8, vocab_size=8))
+    monkeypatch.setattr(bench, "gemm_tflops", lambda: 0.5)
+    bench.bench_loss(Namespace(preset="small", batch_size=2))
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["speedup"] == said["utts_per_s"] / said["plain_utts_per_s"]
+    assert 0 < said["share_of_gemm"] < 1
+    assert said["memory_growth_gb"] >= 0
+
+
+def test_inputs_of_the_loss_have_the_lengths_of_train_clean_100():
+    (encoded, predicted, weight, bias), (targets, enc_lens, target_lens) = bench.loss_inputs(
+        PRESETS["democratized"], 32
+    )
+    assert encoded.shape == (32, int(enc_lens.max()), 512)
+    assert predicted.shape == (32, int(target_lens.max()) + 1, 512)
+    assert targets.shape == (32, int(target_lens.max()))
+    assert weight.shape == (1024, 512)
+    assert bias.shape == (1024,)
+    assert 40 < enc_lens.double().mean() < 65  # of 53: 12.7 s in frames of 240 ms
+    assert 45 < target_lens.double().mean() < 72  # of 58
+
+
+def test_features_take_longer_with_augmentation(capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "features", "--count", "4"])
+    try:
+        bench.main()
+    finally:
+        torch.set_num_threads(threads)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < said["decode_ms_per_utt"] < said["plain_ms_per_utt"] < said["ms_per_utt"]
+    assert 1 < said["audio_s"] < 17
+
+
+def test_two_ranks_print_one_table_and_the_all_reduce():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(REPO / "bench.py"), "step", "--warmup", "1", "--steps", "1"]  # fmt: skip
+    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("{") for line in lines) == 1
+    assert any(line.startswith("all-reduce of gradients") for line in lines)
+    assert json.loads(lines[-1])["ranks"] == 2
