@@ -22,6 +22,7 @@ import math
 import os
 import resource
 import secrets
+import signal
 import socket
 import statistics
 import subprocess
@@ -812,15 +813,30 @@ class Case(NamedTuple):
         return env
 
 
-def all_reduce_bf16(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """For DistributedDataParallel; torch's own hook of this kind is for GPUs alone."""
-    small = bucket.buffer().bfloat16().div_(dist.get_world_size())
-    done = dist.all_reduce(small, async_op=True).get_future()
+def exchange(state: dict, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """For DistributedDataParallel: the mean over all ranks, which travels as state["dtype"].
+
+    Notes in state["began"] when the last bucket was ready, with which the backward pass ends.
+    """
+    state["began"] = time.perf_counter()
+    sent = bucket.buffer().to(state["dtype"]).div_(dist.get_world_size())
+    done = dist.all_reduce(sent, async_op=True).get_future()
     return done.then(lambda future: bucket.buffer().copy_(future.value()[0]))
 
 
+def exchanging(trainer: train.Trainer, state: dict, bucket_mb: int) -> train.Trainer:
+    """Exchanges gradients by `exchange`, in buckets of this size if it is not 0."""
+    parallel = trainer.parallel
+    if bucket_mb:
+        parallel = DistributedDataParallel(
+            trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
+        )
+    parallel.register_comm_hook(state, exchange)
+    return trainer._replace(parallel=parallel)
+
+
 def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """One rank of a case: a step, one without all-reduce, all-reduces; medians over --turns.
+    """One rank of a case: a step, what it waits for all-reduces, one alone; medians over --turns.
 
     Every rank of every case computes the same batch, so that cases differ by ranks alone.
     """
@@ -830,25 +846,22 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
         batches = [data.collate([dataset[i] for i in range(trainer.cfg.batch_size)])]
         dtype = torch.bfloat16 if args.compress else torch.float32
         gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
-        parallel = trainer.parallel
-        if args.bucket_mb:
-            parallel = DistributedDataParallel(
-                trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=args.bucket_mb
-            )
-        if args.compress:
-            parallel.register_comm_hook(None, all_reduce_bf16)
-        trainer = trainer._replace(parallel=parallel)
+        state, seconds = {"dtype": dtype}, defaultdict(list)
+        if trainer.ranks.world > 1:
+            trainer = exchanging(trainer, state, args.bucket_mb)
 
-        def step(is_synced: bool) -> None:
-            with contextlib.nullcontext() if is_synced else parallel.no_sync():
-                train.train_step(trainer, batches * args.micro_batches, 1, trainer.cfg.lr)
+        def clip_gradients(*args: object) -> float:  # comes after the backward pass
+            if "began" in state:
+                seconds["waits"].append(time.perf_counter() - state["began"])
+            return clip(*args)
 
-        what = {"all_reduce": lambda: dist.all_reduce(gradient)}
-        if not args.exchange_only:
-            what |= {"step": lambda: step(True), "compute": lambda: step(False)}
-        if trainer.ranks.world == 1:
-            what = {"step": lambda: step(True)}
-        seconds = defaultdict(list)
+        def step() -> None:
+            train.train_step(trainer, batches * args.micro_batches, 1, trainer.cfg.lr)
+
+        clip, train.clip_gradients = train.clip_gradients, clip_gradients
+        what = {} if args.exchange_only else {"step": step}
+        if trainer.ranks.world > 1:
+            what["all_reduce"] = lambda: dist.all_reduce(gradient)
         for _ in range(args.turns + 1):
             for name, function in what.items():
                 train.all_sum(torch.zeros(1), trainer.ranks)  # all begin together
@@ -862,13 +875,7 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def summarize(seconds: dict[str, list[float]]) -> dict:
-    """Median and sorted "turns" of every measure, the first turn left out.
-
-    What a step waits for its all-reduce is taken turn by turn: computing varies more than that.
-    """
-    if "compute" in seconds:
-        pairs = zip(seconds["step"], seconds["compute"], strict=True)
-        seconds["waits"] = [step - compute for step, compute in pairs]
+    """Median and sorted "turns" of every measure, the first turn left out."""
     turns = {name: sorted(s[1:]) for name, s in seconds.items()}
     return {name: statistics.median(s) for name, s in turns.items()} | {"turns": turns}
 
@@ -918,17 +925,22 @@ def measure_case(case: Case, words: Sequence[str]) -> dict:
         port = str(free.getsockname()[1])
     with hosts as prefixes, tempfile.TemporaryFile("w+") as said:
         members = []
-        for rank in range(case.ranks):
-            prefix = prefixes[rank] if prefixes else []  # without hosts of their own: this one
-            backend = "ccl" if case.ccl_workers else "gloo"
-            members.append(subprocess.Popen(
-                [*prefix, sys.executable, __file__, "member", "--backend", backend, *case.words,
-                 *words],
-                env=os.environ | case.environment(rank, port), stderr=said, text=True,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            ))  # fmt: skip
-        out = members[0].communicate()[0]
-        if any([member.wait() for member in members]):
+        try:
+            for rank in range(case.ranks):
+                prefix = prefixes[rank] if prefixes else []  # without hosts of their own: this one
+                backend = "ccl" if case.ccl_workers else "gloo"
+                members.append(subprocess.Popen(
+                    [*prefix, sys.executable, __file__, "member", "--backend", backend,
+                     *case.words, *words],
+                    env=os.environ | case.environment(rank, port), stderr=said, text=True,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                ))  # fmt: skip
+            out = members[0].communicate()[0]
+            failed = any([member.wait() for member in members])
+        finally:  # nothing stays behind, if this is interrupted
+            for member in members:
+                member.kill()
+        if failed:
             said.seek(0)
             raise ValueError(f"{case}: {(said.read().strip() or 'nothing said').splitlines()[-1]}")
     return json.loads(out.splitlines()[-1])
@@ -969,7 +981,7 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
                   slow._replace(words=("--bucket-mb", "100")), slow._replace(words=("--compress",)),
                   slow._replace(words=("--micro-batches", "4"))]  # fmt: skip
     results = {}
-    print(f"{'':<34}{'step s':>8}{'compute':>9}{'all-reduce':>12}{'waits, least to most':>24}"
+    print(f"{'':<34}{'step s':>8}{'all-reduce':>12}{'waits, least to most':>24}"
           f"{'efficiency':>12}")  # fmt: skip
     for case in cases:
         row = results[case] = measure_case(case, ["--turns", str(args.turns), *words])
@@ -978,15 +990,14 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
         if "step" in row:
             row["efficiency"] = single / row["step"]
             cells += f"{row['step']:>8.2f}"
-        if "compute" in row:
-            # Steps differ by more than a short all-reduce takes: it counts as hidden, or not.
-            row["hidden"] = 1 - min(1.0, max(0.0, row["waits"] / row["all_reduce"]))
+        if "waits" in row:
             least, *_, most = row["turns"]["waits"]
-            cells += f"{row['compute']:>9.2f}{row['all_reduce']:>12.3f}"
-            cells += f"{row['waits']:>8.2f} ({least:>5.2f} to {most:>5.2f})"
+            cells += (
+                f"{row['all_reduce']:>12.3f}{row['waits']:>8.2f} ({least:.2f} to {most:.2f})   "
+            )
             cells += f"{100 * row['efficiency']:>11.0f}%"
         elif "all_reduce" in row:
-            cells = f"{cells:<51}{row['all_reduce']:>12.3f}"
+            cells = f"{cells:<42}{row['all_reduce']:>12.3f}"
         print(cells, flush=True)
     result = {"cases": {str(case): row for case, row in results.items()}}
     if slow in results:
@@ -1004,12 +1015,14 @@ def project_hosts(results: dict[Case, dict]) -> dict:
     fit = {"latency_s": latency, "slope": slope}
     print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x 2 (n-1)/n x "
           "bytes over the network's rate")  # fmt: skip
-    # On a fast network noise covers what hides behind the backward pass; on the slow one it shows.
-    exposed = 1 - results[Case(2, gbit=1)]["hidden"]
-    here, speedups = results[Case(2)], {}
+    slow, here, speedups = results[Case(2, gbit=1)], results[Case(2)], {}
+    exposed = min(
+        1.0, slow["waits"] / slow["all_reduce"]
+    )  # the rest hides behind the backward pass
+    compute_s = here["step"] - here["waits"]
     for gbit in (10, 1):
         reduce_s = fitted_s(fit, 8, here["gradient_bytes"], gbit)
-        one, four = (here["compute"] + exposed * s for s in (here["all_reduce"], reduce_s))
+        one, four = (compute_s + exposed * s for s in (here["all_reduce"], reduce_s))
         speedups[f"{gbit} Gbit/s"] = 4 * one / four
     said = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
     print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "
@@ -1059,6 +1072,7 @@ def main() -> None:
     curves.add_argument("runs", nargs="+", type=Path, help="run directories")
     curves.add_argument("--png", required=True, type=Path)
     args, words = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are unmade
     with_words = {"step": bench_step, "report": bench_report, "rung": bench_rung,
                   "ladder": bench_ladder, "member": bench_member,
                   "scaling": bench_scaling}  # fmt: skip

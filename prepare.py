@@ -39,7 +39,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from data import describe, read_transcripts, scan_split
+from data import FORMATS, describe, read_transcripts, scan_split
 
 # ------------------------------------------------------------------------------ demo: what is said
 
@@ -351,29 +351,35 @@ def make_demo(
 ) -> None:
     """Write the demo corpus to `root`; nothing to do if it is there.
 
-    Same sizes, seed and package versions give the same bytes. An interrupted run leaves no `root`.
+    Same sizes, seed and package versions give the same bytes. What an interrupted call has left is
+    made again.
 
     Raises:
         FileExistsError: `root` holds something else.
     """
     recipe = f"demo recipe {DEMO_RECIPE}, {num_train} + {num_dev} utterances, seed {seed}\n"
-    recipe_file = root / "recipe.txt"
-    if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
-        print(f"{root}: is there already: {recipe}", end="")
-        return
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root}: holds something other than {recipe.strip()}; remove it")
+    recipe_file, unfinished = root / "recipe.txt", root / ".unfinished"
+    if not unfinished.exists():
+        if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
+            print(f"{root}: is there already: {recipe}", end="")
+            return
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise FileExistsError(
+                f"{root}: holds something other than {recipe.strip()}; choose another folder"
+            )
 
     start = time.perf_counter()
     lines = plan_demo(num_train, num_dev, seed)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling is on the same disk, so that the last step is one rename.
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as unfinished:
-        folder = Path(unfinished) / root.name
-        folder.mkdir()
-        hours = write_demo(folder, lines, seed)
-        (folder / recipe_file.name).write_text(recipe, encoding="utf-8")
-        folder.rename(root)
+    # Inside of `root`, which may be a mount point, and there until all else is: the folder was
+    # empty when it came, so beside it stands what an interrupted call has written.
+    for name in (*sorted({line.split for line in lines}), unfinished.name):
+        shutil.rmtree(root / name, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    hours = write_demo(unfinished, lines, seed)
+    for folder in sorted(unfinished.iterdir()):
+        folder.rename(root / folder.name)
+    recipe_file.write_text(recipe, encoding="utf-8")
+    unfinished.rmdir()
     print(f"{root}: {len(lines)} utterances, {hours:.2f} h, {time.perf_counter() - start:.0f} s")
 
 
@@ -688,8 +694,9 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
 
 
 def find_splits(root: Path) -> list[str]:
-    """Names of the folders in `root` that hold a transcript where LibriSpeech has it."""
-    return sorted({path.parents[2].name for path in root.glob("*/*/*/*.trans.txt")})
+    """Names of the folders in `root` that hold a transcript or audio where LibriSpeech has them."""
+    return sorted({path.parents[2].name for path in root.glob("*/*/*/*")
+                   if path.name.endswith((".trans.txt", *FORMATS))})  # fmt: skip
 
 
 def check(root: Path, splits: Sequence[str]) -> bool:
@@ -751,7 +758,7 @@ def main(words: Sequence[str] | None = None) -> int:
             make_demo(args.root)
         else:
             make_librispeech(args.root, args.command, args.mirror, args.archive)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -72,11 +72,16 @@ mask() {
     END { printf "0x"; for (place = top + 0; place >= 0; place--) printf "%x", digit[place] }'
 }
 
-# cpu_quota: how many CPUs' time the control group grants, rounded up; nothing if it sets no limit.
+# cpu_quota: how many CPUs' time the control group and those around it (version 2) grant, rounded up; nothing without
+# a limit.
 cpu_quota() {
   local group
   group=$(sed -n 's/^0:://p' /proc/self/cgroup)
-  awk '$1 != "max" { print int(($1 + $2 - 1) / $2) }' "$CGROUPS$group/cpu.max" 2>/dev/null || true
+  while true; do
+    awk '$1 != "max" { print int(($1 + $2 - 1) / $2) }' "$CGROUPS$group/cpu.max" 2>/dev/null || true
+    [[ $group == */* ]] || break
+    group=${group%/*}
+  done | sort -n | awk 'NR == 1'
 }
 
 # read_hosts: $HOSTS into the array hosts; slots, if given, into RANKS.
@@ -135,7 +140,8 @@ mpi_kind() {
 find_library() {
   local path
   for path in "$VENV/lib/$1" "${CONDA_PREFIX:-/none}/lib/$1" "${CMPLR_ROOT:-/none}/lib/$1"; do
-    if [[ -e $path ]]; then
+    # The loader takes spaces and colons for the end of a name.
+    if [[ -e $path && $(realpath "$path") != *[[:space:]:]* ]]; then
       realpath "$path"
       return
     fi
@@ -161,11 +167,15 @@ decide() {
 }
 
 # train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0. What became
-# of the run is in the last line of its log, if that was written since, be it in the same tick of the clock.
+# of the run is in the last line of its log, unless that is older than the launch.
 train() {
   local since status=0 last=""
   since=$(mktemp)
   run_step "$@" || status=$?
+  if [[ $LAUNCHER == python ]]; then
+    rm -f "$since"
+    return "$status"
+  fi
   if [[ ! $OUT/log.jsonl -ot $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
   rm -f "$since"
   case $last in
@@ -183,6 +193,23 @@ show_command() {
   printf 'launch '
   printf ' %q' "$@"
   printf '\n'
+}
+
+# needs_corpus WORD...: whether $DATA lacks a split of this run, or holds the demo, which may be of another version.
+needs_corpus() {
+  local word split is_split="" splits=("${train_splits[@]}")
+  for word in "$@"; do
+    case $word in
+      --train-splits) is_split=yes splits=() ;;
+      --train-splits=*) splits=("${word#*=}") ;;
+      -*) is_split="" ;;
+      *) if [[ $is_split ]]; then splits+=("$word"); fi ;;
+    esac
+  done
+  for split in "${splits[@]}" "$dev_split"; do
+    if [[ ! -d $DATA/$split ]]; then return 0; fi
+  done
+  [[ $CORPUS == demo && (-e $DATA/recipe.txt || -e $DATA/.unfinished) ]]
 }
 
 # The stamp is written last: an installation that broke off is done again.
@@ -205,7 +232,8 @@ run_step() {
   group=$!
   wait "$group" || status=$?
   if [[ -z $signal ]]; then return "$status"; fi
-  # Two minutes are for a step and its checkpoint. Where nobody collects orphans, they count as alive for ever.
+  # Two minutes are for a step and its checkpoint. In a container whose first process does not collect orphans, those
+  # that ended seem alive: hence the limit.
   for ((tenths = 0; tenths < 1200; tenths++)); do
     kill -0 -- "-$group" 2>/dev/null || exit $((128 + signal))
     sleep 0.1
@@ -302,7 +330,7 @@ if [[ $DRY_RUN != 1 ]]; then set_up; fi
 PATH=$(realpath -ms "$VENV")/bin:$PATH
 
 # Containers, batch systems and taskset narrow the allowed CPUs; lscpu alone would show the whole host.
-cpus=$(taskset -pc $$)
+cpus=$(LC_ALL=C taskset -pc $$)
 cpus=${cpus##*: }
 mapfile -t cores < <(physical_cores "$cpus") # "node cpu" each
 ((${#cores[@]})) || die "lscpu shows no core behind the CPUs $cpus"
@@ -427,6 +455,7 @@ case $LAUNCHER in
     # Not --standalone, which looks this machine's own name up.
     launch=("$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node "$RANKS")
     launch+=(--master-addr "$address" --master-port "$port")
+    decide TORCH_ELASTIC_SHUTDOWN_TIMEOUT 110 "s for a step and its checkpoint; torchrun's own are 30"
     ;;
   ipex)
     launch=(ipexrun)
@@ -474,8 +503,9 @@ if [[ $DRY_RUN == 1 ]]; then exit; fi
 # ---- run ----
 # A batch system may start processes on hosts that ssh may not reach.
 if [[ $single == 0 && ${I_MPI_HYDRA_BOOTSTRAP:-ssh} == ssh ]]; then check_hosts; fi
-run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"
-train env "${settings[@]}" "${launch[@]}"
+if needs_corpus "$@"; then run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"; fi
+# A batch job may have told all its processes that they are one and the same rank.
+train env -u RANK -u WORLD_SIZE -u LOCAL_RANK "${settings[@]}" "${launch[@]}"
 
 # One process scores, so it takes the cores of all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$usable}

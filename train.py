@@ -24,10 +24,12 @@ import fcntl
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -152,12 +154,20 @@ EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "SIGUSR1": 128 + signal.SIGUSR1,
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag for each field of a config dataclass; absent ones keep the preset's value."""
+    """One flag for each field of a config dataclass; absent ones keep the preset's value.
+
+    Its help is the comment behind the field and the default.
+    """
+    comments = dict(
+        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE)
+    )
     for field in fields(config):
         if field.name == "feature_size":  # follows from the front end
             continue
         flag = "--" + field.name.replace("_", "-")
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
+        default = "" if field.default is MISSING else f"({field.default})"
+        options["help"] = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.type == tuple[str, ...]:
@@ -219,6 +229,8 @@ def bind(ranks: Ranks) -> None:
     I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
     1. Its other forms (`socket`, `core` ...) are for Intel MPI alone. Warns of cores left idle.
     """
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        return
     sharing = ranks.world  # at most so many ranks share the CPUs of a process that is not bound
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
     if domains.startswith("["):
@@ -257,7 +269,10 @@ def interface_to(host: str) -> str | None:
     Left alone, gloo takes the interface of this machine's own name, on Debian often the loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 1))  # chooses a route and sends nothing
+        try:
+            probe.connect((host, 1))  # chooses a route and sends nothing
+        except socket.gaierror:
+            return None
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
@@ -330,7 +345,7 @@ class Pulse:
     def beat(self) -> None:
         counts = dict.fromkeys(self.risen, 0)  # one that has not begun has not risen
         while not self.ended.is_set():
-            # Should the store itself stop to answer, nothing else would end a wait without limit.
+            # If the store itself stops answering, nothing else would end a wait without limit.
             faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)
             try:
                 for rank in self.risen:
@@ -366,7 +381,8 @@ class Pulse:
         print(line, file=sys.stderr, flush=True)
         # Hydra (Intel MPI, MPICH) waits for ranks that do not call MPI, even for stopped ones.
         if "PMI_FD" in os.environ:
-            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
+            with suppress(OSError):  # it is gone already
+                os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
         os._exit(1)  # at once: what torch still has to close would wait for the lost rank
 
     def compare(self, facts: dict[str, object]) -> None:
@@ -405,6 +421,11 @@ def processor() -> str:
 def processor_multiplies_bf16() -> bool:
     """AMX or AVX-512 (x86) and BF16 (Arm) name themselves in the processor's flags."""
     return bool(set(processor().split()) & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def matrix_dtype(cfg: TrainConfig) -> torch.dtype:
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and processor_multiplies_bf16())
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 # ------------------------------------------------------------------------------------ optimiser
@@ -530,14 +551,12 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trai
     optimizer = Lamb(
         model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, cfg.weight_decay
     )
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and processor_multiplies_bf16())
-    dtype = torch.bfloat16 if bf16 else torch.float32
     if cfg.ipex:
         optimize_with_ipex(model, optimizer)
     parallel = model
     if ranks.world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(cfg, ranks, model, parallel, ema, optimizer, dtype)
+    return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg))
 
 
 def step_moments(trainer: Trainer, batches: Sequence[Batch]) -> Tensor | None:
@@ -656,8 +675,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(out.glob("checkpoint-*.pt"))
+    """Oldest first. A copy under any other name is the user's."""
+    return sorted(out.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
 class Progress:
@@ -710,9 +729,10 @@ def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence)
 
 def forget_run(out: Path) -> None:
     """Deletes what training wrote to its run directory, and nothing else."""
-    for path in (*list_checkpoints(out), *out.glob("*.partial"), out / "best.pt",
-                 *out.glob("events.out.tfevents.*"), out / "log.jsonl", out / "mllog.log",
-                 out / "curves.png", out / "trace.json"):  # fmt: skip
+    partial = [out / f"{name}.partial" for name in ("best", "log")]
+    for path in (*list_checkpoints(out), *out.glob("checkpoint-*.partial"), *partial,
+                 out / "best.pt", *out.glob("events.out.tfevents.*"), out / "log.jsonl",
+                 out / "mllog.log", out / "curves.png", out / "trace.json"):  # fmt: skip
         path.unlink(missing_ok=True)
 
 
@@ -940,8 +960,11 @@ class Run:
             save_checkpoint(out / "best.pt", checkpoint)
         path = out / f"checkpoint-{progress.step:08d}.pt"
         save_checkpoint(path, checkpoint)
-        for old in list_checkpoints(out)[:-2]:
-            old.unlink()
+        # One of a later step is damaged, or this run would have gone on from it.
+        kept = [p for p in list_checkpoints(out) if p <= path][-2:]
+        for old in list_checkpoints(out):
+            if old not in kept:
+                old.unlink()
         self.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
 
     def restore(self, checkpoint: dict) -> None:
@@ -949,7 +972,10 @@ class Run:
         trainer, progress = self.trainer, self.progress
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.ema.load_state_dict(checkpoint["ema"])
+        (group,) = trainer.optimizer.param_groups
+        asked = {name: group[name] for name in ("betas", "epsilon", "weight_decay")}
         trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        trainer.optimizer.param_groups[0].update(asked)  # as this run's flags say, like lr
         vars(progress).update(checkpoint["progress"])
         self.log.rewind(progress.step, progress.evaluated)
         self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
@@ -1166,7 +1192,7 @@ def main() -> int:
     pulse.compare({
         "corpus": describe_corpus(train + dev),
         "step": 0 if found is None else checkpoint["progress"]["step"],
-        **asdict(cfg), **asdict(model_cfg), **asdict(features),
+        **asdict(cfg), **asdict(model_cfg), **asdict(features), "dtype": matrix_dtype(cfg),
     })  # fmt: skip
 
     # 3 model and optimiser
@@ -1211,6 +1237,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # names of files and texts may not fit its encoding
+        stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (OSError, ValueError, FloatingPointError) as error:

@@ -125,6 +125,7 @@ def test_features_take_longer_with_augmentation(capsys, monkeypatch):
     assert 1 < said["audio_s"] < 17
 
 
+@pytest.mark.slow
 def test_two_ranks_print_one_table_and_the_all_reduce():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(REPO / "bench.py"), "step", "--warmup", "1", "--steps", "1"]  # fmt: skip

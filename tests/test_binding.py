@@ -126,11 +126,14 @@ def test_more_ranks_than_cores_share_them_unbound(checkout):
     ("limit", "threads", "bound"),
     [("max 100000", 8, True), ("250000 100000", 3, False), ("900000 100000", 8, True)],
 )
-def test_quota_of_the_control_group_limits_threads(checkout, limit, threads, bound):
+@pytest.mark.parametrize("is_parent", [False, True])
+def test_quota_of_the_control_group_limits_threads(checkout, limit, threads, bound, is_parent):
     checkout.topology(machine(1, 8))
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     path = next((line[3:] for line in lines if line.startswith("0::")), "")
     group = checkout.root / f"groups{path}"
+    if is_parent:
+        group = checkout.root / "groups"
     group.mkdir(parents=True, exist_ok=True)
     (group / "cpu.max").write_text(f"{limit}\n")
     printed = dry_run(checkout, CPUS="0-7", CGROUPS=str(checkout.root / "groups"))

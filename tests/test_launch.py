@@ -61,6 +61,8 @@ def test_dry_run_of_two_ranks(checkout):
         "set     I_MPI_PIN_DOMAIN=[0x3,0xc,]  (cores of each rank)\n"
         "set     MASTER_ADDR=127.0.0.1  (host of rank 0)\n"
         "set     MASTER_PORT=4711  (as you set it)\n"
+        "set     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  (s for a step and its checkpoint; "
+        "torchrun's own are 30)\n"
         "launch  .venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
         " --master-addr 127.0.0.1 --master-port 4711 train.py --data data/demo"
         " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo"
@@ -166,6 +168,24 @@ def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
     assert "|--data|corpus|--split|dev-other|" in checkout.calls("decode.py")[0]
 
 
+@pytest.mark.parametrize(
+    ("there", "words", "is_prepared"),
+    [
+        (["a", "b", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], False),
+        (["a", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], True),
+        (["a", "b"], ["--train-splits=a", "--dev-split", "b"], False),
+        (["train-demo", "dev-demo"], [], False),
+        (["train-demo", "dev-demo", "recipe.txt"], [], True),  # it may be of another version
+        (["train-demo"], [], True),
+    ],
+)
+def test_a_corpus_that_is_there_is_not_prepared(checkout, there, words, is_prepared):
+    for name in there:
+        (checkout.root / "corpus" / name).mkdir(parents=True)
+    assert checkout.run("--data", "corpus", *words).returncode == 0
+    assert len(checkout.calls("prepare.py")) == is_prepared
+
+
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-12.pt"])
 def test_run_with_a_checkpoint_is_resumed(checkout, name):
     (checkout.root / "out/demo").mkdir(parents=True)
@@ -209,10 +229,17 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    ("step", "number", "status"),
+    [
+        ("-m pip install", signal.SIGINT, 130),
+        ("prepare.py", signal.SIGTERM, 143),
+        ("train.py", signal.SIGINT, 130),
+        ("train.py", signal.SIGTERM, 143),
+        ("train.py", signal.SIGHUP, 129),
+        ("train.py", signal.SIGUSR1, 138),
+        ("best.pt data", signal.SIGTERM, 143),
+    ],
 )
-@pytest.mark.parametrize("step", ["-m pip install", "prepare.py", "train.py", "best.pt data"])
 def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status):
     """The second of its processes ignores SIGINT, as shells have background processes do."""
     (checkout.root / ".venv/requirements.txt").unlink()

@@ -246,7 +246,7 @@ def test_an_empty_folder_is_filled(spoken, tmp_path):
     assert read_tree(tmp_path) == read_tree(spoken)
 
 
-def test_interruption_leaves_nothing(spoken, tmp_path, monkeypatch):
+def test_what_an_interruption_leaves_is_made_again(spoken, tmp_path, monkeypatch):
     written = []
 
     def write_until_interrupted(path, *rest):
@@ -260,7 +260,33 @@ def test_interruption_leaves_nothing(spoken, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare.make_demo(tmp_path / "deep" / "demo", **SIZES)
     assert len(written) == 10
-    assert list((tmp_path / "deep").iterdir()) == []
+    monkeypatch.setattr(soundfile, "write", soundfile_write)
+    prepare.make_demo(tmp_path / "deep" / "demo", **SIZES)
+    assert read_tree(tmp_path / "deep" / "demo") == read_tree(spoken)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_interruption_between_the_splits_is_mended(spoken, tmp_path, monkeypatch, moved):
+    """Nothing may be renamed across the folder's border, which may be a mount point."""
+    moves, rename = [], Path.rename
+
+    def rename_until_interrupted(path, target):
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+        moves.append(target)
+        assert path.parent.parent == target.parent == tmp_path
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_until_interrupted)
+    if moved < 2:
+        with pytest.raises(KeyboardInterrupt):
+            prepare.make_demo(tmp_path, **SIZES)
+        assert len(moves) == moved
+        monkeypatch.setattr(Path, "rename", rename)
+    else:
+        moved = 3
+    prepare.make_demo(tmp_path, **SIZES)
+    assert read_tree(tmp_path) == read_tree(spoken)
 
 
 # --------------------------------------------------------------------------------------- espeak-ng
@@ -270,7 +296,7 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)  # import fails
     assert prepare.main(["demo", str(tmp_path / "demo")]) == 1
     assert "pip install espeakng-loader" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_unknown_voice_is_an_error(spoken, tmp_path):
@@ -366,6 +392,13 @@ def test_check_of_a_warning_has_status_0(corpus, capsys):
     output = capsys.readouterr().out
     assert "warning" in output
     assert spare.stem in output
+
+
+def test_check_sees_a_split_without_any_transcript(corpus, capsys):
+    for path in (corpus / "dev-demo").rglob("*.trans.txt"):
+        path.unlink()
+    assert prepare.main(["check", str(corpus)]) == 1
+    assert "dev-demo" in capsys.readouterr().out
 
 
 def test_check_of_a_missing_split_has_status_1(spoken):

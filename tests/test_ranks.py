@@ -291,6 +291,7 @@ def test_rank_that_does_not_count_is_lost(ends, capsys):
     assert capsys.readouterr().err == "train.py: rank 2: lost rank 1: closed\n"
 
 
+@pytest.mark.slow
 def test_nobody_is_lost_while_all_count(ends, capsys):
     store = dist.HashStore()
     pulses = [make_pulse(rank, store) for rank in range(3)]
@@ -299,6 +300,7 @@ def test_nobody_is_lost_while_all_count(ends, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_store_that_is_gone_went_with_rank_0(ends, environment, capsys):
     fail_to_exchange(make_pulse(1, Gone()))
     assert ends == [1]

@@ -250,6 +250,30 @@ def test_restart_deletes_the_run_and_nothing_else(run, whole, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "keep me"
 
 
+def test_copies_of_checkpoints_are_the_users(run, tmp_path):
+    """Neither resumed from, nor deleted, nor among the two that stay."""
+    names = ["checkpoint-00000001-good.pt", "checkpoint-keep.pt", "corpus.tar.gz.partial"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    run(tmp_path, "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
+    assert run(tmp_path, "--resume") == 0
+    assert len(checkpoints(tmp_path)) == 4
+    assert run(tmp_path, "--restart", "--epochs", 1) == 0
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(("flag", "name", "value"), [
+    ("--weight-decay", "weight_decay", 0.5), ("--epsilon", "epsilon", 1e-3),
+    ("--beta1", "betas", (0.5, 0.999)),
+])  # fmt: skip
+def test_a_resumed_run_heeds_its_own_flags_of_the_optimiser(run, tmp_path, flag, name, value):
+    run(tmp_path, "--epochs", 1)
+    assert run(tmp_path, "--resume", flag, value[0] if name == "betas" else value) == 0
+    (group,) = decode.load_checkpoint(tmp_path / LAST)["optimizer"]["param_groups"]
+    assert group[name] == value
+    assert group["step"] == 12
+
+
 def test_best_alone_is_a_run_too(run, tmp_path):
     run(tmp_path, "--epochs", 1)
     for name in checkpoints(tmp_path):
@@ -343,6 +367,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, whole, tmp_path, capsys
     assert run(tmp_path, "--resume") == 0
     assert "checkpoint-00000007.pt" in capsys.readouterr().out.splitlines()[0]
     assert_same_run(tmp_path, whole())
+
+
+def test_a_damaged_checkpoint_is_not_one_of_the_two_that_stay(run, tmp_path):
+    run(tmp_path, "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
+    flip(tmp_path / "checkpoint-00000007.pt")
+    run(tmp_path, "--resume", at={7: send(signal.SIGTERM)})
+    (tmp_path / "checkpoint-00000007.pt").rename(tmp_path / "checkpoint-00000009.pt")
+    flip(tmp_path / "checkpoint-00000009.pt")
+    run(tmp_path, "--resume", "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
+    assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000007.pt"]
 
 
 def test_without_a_readable_checkpoint_nothing_is_done(run, tmp_path):
