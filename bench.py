@@ -991,7 +991,7 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
             row["efficiency"] = single / row["step"]
             cells += f"{row['step']:>8.2f}"
         if "waits" in row:
-            least, *_, most = row["turns"]["waits"]
+            least, most = row["turns"]["waits"][0], row["turns"]["waits"][-1]
             cells += (
                 f"{row['all_reduce']:>12.3f}{row['waits']:>8.2f} ({least:.2f} to {most:.2f})   "
             )

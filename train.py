@@ -8,7 +8,7 @@
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
 same for MLPerf's compliance checker), curves.png, checkpoint-<step>.pt (the last two) and best.pt.
-Every field of TrainConfig, ModelConfig and FeatureConfig is a flag.
+Every field of TrainConfig, ModelConfig and FeatureConfig is a flag; presets change their defaults.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
 a checkpoint, to be resumed: 75 time limit, 128 + n signal n (138 SIGUSR1, 143 SIGTERM).
