@@ -233,8 +233,9 @@ def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
 
 def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Trains for --steps after --warmup steps, by train.train_step, and prints the stages."""
-    rate = gemm_tflops()
     with open_run(args, words, args.warmup + args.steps) as run:
+        train.all_sum(torch.zeros(1), run.trainer.ranks)  # all ranks multiply at the same time
+        rate = gemm_tflops()
         trainer, watch, rows = run.trainer, Stopwatch(), []
         steps = iter_steps(run, args.warmup + args.steps)
         for step in range(args.warmup + args.steps):
@@ -254,7 +255,7 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
         if trainer.ranks.world > 1:
             gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()))
             reduce_s = median_seconds(lambda: dist.all_reduce(gradient), 5)
-            apart["all-reduce of gradients"] = reduce_s / (
+            apart["gradients' all-reduce"] = reduce_s / (
                 trainer.cfg.batch_size * trainer.cfg.accumulation * trainer.ranks.world
             )
     if trainer.ranks.rank == 0:
@@ -265,6 +266,7 @@ def front_end_s(run: train.Run, count: int) -> tuple[float, float]:
     """Processor time of an utterance: decoding its file, and its augmented features."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
+    data.keep_memory()
     chosen = run.train[:: max(1, len(run.train) // count)][:count]
     times = []
     for i, utterance in enumerate([chosen[0], *chosen]):  # the first makes what all others share
@@ -288,7 +290,7 @@ def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
         run.progress.epoch += 1
 
 
-def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,  # noqa: PLR0913
+def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,
                 rows: list[tuple[float, float]], watch: Stopwatch, apart: dict[str, float],
                 rate: float) -> None:  # fmt: skip
     """The table of stages, warm-up apart, and the JSON line.
@@ -621,8 +623,8 @@ def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> 
                *([] if rung.fused else ["--plain-loss"])]  # fmt: skip
     own = max(1, threads // rung.ranks)
     env = {**os.environ, "OMP_NUM_THREADS": str(own)}
-    if rung.ranks > 1:  # bound as run.sh does it
-        cpus = sorted(os.sched_getaffinity(0))
+    cpus = sorted(os.sched_getaffinity(0))
+    if 1 < rung.ranks <= len(cpus) // own:  # each on CPUs of its own
         masks = (sum(1 << cpu for cpu in cpus[i * own : (i + 1) * own]) for i in range(rung.ranks))
         env["I_MPI_PIN_DOMAIN"] = f"[{','.join(map(hex, masks))}]"
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -709,12 +711,13 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def name_rung(name: str, rung: Rung, measured: Sequence[dict]) -> dict:
-    """A row of the table: the mean of what was measured, and how far apart it was."""
+    """A row of the table: the mean of what was measured, and how far apart it was, if twice. Of
+    steps, the first time's."""
     seconds = [row["epoch_s"] for row in measured]
     mean_s = statistics.mean(seconds)
     return {
         "name": name, **rung._asdict(), **measured[0], "epoch_s": mean_s, "epochs_s": seconds,
-        "apart": (max(seconds) - min(seconds)) / mean_s,
+        "apart": (max(seconds) - min(seconds)) / mean_s if len(seconds) > 1 else None,
     }  # fmt: skip
 
 
@@ -736,7 +739,8 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     for row in results["ladder"]:
         gains = ("-" if row[name] is None else f"{row[name]:.2f}x" for name in columns)
         print(f"{row['name']:<24}{row['epoch_s']:>12.0f}" + "".join(f"{x:>12}" for x in gains))
-    apart = [row["apart"] for row in results["ladder"][2:] + results["alone"]]
+    twice = [row for row in results["ladder"] + results["alone"] if row["apart"] is not None]
+    apart = {str(row["epochs_s"]): row["apart"] for row in twice}.values()  # each rung once
     print(f"two measurements of a rung were apart by {100 * statistics.median(apart):.1f} % "
           f"(median), {100 * max(apart):.1f} % at most: gains of less are none")  # fmt: skip
     results["original_s"] = ORIGINAL_S
@@ -838,12 +842,15 @@ def exchanging(trainer: train.Trainer, state: dict, bucket_mb: int) -> train.Tra
 def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
     """One rank of a case: a step, what it waits for all-reduces, one alone; medians over --turns.
 
+    It waits from the end of its own backward pass on, hence for slower ranks, too.
+
     Every rank of every case computes the same batch, so that cases differ by ranks alone.
     """
     with open_run(args, words, 1) as run:
         trainer = run.trainer
         dataset = data.SpeechDataset(run.train, run.tokenizer, run.features, seed=1)
-        batches = [data.collate([dataset[i] for i in range(trainer.cfg.batch_size)])]
+        batch = data.collate([dataset[i] for i in range(trainer.cfg.batch_size)], run.features)
+        batches = [batch] * args.micro_batches * trainer.cfg.accumulation
         dtype = torch.bfloat16 if args.compress else torch.float32
         gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
         state, seconds = {"dtype": dtype}, defaultdict(list)
@@ -856,7 +863,7 @@ def bench_member(args: argparse.Namespace, words: Sequence[str]) -> None:
             return clip(*args)
 
         def step() -> None:
-            train.train_step(trainer, batches * args.micro_batches, 1, trainer.cfg.lr)
+            train.train_step(trainer, batches, 1, trainer.cfg.lr)
 
         clip, train.clip_gradients = train.clip_gradients, clip_gradients
         what = {} if args.exchange_only else {"step": step}
@@ -1016,9 +1023,8 @@ def project_hosts(results: dict[Case, dict]) -> dict:
     print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x 2 (n-1)/n x "
           "bytes over the network's rate")  # fmt: skip
     slow, here, speedups = results[Case(2, gbit=1)], results[Case(2)], {}
-    exposed = min(
-        1.0, slow["waits"] / slow["all_reduce"]
-    )  # the rest hides behind the backward pass
+    # The rest hides behind the backward pass.
+    exposed = min(1.0, slow["waits"] / slow["all_reduce"])
     compute_s = here["step"] - here["waits"]
     for gbit in (10, 1):
         reduce_s = fitted_s(fit, 8, here["gradient_bytes"], gbit)
@@ -1072,7 +1078,6 @@ def main() -> None:
     curves.add_argument("runs", nargs="+", type=Path, help="run directories")
     curves.add_argument("--png", required=True, type=Path)
     args, words = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are unmade
     with_words = {"step": bench_step, "report": bench_report, "rung": bench_rung,
                   "ladder": bench_ladder, "member": bench_member,
                   "scaling": bench_scaling}  # fmt: skip
@@ -1090,4 +1095,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # made hosts go
     main()

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ class FeatureConfig:
     trim_db: float = -60.0  # silence at both ends: below this, relative to the loudest window
     trim_window: int = 2048  # samples of the moving mean square
     dither: float = 1e-5  # standard deviation; training only
-    speed_min: float = 0.85  # factor on the number of samples: above 1 is slower speech
+    speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
@@ -200,10 +201,38 @@ def resample(samples: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
     return np.pad(resampled, (0, size - len(resampled)))
 
 
-def change_speed(samples: np.ndarray, factor: float, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """Resamples to ceil(factor * n) samples, which are then played at the old rate."""
-    target_hz = float(np.float32(factor * cfg.sample_rate_hz))
-    return resample(samples, cfg.sample_rate_hz, target_hz)
+@functools.cache
+def speed_filters(new: int, old: int) -> tuple[Tensor, int]:
+    """Low-pass filters (new, 1, taps) that give `new` samples in the place of `old` ones, and how
+    many samples they reach back and ahead.
+
+    Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
+    within 1e-4 up to 0.9 of the narrower band.
+    """
+    cutoff = min(1.0, new / old)
+    reach = math.ceil(32 / cutoff)
+    taps = np.arange(old + 2 * reach) - reach
+    at = np.arange(new)[:, None] * old / new - taps  # (new, taps) distances
+    window = np.i0(9 * np.sqrt(np.clip(1 - (at / reach) ** 2, 0, None))) / np.i0(9)
+    filters = cutoff * np.sinc(cutoff * at) * window * (np.abs(at) < reach)
+    return torch.from_numpy(filters).float()[:, None], reach
+
+
+def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+    """(n,) -> (ceil(factor * n),) samples, to be played at the old rate. Factors are rounded to
+    hundredths.
+
+    A convolution of stride `old` with `new` channels, which are the new samples in turn: half of
+    what soxr takes, which makes its filters anew for every rate.
+    """
+    ratio = Fraction(round(100 * factor), 100)
+    new, old = ratio.numerator, ratio.denominator
+    filters, reach = speed_filters(new, old)
+    size = -(-len(samples) * new // old)
+    blocks = -(-size // new)
+    padded = F.pad(torch.from_numpy(samples), (reach, reach + blocks * old - len(samples)))
+    changed = F.conv1d(padded[None, None], filters, stride=old)  # (1, new, blocks)
+    return changed[0].T.reshape(-1)[:size].numpy()
 
 
 def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple[int, int]:
@@ -260,8 +289,8 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     padded = np.pad(emphasised, cfg.window // 2, mode="reflect").astype(np.float32)
     window, mel = mel_filters(cfg)
     frames = torch.from_numpy(padded).unfold(0, cfg.window, cfg.hop)  # (frames, 320)
-    spectrum = torch.fft.rfft(frames * window, cfg.fft_size)  # (frames, 257)
-    power = spectrum.real.square() + spectrum.imag.square()
+    spectrum = torch.fft.rfft(frames * window, cfg.fft_size).numpy()  # (frames, 257)
+    power = torch.from_numpy(spectrum.real**2 + spectrum.imag**2)  # twice as fast as torch's
     return (power @ mel).clamp_min(1e-20).log()
 
 
@@ -273,10 +302,10 @@ def normal_numbers() -> Tensor:
 
 def dither(samples: np.ndarray, rng: np.random.Generator,
            cfg: FeatureConfig = DEFAULT) -> np.ndarray:  # fmt: skip
-    """(n,) plus noise of `normal_numbers`, from a random one of the first half on (33 s or more,
-    then again from there)."""
+    """(n,) samples plus noise: `normal_numbers` from a random place on, again after 33 s."""
     start = int(rng.integers(2**19))
-    return samples + cfg.dither * np.resize(normal_numbers()[start:].numpy(), len(samples))
+    numbers = normal_numbers()[start : start + min(len(samples), 2**19)].numpy()
+    return samples + cfg.dither * np.resize(numbers, len(samples))
 
 
 def normalize(mels: Tensor) -> Tensor:
@@ -321,7 +350,7 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
     With `rng`, augmented for training: speed perturbation, dither and SpecAugment.
     """
     if rng is not None:
-        samples = change_speed(samples, rng.uniform(cfg.speed_min, cfg.speed_max), cfg)
+        samples = change_speed(samples, rng.uniform(cfg.speed_min, cfg.speed_max))
     samples = trim_silence(samples, cfg)
     if rng is not None:
         samples = dither(samples, rng, cfg)
@@ -691,7 +720,7 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
 
 def keep_memory() -> None:
     """Tells glibc not to give memory back after every utterance: faulting it in again takes 1 ms
-    of the 10 that its features take. Other allocators do not have the function or ignore it."""
+    that its features need not take. Other allocators do not have the function or ignore it."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes

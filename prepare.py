@@ -16,7 +16,9 @@ The text is in capitals.
 """
 
 import argparse
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import http.client
 import os
@@ -343,6 +345,17 @@ def write_demo(folder: Path, lines: Sequence[Line], seed: int) -> float:
     return num_samples / SAMPLE_RATE_HZ / 3600
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in here. Killed processes do not hold the lock."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def make_demo(
     root: Path,
     num_train: int = DEMO_TRAIN_UTTERANCES,
@@ -359,27 +372,29 @@ def make_demo(
     """
     recipe = f"demo recipe {DEMO_RECIPE}, {num_train} + {num_dev} utterances, seed {seed}\n"
     recipe_file, unfinished = root / "recipe.txt", root / ".unfinished"
-    if not unfinished.exists():
-        if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
-            print(f"{root}: is there already: {recipe}", end="")
-            return
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise FileExistsError(
-                f"{root}: holds something other than {recipe.strip()}; choose another folder"
-            )
-
     start = time.perf_counter()
-    lines = plan_demo(num_train, num_dev, seed)
-    # Inside of `root`, which may be a mount point, and there until all else is: the folder was
-    # empty when it came, so beside it stands what an interrupted call has written.
-    for name in (*sorted({line.split for line in lines}), unfinished.name):
-        shutil.rmtree(root / name, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    hours = write_demo(unfinished, lines, seed)
-    for folder in sorted(unfinished.iterdir()):
-        folder.rename(root / folder.name)
-    recipe_file.write_text(recipe, encoding="utf-8")
-    unfinished.rmdir()
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        if not unfinished.exists():
+            if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
+                print(f"{root}: is there already: {recipe}", end="")
+                return
+            if any(root.iterdir()):
+                raise FileExistsError(
+                    f"{root}: holds something other than {recipe.strip()}; choose another folder"
+                )
+        lines = plan_demo(num_train, num_dev, seed)
+        # Built inside of `root`, which may be a mount point. `unfinished` came to an empty folder
+        # and goes last, so what stands beside it is an interrupted call's.
+        recipe_file.unlink(missing_ok=True)
+        for name in (*sorted({line.split for line in lines}), unfinished.name):
+            shutil.rmtree(root / name, ignore_errors=True)
+        unfinished.mkdir()
+        hours = write_demo(unfinished, lines, seed)
+        for folder in sorted(unfinished.iterdir()):
+            folder.rename(root / folder.name)
+        recipe_file.write_text(recipe, encoding="utf-8")
+        unfinished.rmdir()
     print(f"{root}: {len(lines)} utterances, {hours:.2f} h, {time.perf_counter() - start:.0f} s")
 
 
@@ -703,7 +718,7 @@ def check(root: Path, splits: Sequence[str]) -> bool:
     """Print size and problems of the splits, all in `root` if none is named; True if no error."""
     splits = splits or find_splits(root)
     if not splits:
-        raise FileNotFoundError(f"{root}: no <split>/<speaker>/<chapter>/*.trans.txt in it")
+        raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac")
     error_found = False
     for split in splits:
         utterances, problems = scan_split(root, split, decode=True)

@@ -170,12 +170,12 @@ decide() {
 # of the run is in the last line of its log, unless that is older than the launch.
 train() {
   local since status=0 last=""
+  if [[ $LAUNCHER == python ]]; then
+    run_step "$@"
+    return
+  fi
   since=$(mktemp)
   run_step "$@" || status=$?
-  if [[ $LAUNCHER == python ]]; then
-    rm -f "$since"
-    return "$status"
-  fi
   if [[ ! $OUT/log.jsonl -ot $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
   rm -f "$since"
   case $last in
@@ -195,13 +195,15 @@ show_command() {
   printf '\n'
 }
 
-# needs_corpus WORD...: whether $DATA lacks a split of this run, or holds the demo, which may be of another version.
+# needs_corpus WORD...: fails if the words name folders of your own and all of them are there. Of every other corpus
+# prepare.py says whether it is whole.
 needs_corpus() {
-  local word split is_split="" splits=("${train_splits[@]}")
+  local word split is_split="" is_own="" splits=("${train_splits[@]}")
   for word in "$@"; do
     case $word in
-      --train-splits) is_split=yes splits=() ;;
-      --train-splits=*) splits=("${word#*=}") ;;
+      --train-splits) is_split=yes is_own=yes splits=() ;;
+      --train-splits=*) is_own=yes splits=("${word#*=}") ;;
+      --data | --data=* | --dev-split | --dev-split=*) is_split="" is_own=yes ;;
       -*) is_split="" ;;
       *) if [[ $is_split ]]; then splits+=("$word"); fi ;;
     esac
@@ -209,7 +211,7 @@ needs_corpus() {
   for split in "${splits[@]}" "$dev_split"; do
     if [[ ! -d $DATA/$split ]]; then return 0; fi
   done
-  [[ $CORPUS == demo && (-e $DATA/recipe.txt || -e $DATA/.unfinished) ]]
+  [[ -z $is_own || -e $DATA/recipe.txt ]] # of the demo
 }
 
 # The stamp is written last: an installation that broke off is done again.
@@ -254,16 +256,17 @@ trap 'stop 15' TERM
 
 # Three files as a reader would try them, each with what was said.
 transcribe() {
-  local files transcripts path text utterance
+  local files transcripts path text utterance status=0
   files=("$DATA/$dev_split"/*/*/*.flac)
   transcripts=$(mktemp)
-  run_step "$PYTHON" decode.py --checkpoint "$OUT/best.pt" "${files[@]:0:3}" >"$transcripts"
+  run_step "$PYTHON" decode.py --checkpoint "$OUT/best.pt" "${files[@]:0:3}" >"$transcripts" || status=$?
   while IFS=$'\t' read -r path text; do
     utterance=$(basename "$path" .flac)
     printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
       "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
   done <"$transcripts"
   rm "$transcripts"
+  return "$status"
 }
 
 # ---- help and tests ----
@@ -312,7 +315,7 @@ dev_split=$(last_value --dev-split "$dev_split" "$@")
 # train.py refuses to overwrite a run, so calling again means going on with it.
 resume=()
 run="new run"
-for file in "$OUT"/checkpoint-*.pt "$OUT/best.pt"; do
+for file in "$OUT"/checkpoint-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].pt "$OUT/best.pt"; do
   if [[ -e $file ]]; then
     resume=(--resume)
     run="has a checkpoint, so --resume"

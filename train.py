@@ -7,7 +7,8 @@
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
-same for MLPerf's compliance checker), curves.png, checkpoint-<step>.pt (the last two) and best.pt.
+same for MLPerf's compliance checker), curves.png, checkpoint-<step>.pt (the last two) and best.pt;
+trace.json with --profile, TensorBoard's files with --tensorboard.
 Every field of TrainConfig, ModelConfig and FeatureConfig is a flag; presets change their defaults.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
@@ -158,6 +159,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
     Its help is the comment behind the field and the default.
     """
+    defaults = PRESETS[TrainConfig.preset] if config is ModelConfig else config
     comments = dict(
         re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE)
     )
@@ -166,7 +168,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             continue
         flag = "--" + field.name.replace("_", "-")
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
-        default = "" if field.default is MISSING else f"({field.default})"
+        default = "" if field.default is MISSING else f"({getattr(defaults, field.name)})"
         options["help"] = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -272,6 +274,7 @@ def interface_to(host: str) -> str | None:
         try:
             probe.connect((host, 1))  # chooses a route and sends nothing
         except socket.gaierror:
+            socket.getaddrinfo(host, 1)  # raises for a name that is unknown everywhere
             return None
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
@@ -778,6 +781,7 @@ class Run:
         self.trainer, self.features, self.tokenizer, self.log = trainer, features, tokenizer, log
         self.train, self.dev = train, dev
         self.progress = Progress()
+        self.kept: list[Path] = []  # checkpoints that stay
         self.started = self.saved = time.monotonic()
         self.signal = 0  # the last one of STOP_SIGNALS
         self.first_step = 0  # that this process did not do
@@ -960,16 +964,17 @@ class Run:
             save_checkpoint(out / "best.pt", checkpoint)
         path = out / f"checkpoint-{progress.step:08d}.pt"
         save_checkpoint(path, checkpoint)
-        # One of a later step is damaged, or this run would have gone on from it.
-        kept = [p for p in list_checkpoints(out) if p <= path][-2:]
+        # The last two that are known to be good, which damaged ones of any number are not.
+        self.kept = [*(p for p in self.kept if p != path), path][-2:]
         for old in list_checkpoints(out):
-            if old not in kept:
+            if old not in self.kept:
                 old.unlink()
         self.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
 
-    def restore(self, checkpoint: dict) -> None:
+    def restore(self, path: Path, checkpoint: dict) -> None:
         """Goes on where `checkpoint` stands, or at the next epoch if steps are others now."""
         trainer, progress = self.trainer, self.progress
+        self.kept = [path]
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.ema.load_state_dict(checkpoint["ema"])
         (group,) = trainer.optimizer.param_groups
@@ -1204,7 +1209,7 @@ def main() -> int:
         if found is None:  # nothing is deleted for a run that cannot begin
             forget_run(out)
     if found is not None:
-        run.restore(checkpoint)
+        run.restore(path, checkpoint)
     else:
         log_start(log, cfg, ranks, started_s, reading_s)
     log_settings(run)

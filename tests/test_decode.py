@@ -87,6 +87,12 @@ def walk(arcs, lens, **caps):
     return decode.greedy_decode(model, feats, torch.tensor(lens), **caps), model.predictor.given
 
 
+def test_an_utterance_without_frames_has_no_labels():
+    arcs = [{(0, 0): 1}, {(0, 0): 2}]
+    assert walk(arcs, [0, 1])[0] == [[], [2]]
+    assert walk(arcs[:1], [0])[0] == [[]]
+
+
 def never_blank(frames, most=400):
     return {(t, u): 3 for t in range(frames) for u in range(most)}
 

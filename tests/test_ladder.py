@@ -204,6 +204,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert json.loads(said[-1])["epoch_s"]["bf16"] == 200
     assert stored["ladder"][5]["epochs_s"] == pytest.approx([180, 220])
     assert "apart by 0.0 % (median), 20.0 % at most" in "\n".join(said)
+    assert [row["apart"] for row in stored["ladder"][:2]] == [None, None]
     assert any("from '2 ranks'; assumed of a server: 2 ranks, one a socket, 64 cores" in line
                for line in said)  # fmt: skip
     assert (tmp_path / "ladder.png").stat().st_size > 10_000

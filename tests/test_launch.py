@@ -174,7 +174,7 @@ def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
         (["a", "b", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], False),
         (["a", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], True),
         (["a", "b"], ["--train-splits=a", "--dev-split", "b"], False),
-        (["train-demo", "dev-demo"], [], False),
+        (["train-demo", "dev-demo"], [], False),  # --data alone says whose corpus it is
         (["train-demo", "dev-demo", "recipe.txt"], [], True),  # it may be of another version
         (["train-demo"], [], True),
     ],
@@ -186,7 +186,14 @@ def test_a_corpus_that_is_there_is_not_prepared(checkout, there, words, is_prepa
     assert len(checkout.calls("prepare.py")) == is_prepared
 
 
-@pytest.mark.parametrize("name", ["best.pt", "checkpoint-12.pt"])
+def test_a_corpus_that_may_be_incomplete_is_looked_at(checkout):
+    for name in ("train-clean-5", "dev-clean-2"):
+        (checkout.root / "libri" / name).mkdir(parents=True)
+    assert checkout.run(CORPUS="mini-librispeech", DATA="libri").returncode == 0
+    assert len(checkout.calls("prepare.py")) == 1
+
+
+@pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])
 def test_run_with_a_checkpoint_is_resumed(checkout, name):
     (checkout.root / "out/demo").mkdir(parents=True)
     (checkout.root / "out/demo" / name).touch()

@@ -466,6 +466,32 @@ def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
         assert_close(actual, reference, tolerance)
 
 
+def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
+    arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
+    encoded, predicted, weight, bias = arguments
+    torch.manual_seed(3)
+    costs = loss.joint_transducer_loss(
+        *arguments, targets, enc_lens, target_lens, blank, 0.3, reduction="none"
+    )
+    torch.manual_seed(3)
+    seed, expected = int(torch.randint(2**62, ())), []
+    for b, n, u1 in loss.lattice_sizes(enc_lens, target_lens):
+        ones, zeros = (
+            torch.full((size, 16), i, dtype=torch.float64) for size, i in ((n, 1), (u1, 0))
+        )
+        mask = loss.joint_hidden(ones, zeros, 0.3, seed + b).view(n, u1, 16)
+        assert 0 < (mask == 0).double().mean() < 0.6
+        hidden = F.relu(encoded[b, :n, None] + predicted[b, :u1]) * mask
+        lengths = torch.tensor([n]), torch.tensor([u1 - 1])
+        logits = F.linear(hidden, weight, bias)[None]
+        expected.append(loss.transducer_loss(logits, targets[b : b + 1, : u1 - 1], *lengths, blank))
+    expected = torch.stack(expected)
+    assert_close(costs, expected.detach())
+    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
+    for actual, reference in pairs:
+        assert_close(actual, reference)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_block_size_does_not_change_the_joint_loss(monkeypatch, rows):
     arguments, rest = joint_problem(torch.float64)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tones import REPO
 
 import prepare
 
@@ -265,28 +266,39 @@ def test_what_an_interruption_leaves_is_made_again(spoken, tmp_path, monkeypatch
     assert read_tree(tmp_path / "deep" / "demo") == read_tree(spoken)
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2])
-def test_an_interruption_between_the_splits_is_mended(spoken, tmp_path, monkeypatch, moved):
+@pytest.mark.parametrize("interrupted", ["rename train-demo", "write_text recipe.txt",
+                                         "rmdir .unfinished", "mkdir .unfinished"])  # fmt: skip
+def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, interrupted):
     """Nothing may be renamed across the folder's border, which may be a mount point."""
-    moves, rename = [], Path.rename
+    function, name = interrupted.split()
+    real = getattr(Path, function)
 
-    def rename_until_interrupted(path, target):
-        if len(moves) == moved:
+    def interrupt(path, *rest, **others):
+        if path.name == name:
             raise KeyboardInterrupt
-        moves.append(target)
-        assert path.parent.parent == target.parent == tmp_path
-        return rename(path, target)
+        if function == "rename":
+            assert path.parent.parent == rest[0].parent == tmp_path
+        return real(path, *rest, **others)
 
-    monkeypatch.setattr(Path, "rename", rename_until_interrupted)
-    if moved < 2:
+    for _ in range(2):
+        monkeypatch.setattr(Path, function, interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare.make_demo(tmp_path, **SIZES)
-        assert len(moves) == moved
-        monkeypatch.setattr(Path, "rename", rename)
-    else:
-        moved = 3
+        monkeypatch.setattr(Path, function, real)
     prepare.make_demo(tmp_path, **SIZES)
     assert read_tree(tmp_path) == read_tree(spoken)
+
+
+def test_a_second_call_waits_for_the_first(tmp_path):
+    with prepare.locked(tmp_path):
+        call = subprocess.Popen([sys.executable, "-c", "import prepare, pathlib, sys\n"
+                                 "prepare.make_demo(pathlib.Path(sys.argv[1]), 70, 6, 3)",
+                                 str(tmp_path)], cwd=REPO)  # fmt: skip
+        with pytest.raises(subprocess.TimeoutExpired):
+            call.wait(5)
+        assert list(tmp_path.iterdir()) == []
+    assert call.wait(120) == 0
+    assert (tmp_path / "recipe.txt").exists()
 
 
 # --------------------------------------------------------------------------------------- espeak-ng
@@ -408,7 +420,7 @@ def test_check_of_a_missing_split_has_status_1(spoken):
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_check_without_any_split_has_status_1(tmp_path, capsys, folder):
     assert prepare.main(["check", str(tmp_path / folder)]) == 1
-    assert "trans.txt" in capsys.readouterr().err
+    assert "no audio in it as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["demo"], ["check"], ["dem", "x"], ["demo", "x", "--no"]])

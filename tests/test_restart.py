@@ -371,12 +371,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, whole, tmp_path, capsys
 
 def test_a_damaged_checkpoint_is_not_one_of_the_two_that_stay(run, tmp_path):
     run(tmp_path, "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
-    flip(tmp_path / "checkpoint-00000007.pt")
-    run(tmp_path, "--resume", at={7: send(signal.SIGTERM)})
-    (tmp_path / "checkpoint-00000007.pt").rename(tmp_path / "checkpoint-00000009.pt")
-    flip(tmp_path / "checkpoint-00000009.pt")
-    run(tmp_path, "--resume", "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
-    assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000007.pt"]
+    for number in (7, 9):
+        damaged = tmp_path / f"checkpoint-{number:08d}.pt"
+        damaged.write_bytes((tmp_path / "checkpoint-00000006.pt").read_bytes()[:-100])
+    run(tmp_path, "--resume", at={8: send(signal.SIGTERM)})
+    assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000008.pt"]
 
 
 def test_without_a_readable_checkpoint_nothing_is_done(run, tmp_path):
