@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tones import REPO, heed_sigint, write_tones
+from tones import REPO, heed_signals, write_tones
 
 WORDS = ("--preset", "demo", "--vocab-size", "24", "--batch-size", "2", "--loader-workers", "0",
          "--epochs", "100000", "--checkpoint-every-s", "0")  # fmt: skip
@@ -65,7 +65,7 @@ class Run:
         with (self.folder / "said").open("w") as said:
             self.child = subprocess.Popen(
                 [*command, *WORDS, *words], cwd=self.folder, env=env, stdout=said,
-                stderr=subprocess.STDOUT, preexec_fn=heed_sigint,
+                stderr=subprocess.STDOUT, preexec_fn=heed_signals,
             )  # fmt: skip
         return self
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 from checkout import PYTHON, REPO, Checkout, line_of
-from tones import heed_sigint
+from tones import heed_signals
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def expect_end_by_signal(checkout, number, status, processes, **env):
     child = subprocess.Popen(
         ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
         env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none", **env},
-        preexec_fn=heed_sigint,
+        preexec_fn=heed_signals,
     )  # fmt: skip
     pids = checkout.root / "pids"
     while not (pids.exists() and len(pids.read_text().split()) == processes):

@@ -72,10 +72,11 @@ def run_script(script, *words):
     return done.stdout
 
 
-def heed_sigint():
-    """For a child: bash cannot trap a signal that the tests, in the background, were told to
-    ignore."""
+def heed_signals():
+    """For a child: bash cannot trap a signal that the tests, in the background or under nohup, were
+    told to ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def live(corpus, out, *words):
