@@ -251,7 +251,7 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
                 forward_flops(trainer.model.cfg, b.feat_lens, b.target_lens) for b in batches
             )
             rows.append((seconds, flops))
-        apart = dict(zip(("decode", "features"), front_end_s(run, 32), strict=True))
+        apart = front_end_s(run, 32)
         if trainer.ranks.world > 1:
             gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()))
             reduce_s = median_seconds(lambda: dist.all_reduce(gradient), 5)
@@ -262,10 +262,10 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
         report_step(args, trainer.cfg, trainer.ranks.world, rows, watch, apart, rate)
 
 
-def front_end_s(run: train.Run, count: int) -> tuple[float, float]:
-    """Processor time of an utterance: decoding its file, and its augmented features."""
+def front_end_s(run: train.Run, count: int) -> dict[str, float]:
+    """Processor time of an utterance in a worker: decoding its file, and its features."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
+    torch.set_num_threads(1)
     data.keep_memory()
     chosen = run.train[:: max(1, len(run.train) // count)][:count]
     times = []
@@ -276,8 +276,7 @@ def front_end_s(run: train.Run, count: int) -> tuple[float, float]:
         data.features(samples, run.features, np.random.default_rng(i))
         times.append((decoded - began, time.process_time() - decoded))
     torch.set_num_threads(threads)
-    decode_s, features_s = np.mean(times[1:], axis=0).tolist()
-    return decode_s, features_s
+    return dict(zip(("decode", "features"), np.mean(times[1:], axis=0).tolist(), strict=True))
 
 
 def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
@@ -711,8 +710,8 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def name_rung(name: str, rung: Rung, measured: Sequence[dict]) -> dict:
-    """A row of the table: the mean of what was measured, and how far apart it was, if twice. Of
-    steps, the first time's."""
+    """A row of the table: mean of an epoch's seconds, how far apart they were if measured twice,
+    and the steps and memory of the first time."""
     seconds = [row["epoch_s"] for row in measured]
     mean_s = statistics.mean(seconds)
     return {
@@ -756,8 +755,8 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     hours = ", ".join(f"{k} {v:.1f}" for k, v in results["hours_of_49_epochs"].items())
     print(f"hours of 49 epochs of train-clean-100: {hours}")
     print(f"from {best['name']!r}; assumed of a server: {args.server_ranks} ranks, one a socket, "
-          f"{args.server_cores} cores, each as fast as here with all at work, and the threads of a "
-          f"rank share its work without loss, as no more than {best['threads']} were seen to; a "
+          f"{args.server_cores} cores, each as fast as here with all at work; the threads of a "
+          f"rank share its work without loss, of which {best['threads']} was the most here; a "
           f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
           f"{args.global_batch}, with which 49 epochs must still be enough; evaluation and "
           "checkpoints left out; lattices as of an untrained model, whose nodes are all "
@@ -999,10 +998,8 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
             cells += f"{row['step']:>8.2f}"
         if "waits" in row:
             least, most = row["turns"]["waits"][0], row["turns"]["waits"][-1]
-            cells += (
-                f"{row['all_reduce']:>12.3f}{row['waits']:>8.2f} ({least:.2f} to {most:.2f})   "
-            )
-            cells += f"{100 * row['efficiency']:>11.0f}%"
+            waits = f"{row['waits']:.2f} ({least:.2f} to {most:.2f})"
+            cells += f"{row['all_reduce']:>12.3f}{waits:>24}{100 * row['efficiency']:>11.0f}%"
         elif "all_reduce" in row:
             cells = f"{cells:<42}{row['all_reduce']:>12.3f}"
         print(cells, flush=True)

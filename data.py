@@ -96,7 +96,8 @@ class FeatureConfig:
             (("dither", "freq_masks", "freq_mask_max", "time_masks"),
              lambda x: x >= 0, "at least 0"),
             (("preemphasis", "time_mask_max"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
-            (("max_utterance_s", "speed_min"), lambda x: x > 0, "more than 0"),
+            (("max_utterance_s",), lambda x: x > 0, "more than 0"),
+            (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
             (("trim_db",), lambda x: x <= 0, "at most 0"),
             (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
             (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
@@ -230,7 +231,8 @@ def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
     filters, reach = speed_filters(new, old)
     size = -(-len(samples) * new // old)
     blocks = -(-size // new)
-    padded = F.pad(torch.from_numpy(samples), (reach, reach + blocks * old - len(samples)))
+    around = reach, reach + blocks * old - len(samples)
+    padded = F.pad(torch.from_numpy(samples).float(), around)
     changed = F.conv1d(padded[None, None], filters, stride=old)  # (1, new, blocks)
     return changed[0].T.reshape(-1)[:size].numpy()
 
@@ -295,16 +297,17 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
 
 
 @functools.cache
-def normal_numbers() -> Tensor:
+def normal_numbers() -> np.ndarray:
     """2^20 numbers of the standard normal distribution; drawn once, since each takes 5 ns."""
-    return torch.randn(2**20, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
 
 
 def dither(samples: np.ndarray, rng: np.random.Generator,
            cfg: FeatureConfig = DEFAULT) -> np.ndarray:  # fmt: skip
-    """(n,) samples plus noise: `normal_numbers` from a random place on, again after 33 s."""
+    """(n,) samples plus noise: `normal_numbers` from a random place on, which last for 33 s or
+    more and then come again."""
     start = int(rng.integers(2**19))
-    numbers = normal_numbers()[start : start + min(len(samples), 2**19)].numpy()
+    numbers = normal_numbers()[start : start + len(samples)]
     return samples + cfg.dither * np.resize(numbers, len(samples))
 
 

@@ -219,7 +219,8 @@ def warn_of_waiting(log: Log, waits: Sequence[float]) -> None:
     """From the shares of the last hundred steps that went by waiting for data. The median: the
     first step of an epoch always waits."""
     usual = statistics.median(waits) if len(waits) >= 20 else 0.0
-    log.warn("wait", usual > 1 / 3,
+    # Shares near a third would come and go: the sign stays until it is half of that.
+    log.warn("wait", usual > (1 / 6 if "wait" in log.signs else 1 / 3),
              f"{100 * usual:.0f} % of a step goes by waiting for data: more --loader-workers if "
              "there are cores, or a faster disk")  # fmt: skip
 

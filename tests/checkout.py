@@ -12,7 +12,13 @@ from pathlib import Path
 from tones import REPO
 
 LSCPU = "#!/bin/sh\ncat lscpu\n"
-TASKSET = '#!/bin/sh\necho "pid 1\'s current affinity list: ${CPUS:-0-7}"\n'
+# Its words depend on the language.
+TASKSET = """#!/bin/sh
+case "$LC_ALL" in
+  C) echo "pid 1's current affinity list: ${CPUS:-0-7}" ;;
+  *) echo "pid 1 的当前亲和力列表：${CPUS:-0-7}" ;;
+esac
+"""
 
 # What run.sh may take from the machine that tests; an mpirun there shall not decide.
 PROGRAMS = ("awk", "basename", "bash", "cat", "cmp", "cp", "dirname", "env", "grep", "mkdir",

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkout import Checkout
+from checkout import PYTHON, Checkout
 
 VERSIONS = {
     "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.18 Build 20260626",
@@ -173,6 +173,23 @@ def test_what_the_user_has_set_wins_and_is_shown_as_theirs(checkout, name, value
     assert theirs in checkout.run(**env, **{name: value}).stdout
     assert "as you set it" not in checkout.run(**{**env, "BACKEND": "auto"}).stdout
     assert f"set     {name}=" in checkout.run(**env).stdout
+
+
+@pytest.mark.parametrize(("folder", "is_found"), [("conda", True), ("my conda", False)])
+def test_a_library_below_a_space_is_left_out(checkout, folder, is_found):
+    """The loader would take its path for two."""
+    library = checkout.root / folder / "lib/libiomp5.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    printed = dry_run(checkout, CONDA_PREFIX=str(checkout.root / folder))
+    assert printed.get("LD_PRELOAD") == (str(library) if is_found else None)
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [("1", "0"), ("2", "")])
+def test_a_rank_that_a_batch_job_has_set_reaches_no_launcher(checkout, ranks, rank):
+    checkout.script(".venv/bin/python", PYTHON + 'echo "$RANK" >> ranks\n')
+    assert checkout.run(RANKS=ranks, RANK="3", WORLD_SIZE="4").returncode == 0
+    assert (checkout.root / "ranks").read_text().split("\n")[1] == rank  # prepare.py is before
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "Intel MPI", "Open MPI"])

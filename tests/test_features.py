@@ -509,6 +509,24 @@ def test_speed_is_in_steps_of_a_hundredth_and_1_changes_nothing():
     assert np.array_equal(data.change_speed(samples, 0.906), data.change_speed(samples, 0.91))
 
 
+def test_speed_takes_samples_of_any_precision():
+    samples = noise(500)
+    changed = data.change_speed(samples.astype(np.float64), 1.1)
+    assert np.array_equal(changed, data.change_speed(samples, 1.1))
+
+
+def test_a_speed_that_leaves_no_samples_is_an_error():
+    with pytest.raises(ValueError, match=r"speed_min: 0\.004, expected at least 0\.01"):
+        FeatureConfig(speed_min=0.004)
+
+
+def test_long_recordings_are_dithered_to_their_end():
+    samples = np.zeros(2**20 + 5000, np.float32)
+    added = data.dither(samples, np.random.default_rng(1))
+    assert len(added) == len(samples)
+    assert added[-5000:].std() == pytest.approx(1e-5, rel=0.05)
+
+
 @pytest.mark.parametrize("factor", [0.85, 0.93, 1.07, 1.15])
 def test_speed_is_that_of_another_resampler(factor):
     """On noise below 0.8 of the band, where both pass everything."""

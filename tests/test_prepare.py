@@ -289,16 +289,15 @@ def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, 
     assert read_tree(tmp_path) == read_tree(spoken)
 
 
-def test_a_second_call_waits_for_the_first(tmp_path):
+def test_a_second_call_waits_for_the_first(spoken, tmp_path):
     with prepare.locked(tmp_path):
-        call = subprocess.Popen([sys.executable, "-c", "import prepare, pathlib, sys\n"
-                                 "prepare.make_demo(pathlib.Path(sys.argv[1]), 70, 6, 3)",
-                                 str(tmp_path)], cwd=REPO)  # fmt: skip
+        make = "import pathlib, prepare, sys\nprepare.make_demo(pathlib.Path(sys.argv[1]), **{})"
+        call = subprocess.Popen([sys.executable, "-c", make.format(SIZES), str(tmp_path)], cwd=REPO)
         with pytest.raises(subprocess.TimeoutExpired):
             call.wait(5)
         assert list(tmp_path.iterdir()) == []
     assert call.wait(120) == 0
-    assert (tmp_path / "recipe.txt").exists()
+    assert read_tree(tmp_path) == read_tree(spoken)
 
 
 # --------------------------------------------------------------------------------------- espeak-ng

@@ -188,6 +188,19 @@ def test_taken_port_is_named(environment):
             init_ranks("--timeout-s", "20")
 
 
+def test_no_interface_is_told_by_an_address_that_is_not_ipv4():
+    assert train.interface_to("127.0.0.1") == "lo"
+    assert train.interface_to("::1") is None
+    with pytest.raises(OSError):  # noqa: PT011 - the system's words differ
+        train.interface_to("no-such-host.invalid")
+
+
+def test_without_affinity_a_rank_is_not_bound(environment):
+    environment.setenv("I_MPI_PIN_DOMAIN", "[0x1,]")
+    environment.delattr(os, "sched_setaffinity")  # macOS
+    train.bind(train.Ranks(0, 1, 0))
+
+
 @pytest.mark.parametrize(("rank", "address"), [("0", "127.0.0.1"), ("1", "127.0.0.1"),
                                                ("1", "no-such-host.invalid")])  # fmt: skip
 def test_ranks_that_do_not_come_end_the_wait(environment, rank, address):

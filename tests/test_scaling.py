@@ -10,6 +10,7 @@ import torch
 from tones import run_script
 
 import bench
+import data
 from bench import Case
 
 BYTES = 4 * 10**8
@@ -102,6 +103,16 @@ def test_exchanged_gradients_are_the_mean_of_all_ranks(monkeypatch, dtype, mean)
     assert bench.exchange(state, bucket).wait().tolist() == pytest.approx(mean)
     assert bucket.flat.tolist() == pytest.approx(mean)
     assert state["began"] > 0
+
+
+def test_the_first_recordings_are_the_same_for_any_number_of_ranks(tmp_path):
+    """Those are what every rank computes."""
+    made = []
+    for count in (4, 8):
+        bench.synthesize(tmp_path / str(count), bench.draw_shapes(count))
+        utterances = data.read_split(tmp_path / str(count), "noise")[:4]
+        made.append([(u.id, u.text, data.load_audio(u.path).tolist()) for u in utterances])
+    assert made[0] == made[1]
 
 
 @pytest.mark.slow

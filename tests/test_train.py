@@ -802,6 +802,15 @@ def test_every_field_is_a_flag(config):
         assert getattr(changed, field.name) == value != old, flag
 
 
+def test_help_tells_what_every_flag_does_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_configs(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "factor per epoch after warm-up and hold (0.935)" in said
+    assert "--stack STACK frames that StackTime concatenates (8)" in said  # of the default preset
+    assert "of the utterance's own length (0.03)" in said
+
+
 def test_the_models_input_size_follows_the_front_end():
     _, model_cfg, features = parse("--num-mels", "20", "--splice", "5", "--align", "16")
     assert model_cfg.feature_size == features.feature_size == 112
