@@ -161,6 +161,42 @@ class FeatureNorm(nn.Module):
         return torch.addcmul(self.bias - mean * scale, feats, scale)
 
 
+class WideLstm(nn.LSTM):
+    """torch.nn.LSTM, batch first, for inputs much wider than its state, as StackTime makes them.
+
+    oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
+    frame, which moves them through memory T times. Here the first layer takes one matrix product
+    over all frames for them, and in all half the time in bfloat16. Layers above it are torch's.
+    """
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
+        """(B, T, input_size) and two (layers, B, H) -> (B, T, H) and those after the last frame."""
+        if state is None:
+            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+            state = zeros, zeros
+        gates = F.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0)  # (B, T, 4*H)
+        h, c = state[0][0].to(gates.dtype), state[1][0].to(self.weight_hh_l0.dtype)
+        outputs = []
+        for t, from_input in enumerate(gates.unbind(1)):
+            # Under autocast, gradients of 8 frames add up in its dtype, all others in the weight's.
+            if t % 8 == 0:
+                weight = self.weight_hh_l0.to(gates.dtype).t()  # (H, 4*H)
+            i, f, g, o = torch.addmm(from_input, h, weight).to(c.dtype).chunk(4, dim=1)  # (B, H)
+            c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+            h = (o.sigmoid() * c.tanh()).to(gates.dtype)
+            outputs.append(h)
+        x, h, c = torch.stack(outputs, dim=1), h[None], c[None]  # (B, T, H), (1, B, H)
+        if self.num_layers > 1:
+            x = F.dropout(x, self.dropout, self.training)
+            above = tuple(s[1:].to(x.dtype) for s in state)
+            x, h_above, c_above = torch.lstm(
+                x, above, self._flat_weights[4:], True, self.num_layers - 1, self.dropout,
+                self.training, False, True,
+            )  # fmt: skip
+            h, c = torch.cat([h, h_above]), torch.cat([c, c_above])
+        return x, (h, c)
+
+
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last."""
 
@@ -168,7 +204,8 @@ class LstmStack(nn.Module):
                  cfg: ModelConfig) -> None:  # fmt: skip
         super().__init__()
         between = dropout if layers > 1 else 0.0
-        self.lstm = nn.LSTM(input_size, hidden, layers, batch_first=True, dropout=between)
+        kind = WideLstm if input_size >= 2 * hidden else nn.LSTM
+        self.lstm = kind(input_size, hidden, layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():

@@ -3,8 +3,8 @@
 
     python -m pytest tests/test_encoder.py
 
-StackTime, FeatureNorm against torch.nn.BatchNorm1d, initialisation and parameter counts against
-the MLPerf v1.0 model, the joint network against its formula; where ../shared exists, every
+StackTime, FeatureNorm and WideLstm against torch's own, initialisation and parameter counts
+against the MLPerf v1.0 model, the joint network against its formula; where ../shared exists, every
 activation, loss and gradient of a tiny model of the original system.
 """
 
@@ -23,7 +23,7 @@ from torch import nn
 
 import data
 from loss import joint_transducer_loss, transducer_loss
-from model import PRESETS, FeatureNorm, ModelConfig, Predictor, StackTime, Transducer
+from model import PRESETS, FeatureNorm, ModelConfig, Predictor, StackTime, Transducer, WideLstm
 
 MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
 
@@ -349,6 +349,83 @@ def test_gradient_reaches_every_parameter(preset):
     ).backward()  # fmt: skip
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+# ---------------------------------------------------------------------------------------- WideLstm
+
+
+def wide_and_torchs(layers: int, dtype=torch.float64) -> tuple[WideLstm, nn.LSTM]:
+    torch.manual_seed(layers)
+    wide = WideLstm(12, 5, layers, batch_first=True).to(dtype)
+    torchs = nn.LSTM(12, 5, layers, batch_first=True).to(dtype)
+    torchs.load_state_dict(wide.state_dict())
+    return wide, torchs
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("given", [False, True])
+def test_wide_lstm_is_torchs(layers, given):
+    # 19 frames: more than two of the groups whose gradients add up first.
+    x = torch.randn(3, 19, 12, dtype=torch.float64)
+    state = [torch.randn(layers, 3, 5, dtype=torch.float64) for _ in range(2)]
+    results = []
+    for lstm in wide_and_torchs(layers):
+        inputs = [v.clone().requires_grad_() for v in (x, *state)]
+        y, (h, c) = lstm(inputs[0], tuple(inputs[1:]) if given else None)
+        loss = (y * torch.arange(19 * 5).view(19, 5)).sum() + h.square().sum() + 3 * c.sum()
+        wanted = [*lstm.parameters(), *(inputs if given else inputs[:1])]
+        results.append([y, h, c, *torch.autograd.grad(loss, wanted)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs():
+    x = torch.randn(4, 40, 12).bfloat16()
+    upstream = torch.randn(4, 40, 5).bfloat16()
+
+    def run(lstm, dtype):
+        v = x.to(dtype).requires_grad_()
+        y = lstm(v)[0]
+        y.backward(upstream.to(y.dtype))
+        grads = [p.grad for p in lstm.parameters()]
+        return [t.detach().double() for t in (y, v.grad, *grads)]
+
+    wide, torchs = wide_and_torchs(1, torch.float32)
+    exact = run(wide_and_torchs(1)[1], torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [run(lstm, torch.float32) for lstm in (wide, torchs)]
+    errors = [[float((a - e).norm() / e.norm()) for a, e in zip(f, exact, strict=True)]
+              for f in found]  # fmt: skip
+    # Roundings to bfloat16, at most 2**-8 each, as many as there: values, products, sums.
+    assert max(errors[0]) < min(0.02, 2 * max(errors[1]))
+    assert min(errors[0]) > 1e-5  # so bfloat16 was used
+
+
+def test_wide_lstm_drops_between_its_layers():
+    wide, _ = wide_and_torchs(2)
+    wide.dropout = 0.5
+    first, above = WideLstm(12, 5, batch_first=True), nn.LSTM(5, 5, batch_first=True)
+    for lstm, layer in ((first.double(), 0), (above.double(), 1)):
+        lstm.load_state_dict({
+            name: getattr(wide, name[:-1] + str(layer)).detach() for name in lstm.state_dict()
+        })  # fmt: skip
+    x = torch.randn(3, 9, 12, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = wide(x)[0]
+    torch.manual_seed(1)
+    expected = above(nn.functional.dropout(first(x)[0], 0.5))[0]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, wide(x)[0])
+    wide.eval()
+    torch.testing.assert_close(wide(x)[0], above(first(x)[0])[0])
+
+
+def test_lstms_behind_stack_time_are_wide():
+    for cfg in PRESETS.values():
+        model = Transducer(replace(cfg, enc_hidden=cfg.enc_hidden // 4, feature_size=8))
+        kinds = [type(stack.lstm) for stack in (model.encoder.pre, model.encoder.post,
+                                                model.predictor.rnn)]  # fmt: skip
+        assert kinds == [nn.LSTM, WideLstm, nn.LSTM]
 
 
 # ------------------------------------------------------------------------ initialisation and sizes
