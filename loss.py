@@ -207,7 +207,8 @@ def label_of_node(targets: Tensor, target_lens: Tensor) -> Tensor:
 
 # ------------------------------------------------------------- loss fused with the joint network
 
-# Rows of the joint network, lattice nodes, that one matrix product takes.
+# Rows of the joint network, lattice nodes, that one matrix product takes: between 512 and 2048
+# made no difference on 2 MB of second-level cache, 256 and 4096 were slower.
 BLOCK_ROWS = 1024
 
 # oneDNN builds a kernel for every new number of rows, 1 ms and up to 1 MB each. Numbers of rows
@@ -243,10 +244,10 @@ def whole_rows(count: int) -> int:
 
 
 def drop(hidden: Tensor, dropout: float, seed: int) -> None:
-    """Sets values to 0, each with the probability `dropout` rounded to 1/256; scales none.
+    """Sets values, be they NaN, to 0 with the probability `dropout` in units of 1/256; scales none.
 
-    A random byte decides on each value. PyTorch compares bytes, and multiplies by what it
-    compared, one value at a time; integers are masked by vectors of bits, ten times as fast.
+    A random byte decides on each value. PyTorch does not vectorise comparisons of bytes, nor
+    products with their results; masks made and applied by integers are ten times as fast.
     """
     dropped = dropped_of_256(dropout)
     if not dropped:
@@ -393,8 +394,8 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
 
     Those logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight,
     bias), (B, T, U+1, V); they never exist together: one block of one utterance at a time.
-    Under autocast the matrix products run in its dtype, softmax and sums in float32, the
-    lattice in float64.
+    Under autocast the matrix products run in its dtype, the softmax in float32, the lattice in
+    float64; sums are accumulated in float32.
 
     Args:
         encoded: (B, T, J) encoder output, projected to the joint space.

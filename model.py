@@ -162,12 +162,15 @@ class FeatureNorm(nn.Module):
 
 
 class WideLstm(nn.LSTM):
-    """torch.nn.LSTM, batch first, for inputs much wider than its state, as StackTime makes them.
+    """torch.nn.LSTM for inputs much wider than its state, as StackTime makes them; batch first.
 
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
     frame, which moves them through memory T times. Here the first layer takes one matrix product
     over all frames for them, and in all half the time in bfloat16. Layers above it are torch's.
     """
+
+    def __init__(self, input_size: int, hidden: int, layers: int, dropout: float = 0.0) -> None:
+        super().__init__(input_size, hidden, layers, batch_first=True, dropout=dropout)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
         """(B, T, input_size) and two (layers, B, H) -> (B, T, H) and those after the last frame."""
@@ -178,7 +181,8 @@ class WideLstm(nn.LSTM):
         h, c = state[0][0].to(gates.dtype), state[1][0].to(self.weight_hh_l0.dtype)
         outputs = []
         for t, from_input in enumerate(gates.unbind(1)):
-            # Under autocast, gradients of 8 frames add up in its dtype, all others in the weight's.
+            # Under autocast, a copy of the weight in its dtype for every 8 frames: only so many
+            # gradients add up in that dtype, and then their sums in the weight's own.
             if t % 8 == 0:
                 weight = self.weight_hh_l0.to(gates.dtype).t()  # (H, 4*H)
             i, f, g, o = torch.addmm(from_input, h, weight).to(c.dtype).chunk(4, dim=1)  # (B, H)
@@ -201,11 +205,13 @@ class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last."""
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
-                 cfg: ModelConfig) -> None:  # fmt: skip
+                 cfg: ModelConfig, wide: bool = False) -> None:  # fmt: skip
         super().__init__()
         between = dropout if layers > 1 else 0.0
-        kind = WideLstm if input_size >= 2 * hidden else nn.LSTM
-        self.lstm = kind(input_size, hidden, layers, batch_first=True, dropout=between)
+        if wide:
+            self.lstm = WideLstm(input_size, hidden, layers, between)
+        else:
+            self.lstm = nn.LSTM(input_size, hidden, layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
@@ -249,7 +255,7 @@ class Encoder(nn.Module):
         self.feature_norm = FeatureNorm(cfg.feature_size) if cfg.normalization else None
         self.pre = LstmStack(cfg.feature_size, H, cfg.pre_layers, cfg.enc_dropout, cfg)
         self.stack_time = StackTime(cfg.stack)
-        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg)
+        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg, wide=True)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
                 moments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

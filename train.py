@@ -535,7 +535,8 @@ class Trainer(NamedTuple):
 
 
 def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
-    """Gives the model IPEX's LSTM, in place; importing it also replaces operators of torch.
+    """Gives the model IPEX's LSTM, in place, for WideLstm too; importing it also replaces
+    operators of torch.
 
     The parameters stay as they are, in float32 and in their own shape: the loss multiplies with
     the output layer's weight itself, and checkpoints have to load without IPEX.

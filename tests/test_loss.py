@@ -585,7 +585,7 @@ def test_joint_never_holds_the_logits_of_the_batch():
     with LargestTensor() as plain:
         loss.transducer_loss(joint_logits(*arguments), *problem[1:]).backward()
     assert plain.elements == B * T * (U + 1) * V  # the instrument sees them where they are
-    assert joint.elements == loss.BLOCK_ROWS * V  # a fifth: blocks are smaller than an utterance
+    assert joint.elements == loss.BLOCK_ROWS * V  # a ninth: blocks are smaller than an utterance
 
 
 class ProductRows(TorchDispatchMode):
