@@ -236,8 +236,9 @@ def warn_of_gradient(log: Log, grad_norm: float, norms: Sequence[float]) -> None
 # ----------------------------------------------------------------------------------------- profile
 
 # Part of a step -> the profiler's names for it: operators, autograd nodes, our record_function.
+# WideLstm is made of operators that others use as well, and so in everything else.
 PROFILE_PARTS = {
-    "LSTM": ("aten::lstm", "autograd::engine::evaluate_function: MkldnnRnnLayerBackward0"),
+    "oneDNN LSTM": ("aten::lstm", "autograd::engine::evaluate_function: MkldnnRnnLayerBackward0"),
     "joint network and loss": ("JointCosts",
                                "autograd::engine::evaluate_function: JointCostsBackward"),
     "optimiser": ("Optimizer.step#Lamb.step", "clip_gradients", "update_ema"),

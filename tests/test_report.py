@@ -237,7 +237,8 @@ def test_the_profile_has_table_trace_and_shares(shown):
             spent[e["name"]].append(e["dur"] / 1e6)
     assert len(spent["lattice"]) == 10  # forward and backward
     for name in sum(report.PROFILE_PARTS.values(), ()):
-        assert len(spent[name]) in (5, 15) or "MultiProcessing" in name, name  # 3 LSTM stacks
+        # LSTM stacks: 2, and the wide one, whose single layer is not oneDNN's.
+        assert len(spent[name]) in (5, 10) or "MultiProcessing" in name, name
     (line,) = [line for line in out.splitlines() if line.startswith("profile: 5 steps took")]
     assert "Communication was under way 0.0 % of the time" in line  # one rank
     parts = line.split(". ")[0].split(": ")[2]
