@@ -289,6 +289,7 @@ def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, 
     assert read_tree(tmp_path) == read_tree(spoken)
 
 
+@pytest.mark.slow
 def test_a_second_call_waits_for_the_first(spoken, tmp_path):
     with prepare.locked(tmp_path):
         make = "import pathlib, prepare, sys\nprepare.make_demo(pathlib.Path(sys.argv[1]), **{})"

@@ -472,7 +472,7 @@ def own_corpus(tmp_path):
     return tiny_corpus(tmp_path / "corpus")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
     run, whole, own_corpus, tmp_path, workers
 ):

@@ -494,6 +494,7 @@ def test_a_killed_tuner_takes_its_trial_along_and_the_next_one_goes_on(case):
     assert "cut off; went on under another number" in out
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
     first, error = case.run()
     assert error is None
