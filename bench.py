@@ -428,22 +428,22 @@ def bench_features(args: argparse.Namespace) -> None:
         chosen = utterances[:: max(1, len(utterances) // args.count)][: args.count]
         seconds = statistics.mean(u.duration_s for u in chosen)
 
-        def cpu_ms(make: Callable[[np.ndarray, int], Tensor]) -> float:
-            make(data.load_audio(chosen[0].path), 0)
+        def cpu_ms(make: Callable[[np.ndarray], object]) -> float:
+            make(data.load_audio(chosen[0].path))
             started = time.process_time()
-            for i, utterance in enumerate(chosen):
-                make(data.load_audio(utterance.path), i)
+            for utterance in chosen:
+                make(data.load_audio(utterance.path))
             return 1e3 * (time.process_time() - started) / len(chosen)
 
         # Other speeds and masks every time, as in training, where nothing comes twice.
         seeds = itertools.count()
 
-        def augmented(samples: np.ndarray, _: int) -> Tensor:
+        def augmented(samples: np.ndarray) -> Tensor:
             return data.features(samples, rng=np.random.default_rng(next(seeds)))
 
         training = statistics.median(cpu_ms(augmented) for _ in range(3))
-        plain = statistics.median(cpu_ms(lambda s, _: data.features(s)) for _ in range(3))
-        decoding = statistics.median(cpu_ms(lambda s, _: s) for _ in range(3))
+        plain = statistics.median(cpu_ms(data.features) for _ in range(3))
+        decoding = statistics.median(cpu_ms(lambda samples: samples) for _ in range(3))
     print(f"{len(chosen)} recordings of {seconds:.1f} s: decoding {decoding:.1f} ms, with features "
           f"{plain:.1f} ms, augmented {training:.1f} ms of one core")  # fmt: skip
     finish({"ms_per_utt": training, "plain_ms_per_utt": plain, "decode_ms_per_utt": decoding,
