@@ -31,7 +31,7 @@ import data
 from data import Batch, FeatureConfig, Tokenizer
 from model import ModelConfig, Transducer
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
 MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample); checked when a new frame starts
 

@@ -161,21 +161,35 @@ class FeatureNorm(nn.Module):
         return torch.addcmul(self.bias - mean * scale, feats, scale)
 
 
-class WideLstm(nn.LSTM):
-    """torch.nn.LSTM for inputs much wider than its state, as StackTime makes them; batch first.
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout with a probability rounded to 2^-16: 16 random bits decide on a value.
 
-    oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
-    frame, which moves them through memory T times. Here the first layer takes one matrix product
-    over all frames for them, and in all half the time in bfloat16. Layers above it are torch's.
+    Except on Intel's processors, torch draws 64 bits for each value on one core, which takes five
+    times as long.
     """
 
-    def __init__(self, input_size: int, hidden: int, layers: int, dropout: float = 0.0) -> None:
-        super().__init__(input_size, hidden, layers, batch_first=True, dropout=dropout)
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return x
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 numbers
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        numbers = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        keep = (numbers >= dropped - 2**15).to(x.dtype)
+        return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+class WideLstm(nn.LSTM):
+    """One layer of torch.nn.LSTM, batch first, for inputs much wider than its state.
+
+    oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
+    frame, which moves them through memory T times. Here they take one matrix product over all
+    frames: behind StackTime, in bfloat16, half the time.
+    """
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """(B, T, input_size) and two (layers, B, H) -> (B, T, H) and those after the last frame."""
+        """(B, T, input_size) and two (1, B, H) -> (B, T, H) and those after the last frame."""
         if state is None:
-            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+            zeros = x.new_zeros(1, len(x), self.hidden_size)
             state = zeros, zeros
         gates = F.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0)  # (B, T, 4*H)
         h, c = state[0][0].to(gates.dtype), state[1][0].to(self.weight_hh_l0.dtype)
@@ -189,44 +203,43 @@ class WideLstm(nn.LSTM):
             c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
             h = (o.sigmoid() * c.tanh()).to(gates.dtype)
             outputs.append(h)
-        x, h, c = torch.stack(outputs, dim=1), h[None], c[None]  # (B, T, H), (1, B, H)
-        if self.num_layers > 1:
-            x = F.dropout(x, self.dropout, self.training)
-            above = tuple(s[1:].to(x.dtype) for s in state)
-            x, h_above, c_above = torch.lstm(
-                x, above, self._flat_weights[4:], True, self.num_layers - 1, self.dropout,
-                self.training, False, True,
-            )  # fmt: skip
-            h, c = torch.cat([h, h_above]), torch.cat([c, c_above])
-        return x, (h, c)
+        return torch.stack(outputs, dim=1), (h[None], c[None])
 
 
 class LstmStack(nn.Module):
-    """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last."""
+    """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
+
+    The layers are modules of their own because those inside a torch.nn.LSTM have torch's dropout.
+    """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
-                 cfg: ModelConfig, wide: bool = False) -> None:  # fmt: skip
+                 cfg: ModelConfig, first: type[nn.LSTM] = nn.LSTM) -> None:  # fmt: skip
         super().__init__()
-        between = dropout if layers > 1 else 0.0
-        if wide:
-            self.lstm = WideLstm(input_size, hidden, layers, between)
-        else:
-            self.lstm = nn.LSTM(input_size, hidden, layers, batch_first=True, dropout=between)
-        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList([first(input_size, hidden, batch_first=True)])
+        self.layers.extend(nn.LSTM(hidden, hidden, batch_first=True) for _ in range(1, layers))
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
-            for name, parameter in self.lstm.named_parameters():
+            for name, parameter in self.layers.named_parameters():
                 # Gate order is input, forget, cell, output. One of the two forget biases is
                 # set to the wanted value and the other to zero, since the LSTM adds them.
-                if name.startswith("bias"):
-                    forget_bias = cfg.forget_gate_bias if name.startswith("bias_ih") else 0.0
+                if "bias" in name:
+                    forget_bias = cfg.forget_gate_bias if "bias_ih" in name else 0.0
                     parameter[hidden : 2 * hidden] = forget_bias
                 parameter *= cfg.weights_init_scale
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """(B, T, input_size) -> (B, T, H) and the state after the last frame."""
-        x, state = self.lstm(x, state)
-        return self.layer_norm(self.dropout(x)), state
+        """(B, T, input_size) and two (layers, B, H) -> (B, T, H) and those after the last frame."""
+        before = [None] * len(self.layers)
+        if state is not None:
+            before = zip(*(s.split(1) for s in state), strict=True)
+        after = []
+        for layer, layer_state in zip(self.layers, before, strict=True):
+            x, layer_state = layer(x, layer_state)
+            x = self.dropout(x)
+            after.append(layer_state)
+        h, c = (torch.cat(layer_states) for layer_states in zip(*after, strict=True))
+        return self.layer_norm(x), (h, c)
 
 
 class StackTime(nn.Module):
@@ -255,7 +268,7 @@ class Encoder(nn.Module):
         self.feature_norm = FeatureNorm(cfg.feature_size) if cfg.normalization else None
         self.pre = LstmStack(cfg.feature_size, H, cfg.pre_layers, cfg.enc_dropout, cfg)
         self.stack_time = StackTime(cfg.stack)
-        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg, wide=True)
+        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg, WideLstm)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
                 moments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -310,7 +323,7 @@ class Joint(nn.Module):
         super().__init__()
         self.encoder_projection = nn.Linear(cfg.enc_hidden, cfg.joint_hidden)
         self.predictor_projection = nn.Linear(cfg.pred_hidden, cfg.joint_hidden)
-        self.dropout = nn.Dropout(cfg.joint_dropout)
+        self.dropout = Dropout(cfg.joint_dropout)
         self.output = nn.Linear(cfg.joint_hidden, cfg.vocab_size)
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:

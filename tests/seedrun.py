@@ -19,13 +19,13 @@ from model import ModelConfig, Transducer
 FOLDER = Path(__file__).parents[2] / "shared" / "oracles" / "seedrun"
 needs_seedrun = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/oracles is not here")
 
-# Module of the original -> ours; the parameters of LSTM, Linear and Embedding have torch's names
-# in both.
+# Module of the original -> ours; the parameters of Linear and Embedding have torch's names in both.
+# Layer k of an LSTM, parameter `weight_ih_l<k>`, is `layers.<k>.weight_ih_l0` in ours.
 MODULES = {
-    "encoder.pre_rnn.lstm": "encoder.pre.lstm",
-    "encoder.post_rnn.lstm": "encoder.post.lstm",
+    "encoder.pre_rnn.lstm": "encoder.pre",
+    "encoder.post_rnn.lstm": "encoder.post",
     "prediction.embed": "predictor.embed",
-    "prediction.dec_rnn.lstm": "predictor.rnn.lstm",
+    "prediction.dec_rnn.lstm": "predictor.rnn",
     "joint_enc": "joint_network.encoder_projection",
     "joint_pred": "joint_network.predictor_projection",
     "joint_net.2": "joint_network.output",  # 0 is the ReLU, 1 the dropout
@@ -43,13 +43,20 @@ def arrays() -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
+def our_name(original: str) -> str | None:
+    """None: not a parameter."""
+    module, _, parameter = original.rpartition(".")
+    if module.endswith(".lstm"):
+        parameter, _, layer = parameter.rpartition("_l")
+        parameter = f"layers.{layer}.{parameter}_l0"
+    return f"{MODULES[module]}.{parameter}" if module in MODULES else None
+
+
 def by_our_names(prefix: str) -> dict[str, torch.Tensor]:
     """All arrays `<prefix><original name>`, under our parameter names."""
-    named = {}
-    for key, value in arrays().items():
-        module, _, parameter = key.removeprefix(prefix).rpartition(".")
-        if key.startswith(prefix) and module in MODULES:
-            named[f"{MODULES[module]}.{parameter}"] = value
+    named = {our_name(key.removeprefix(prefix)): value for key, value in arrays().items()
+             if key.startswith(prefix)}  # fmt: skip
+    named.pop(None, None)
     return named
 
 

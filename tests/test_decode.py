@@ -178,7 +178,7 @@ def random_model(seed, **sizes):
     joint = model.joint_network
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0 if "bias" in name else 2 if "lstm" in name else 1
+            scale = 0 if "bias" in name else 2 if "layers" in name else 1
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         joint.encoder_projection.weight.mul_(6)
         joint.output.bias[cfg.blank] = 6

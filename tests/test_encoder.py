@@ -23,7 +23,17 @@ from torch import nn
 
 import data
 from loss import joint_transducer_loss, transducer_loss
-from model import PRESETS, FeatureNorm, ModelConfig, Predictor, StackTime, Transducer, WideLstm
+from model import (
+    PRESETS,
+    Dropout,
+    FeatureNorm,
+    LstmStack,
+    ModelConfig,
+    Predictor,
+    StackTime,
+    Transducer,
+    WideLstm,
+)
 
 MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
 
@@ -261,7 +271,10 @@ def test_joint_is_a_linear_layer_on_the_rectified_sum():
 def test_predict_starts_with_a_zero_embedding_and_a_zero_state(cfg):
     model = make_model(cfg).eval()
     rnn, zero = model.predictor.rnn, torch.zeros(1, 1, cfg.pred_hidden, dtype=torch.float64)
-    hidden = rnn.layer_norm(rnn.lstm(zero)[0])[0, 0]
+    hidden = zero
+    for layer in rnn.layers:
+        hidden = layer(hidden)[0]
+    hidden = rnn.layer_norm(hidden)[0, 0]
     expected = model.joint_network.predictor_projection(hidden)
     no_label = torch.zeros(1, 0, dtype=torch.int64)
     for targets in (no_label, torch.tensor([[0, 3]]), torch.tensor([[7, 1]])):
@@ -327,11 +340,46 @@ def test_each_dropout_acts_in_its_network_in_training_only(field, part):
 
 
 @pytest.mark.parametrize("field", ["enc_dropout", "pred_dropout"])
-def test_dropout_acts_between_lstm_layers_too(field):
+def test_dropout_acts_after_every_lstm_layer(field):
     model = Transducer(replace(TINY, **{field: 0.5}))
     stacks = {"enc_dropout": [model.encoder.pre, model.encoder.post],
               "pred_dropout": [model.predictor.rnn]}[field]  # fmt: skip
-    assert [s.lstm.dropout for s in stacks] == [0.5] * len(stacks)
+    for stack in stacks:
+        x = torch.randn(3, 9, stack.layers[0].input_size)
+        torch.manual_seed(1)
+        found = stack(x)[0]
+        torch.manual_seed(1)
+        for layer in stack.layers:
+            x = stack.dropout(layer(x)[0])
+            assert 0.3 < (x == 0).double().mean() < 0.7
+        torch.testing.assert_close(found, stack.layer_norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.999])
+def test_dropout_drops_independently_and_keeps_the_mean(dtype, p):
+    torch.manual_seed(3)
+    x = torch.ones(40, 50, 60, dtype=dtype).transpose(0, 1).requires_grad_()
+    layer = Dropout(p)
+    y = layer(x)
+    n, rate = y.numel(), p
+    kept = (y != 0).double()
+    assert abs(kept.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / n)
+    assert y.max().item() == pytest.approx(
+        1 / (1 - rate), rel=max(torch.finfo(dtype).eps, 2**-16 / (1 - rate))
+    )
+    # Neighbours in any dimension: the covariance of two independent draws of n.
+    for dim in range(3):
+        pairs = kept.shape[dim] - 1
+        ahead, behind = kept.narrow(dim, 1, pairs), kept.narrow(dim, 0, pairs)
+        covariance = (ahead * behind).mean() - ahead.mean() * behind.mean()
+        assert abs(covariance) < 5 * rate * (1 - rate) / math.sqrt(ahead.numel())
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # x is 1
+    assert not torch.equal(layer(x), y)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -351,37 +399,41 @@ def test_gradient_reaches_every_parameter(preset):
     assert without == []
 
 
-# ---------------------------------------------------------------------------------------- WideLstm
+# ---------------------------------------------------------------------- LstmStack and WideLstm
 
 
-def wide_and_torchs(layers: int, dtype=torch.float64) -> tuple[WideLstm, nn.LSTM]:
+def stack_and_torchs(layers: int, first: type[nn.LSTM]) -> tuple[LstmStack, nn.LSTM]:
     """With the same random parameters; what is drawn next is the same at every call too."""
     torch.manual_seed(layers)
-    wide = WideLstm(12, 5, layers).to(dtype)
-    torchs = nn.LSTM(12, 5, layers, batch_first=True).to(dtype)
-    torchs.load_state_dict(wide.state_dict())
-    return wide, torchs
+    stack = LstmStack(12, 5, layers, 0.0, TINY, first).double()
+    torchs = nn.LSTM(12, 5, layers, batch_first=True).double()
+    for ours, theirs in zip(stack.layers.parameters(), torchs.parameters(), strict=True):
+        theirs.data.copy_(ours)
+    return stack, torchs
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("given", [False, True])
-def test_wide_lstm_is_torchs(layers, given):
-    lstms = wide_and_torchs(layers)
+@pytest.mark.parametrize("first", [nn.LSTM, WideLstm])
+def test_lstm_stack_is_torchs_lstm(layers, given, first):
+    networks = stack_and_torchs(layers, first)
     x = torch.randn(3, 19, 12, dtype=torch.float64)
     state = [torch.randn(layers, 3, 5, dtype=torch.float64) for _ in range(2)]
     results = []
-    for lstm in lstms:
+    for network in networks:
         inputs = [v.clone().requires_grad_() for v in (x, *state)]
-        y, (h, c) = lstm(inputs[0], tuple(inputs[1:]) if given else None)
+        y, (h, c) = network(inputs[0], tuple(inputs[1:]) if given else None)
         loss = (y * torch.arange(19 * 5).view(19, 5)).sum() + h.square().sum() + 3 * c.sum()
-        wanted = [*lstm.parameters(), *(inputs if given else inputs[:1])]
+        wanted = [*network.parameters(), *(inputs if given else inputs[:1])]
         results.append([y, h, c, *torch.autograd.grad(loss, wanted)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs():
-    wide, torchs = wide_and_torchs(1, torch.float32)
+    torch.manual_seed(1)
+    wide, torchs = (kind(12, 5, batch_first=True) for kind in (WideLstm, nn.LSTM))
+    torchs.load_state_dict(wide.state_dict())
     x = torch.randn(4, 400, 12).bfloat16()
     upstream = torch.randn(4, 400, 5).bfloat16()
 
@@ -403,32 +455,12 @@ def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs():
     assert min(errors[0]) > 1e-5  # so bfloat16 was used
 
 
-def test_wide_lstm_drops_between_its_layers():
-    wide, _ = wide_and_torchs(2)
-    wide.dropout = 0.5
-    first, above = WideLstm(12, 5, 1), nn.LSTM(5, 5, batch_first=True)
-    for lstm, layer in ((first.double(), 0), (above.double(), 1)):
-        lstm.load_state_dict({
-            name: getattr(wide, name[:-1] + str(layer)).detach() for name in lstm.state_dict()
-        })  # fmt: skip
-    x = torch.randn(3, 9, 12, dtype=torch.float64)
-    torch.manual_seed(1)
-    found = wide(x)[0]
-    torch.manual_seed(1)
-    expected = above(nn.functional.dropout(first(x)[0], 0.5))[0]
-    torch.testing.assert_close(found, expected)
-    assert not torch.equal(found, wide(x)[0])
-    wide.eval()
-    torch.testing.assert_close(wide(x)[0], above(first(x)[0])[0])
-
-
 def test_lstms_behind_stack_time_are_wide():
     for cfg in PRESETS.values():
         with torch.device("meta"):
             model = Transducer(cfg)
-        kinds = [type(stack.lstm) for stack in (model.encoder.pre, model.encoder.post,
-                                                model.predictor.rnn)]  # fmt: skip
-        assert kinds == [nn.LSTM, WideLstm, nn.LSTM]
+        wide = [name for name, m in model.named_modules() if isinstance(m, WideLstm)]
+        assert wide == ["encoder.post.layers.0"]
 
 
 # ------------------------------------------------------------------------ initialisation and sizes
@@ -441,17 +473,18 @@ def fresh(**changes):
 
 
 def lstms(model):
-    return [model.encoder.pre.lstm, model.encoder.post.lstm, model.predictor.rnn.lstm]
+    found = [m for m in model.modules() if isinstance(m, nn.LSTM)]
+    assert len(found) == 2 + 3 + 2
+    return found
 
 
 @pytest.mark.parametrize(("bias", "scale"), [(1.0, 0.5), (2.0, 0.25)])
 def test_the_forget_gate_starts_with_its_bias_times_the_scale(bias, scale):
     for lstm in lstms(fresh(forget_gate_bias=bias, weights_init_scale=scale)):
         H = lstm.hidden_size
-        for layer in range(lstm.num_layers):
-            given, zero = (getattr(lstm, f"bias_{x}_l{layer}")[H : 2 * H] for x in ("ih", "hh"))
-            assert torch.equal(given, torch.full((H,), bias * scale))
-            assert torch.equal(zero, torch.zeros(H))
+        given, zero = lstm.bias_ih_l0[H : 2 * H], lstm.bias_hh_l0[H : 2 * H]
+        assert torch.equal(given, torch.full((H,), bias * scale))
+        assert torch.equal(zero, torch.zeros(H))
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.25])
@@ -635,11 +668,7 @@ def test_every_gradient_is_the_originals(original, fused):
     assert total == pytest.approx(seedrun.facts()["grad_total_norm"], rel=1e-6)
     norms = seedrun.facts()["grad_l2"]  # under the original's names
     ours = {name: g.norm().item() for name, g in zip(named, grads, strict=True)}
-    for theirs, mapped in seedrun.MODULES.items():
-        pairs = [(v, ours[k.replace(theirs, mapped)]) for k, v in norms.items()
-                 if k.startswith(f"{theirs}.")]  # fmt: skip
-        assert pairs
-        assert [ours for _, ours in pairs] == pytest.approx([v for v, _ in pairs], rel=1e-4)
+    assert ours == pytest.approx({seedrun.our_name(k): v for k, v in norms.items()}, rel=1e-4)
 
 
 @seedrun.needs_seedrun
@@ -664,7 +693,7 @@ def test_splice_is_the_originals():
 def test_initialisation_is_the_originals():
     torch.manual_seed(0)
     model, init = Transducer(seedrun.config()), seedrun.facts()["init"]
-    lstm = model.encoder.pre.lstm
+    lstm = model.encoder.pre.layers[0]
     for name in ("bias_ih_l0", "bias_hh_l0"):
         forget = getattr(lstm, name)[8:16].tolist()
         assert forget == init[f"{name} forget slice"]
