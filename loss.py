@@ -44,6 +44,13 @@ def unskew(diagonals: Tensor) -> Tensor:
     return rows.view(B, U1, D + 1)[:, :, : D + 1 - U1].transpose(1, 2)  # (B, T, U+1)
 
 
+def inside_lattice(T: int, U1: int, enc_lens: Tensor, target_lens: Tensor) -> Tensor:
+    """(B, T, U+1) booleans, True at the nodes of each lattice."""
+    t = torch.arange(T, device=enc_lens.device)[:, None]
+    u = torch.arange(U1, device=enc_lens.device)
+    return (t < enc_lens[:, None, None]) & (u <= target_lens[:, None, None])
+
+
 class Lattice:
     """Forward variables and arc posteriors of a batch of lattices, in float64.
 
@@ -229,55 +236,47 @@ def compute_dtype(encoded: Tensor) -> torch.dtype:
     return encoded.dtype
 
 
-def dropped_of_256(dropout: float) -> int:
-    """Values of a random byte that drop: the probability in units of 1/256, never all of them."""
-    return min(round(dropout * 256), 255)
+def dropped_share(dropout: float) -> float:
+    """The probability in units of 2^-15, never 1."""
+    return min(round(dropout * 2**15), 2**15 - 1) / 2**15
 
 
 def kept_scale(dropout: float) -> float:
     """What dropout multiplies the values by that stay."""
-    return 256 / (256 - dropped_of_256(dropout))
+    return 1 / (1 - dropped_share(dropout))
 
 
 def whole_rows(count: int) -> int:
     return -(-count // ROW_UNIT) * ROW_UNIT
 
 
-def drop(hidden: Tensor, dropout: float, seed: int) -> None:
-    """Sets every value, even NaN, to 0 with probability `dropout`, rounded to 1/256; scales none.
+def random_lanes(count: int, device: torch.device) -> Tensor:
+    """(2, count) int16, uniform from 0 to 2^15 - 1, from torch's global random state."""
+    words = torch.empty(2, -(-count // 4), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None)
+    return words.bitwise_and_(0x7FFF_7FFF_7FFF_7FFF).view(torch.int16)[:, :count]
 
-    A random byte decides on each value. PyTorch does not vectorise comparisons of bytes, nor
-    products with their results; masks made and applied by integers are ten times as fast.
+
+def drop(hidden: Tensor, dropout: float, lanes: Tensor) -> None:
+    """Sets every value, even NaN, to 0 with probability `dropout`; scales none.
+
+    Random numbers take longer to draw than all else here, so those of a block are the exclusive
+    or of two windows of `lanes`, (2, at least twice the values), one in each row, at random
+    places: uniform, and any two of a block independent. Masks are integers since PyTorch does not
+    vectorise comparisons to booleans, nor products with them.
     """
-    dropped = dropped_of_256(dropout)
-    if not dropped:
+    if not dropout:
         return
-    ones = 0x0001_0001_0001_0001  # four lanes of 16 bits
-    words = torch.empty(-(-hidden.numel() // 8), dtype=torch.int64, device=hidden.device)
-    generator = torch.Generator(device=hidden.device).manual_seed(seed)
-    words.random_(-(2**63), None, generator=generator)
-    lanes = torch.stack([words & 255 * ones, (words >> 8) & 255 * ones])  # a byte in each lane
-    lanes += (2**15 - dropped) * ones  # sets the sign of a lane if its byte is >= dropped
-    keep = lanes.view(torch.int16).bitwise_right_shift_(15)  # all bits of a lane, or none
+    spare = lanes.shape[1] - hidden.numel()
+    windows = [
+        row[i:][: hidden.numel()]
+        for row, i in zip(lanes, torch.randint(spare, (2,)).tolist(), strict=True)
+    ]
+    keep = torch.bitwise_xor(*windows).view_as(hidden)
+    keep -= round(dropped_share(dropout) * 2**15)  # negative: dropped
+    keep = keep.bitwise_right_shift_(15).bitwise_not_()  # all bits, or none
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
-    keep = keep.flatten()[: hidden.numel()].view_as(hidden).to(bits)
-    hidden.view(bits).bitwise_and_(keep)
-
-
-def joint_hidden(encoded: Tensor, predicted: Tensor, dropout: float, seed: int) -> Tensor:
-    """(T, J), (U+1, J) -> dropout(relu(sum)) / scale of one utterance, then rows of 0: (rows, J).
-
-    Row t*(U+1) + u is node (t, u). Dropout's scale is left to the weight of the output layer.
-    Its mask has a generator of its own, so that the backward pass can draw the same one again
-    instead of storing it.
-    """
-    (T, J), U1 = encoded.shape, len(predicted)
-    nodes = T * U1
-    hidden = encoded.new_empty(whole_rows(nodes), J)
-    torch.add(encoded[:, None], predicted, out=hidden[:nodes].view(T, U1, J))
-    hidden[nodes:] = 0
-    drop(hidden.relu_(), dropout, seed)
-    return hidden
+    hidden.view(bits).bitwise_and_(keep.to(bits))
 
 
 def lattice_sizes(enc_lens: Tensor, target_lens: Tensor) -> list[tuple[int, int, int]]:
@@ -286,12 +285,32 @@ def lattice_sizes(enc_lens: Tensor, target_lens: Tensor) -> list[tuple[int, int,
     return [tuple(row) for row in sizes.tolist()]
 
 
+def joint_hidden(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int, int]],
+                 dropout: float) -> Tensor:  # fmt: skip
+    """(B, T, J), (B, U+1, J) -> dropout(relu(sum)) / scale of all nodes, then rows of 0: (rows, J).
+
+    Nodes are in the order of (b, t, u). Dropout's scale is left to the output layer's weight.
+    """
+    J = encoded.shape[2]
+    nodes = sum(n * u1 for _, n, u1 in sizes)
+    hidden = encoded.new_empty(whole_rows(nodes), J)
+    hidden[nodes:] = 0
+    counts = [n * u1 for _, n, u1 in sizes]
+    for (b, n, u1), rows in zip(sizes, hidden[:nodes].split(counts), strict=True):
+        torch.add(encoded[b, :n, None], predicted[b, :u1], out=rows.view(n, u1, J))
+    lanes = random_lanes(2 * BLOCK_ROWS * J if dropout else 0, hidden.device)
+    for block in hidden.split(BLOCK_ROWS):
+        drop(block.relu_(), dropout, lanes)
+    return hidden
+
+
 class JointCosts(torch.autograd.Function):
     """Encoder and predictor outputs, output layer -> costs (B,).
 
-    The forward pass keeps the lattice, some numbers a node, but no logits and no softmax. The
-    backward pass computes the logits again, for the nodes that the paths really visit: early in
-    training all of them, once the model aligns a small part.
+    Rows are lattice nodes, those of all utterances in a row. The forward pass keeps their hidden
+    values and the lattice, but no logits and no softmax. The backward pass computes the logits
+    again, for the nodes that the paths really visit: early in training all of them, once the
+    model aligns a small part.
     """
 
     @staticmethod
@@ -299,90 +318,91 @@ class JointCosts(torch.autograd.Function):
                 weight: Tensor, bias: Tensor,
                 labels: Tensor, lens: tuple[Tensor, Tensor], blank: int, dropout: float,
                 dtype: torch.dtype) -> Tensor:  # fmt: skip
-        ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
-        ctx.save_for_backward(encoded, predicted, weight, bias, labels, *lens)
-        ctx.blank, ctx.dropout, ctx.dtype = blank, dropout, dtype
         scale = kept_scale(dropout)
         enc, pred, w, c = (x.to(dtype) for x in (encoded, predicted, weight * scale, bias))
         stat_dtype = torch.promote_types(dtype, torch.float32)
-        B, T, U1 = *encoded.shape[:2], predicted.shape[1]
-        arcs = enc.new_zeros(2, B, T, U1, dtype=stat_dtype)  # log-probabilities: blank, label
-        for b, n, u1 in lattice_sizes(*lens):
-            hidden = joint_hidden(enc[b, :n], pred[b, :u1], dropout, ctx.seed + b)  # (rows, J)
-            ids = F.pad(labels[b, :u1].repeat(n), (0, len(hidden) - n * u1))  # (rows,)
-            scores = arcs.new_empty(2, len(hidden))
-            for h, i, s in zip(
-                hidden.split(BLOCK_ROWS), ids.split(BLOCK_ROWS), scores.split(BLOCK_ROWS, 1),
-                strict=True,
-            ):  # fmt: skip
-                log_probs = F.log_softmax(F.linear(h, w, c), -1, dtype=stat_dtype)
-                s[0] = log_probs[:, blank]
-                s[1] = log_probs.gather(1, i[:, None])[:, 0]
-            arcs[:, b, :n, :u1] = scores[:, : n * u1].view(2, n, u1)
+        hidden = joint_hidden(enc, pred, lattice_sizes(*lens), dropout)  # (rows, J)
+        inside = inside_lattice(encoded.shape[1], predicted.shape[1], *lens)  # (B, T, U+1)
+        ids = labels[:, None].expand_as(inside)[inside]  # (nodes,)
+        ids = F.pad(ids, (0, len(hidden) - len(ids)))  # (rows,)
+        scores = enc.new_empty(2, len(hidden), dtype=stat_dtype)  # log-probabilities: blank, label
+        for h, i, s in zip(
+            hidden.split(BLOCK_ROWS), ids.split(BLOCK_ROWS), scores.split(BLOCK_ROWS, 1),
+            strict=True,
+        ):  # fmt: skip
+            log_probs = F.log_softmax(F.linear(h, w, c), -1, dtype=stat_dtype)
+            s[0] = log_probs[:, blank]
+            s[1] = log_probs.gather(1, i[:, None])[:, 0]
+        arcs = scores.new_zeros(2, *inside.shape)
+        arcs[:, inside] = scores[:, : int(inside.sum())]
         ctx.lattice = Lattice(arcs[0], arcs[1], *lens)
+        ctx.save_for_backward(encoded, predicted, weight, bias, hidden, ids, inside, *lens)
+        ctx.blank, ctx.scale, ctx.dtype = blank, scale, dtype
         return ctx.lattice.costs.to(stat_dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
-        encoded, predicted, weight, bias, labels, enc_lens, target_lens = ctx.saved_tensors
-        scale = kept_scale(ctx.dropout)
-        enc, pred, w, c = (x.to(ctx.dtype) for x in (encoded, predicted, weight * scale, bias))
+        encoded, predicted, weight, bias, hidden, ids, inside, *lens = ctx.saved_tensors
+        w, c = (weight * ctx.scale).to(ctx.dtype), bias.to(ctx.dtype)
         stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
-        on_blank, on_label = ctx.lattice.posteriors()  # (B, T, U+1)
+        arcs = torch.stack([p[inside] for p in ctx.lattice.posteriors()])  # (2, nodes)
         least = SKIP_BELOW * torch.finfo(ctx.dtype).eps
-        grads = [torch.zeros_like(x, dtype=stat_dtype) for x in (enc, pred, w, c)]
-        for b, n, u1 in lattice_sizes(enc_lens, target_lens):
-            arcs = torch.stack([on_blank[b, :n, :u1], on_label[b, :n, :u1]]).flatten(1)
-            visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (count,) rows t*u1 + u
-            count = len(visited)
-            arcs = (arcs[:, visited] * grad_costs[b]).to(stat_dtype)  # (2, count)
-            # Node 0 again and again, with arcs that no path takes, adds nothing.
-            arcs, visited = (F.pad(x, (0, whole_rows(count) - count)) for x in (arcs, visited))
-            hidden = joint_hidden(enc[b, :n], pred[b, :u1], ctx.dropout, ctx.seed + b)
-            hidden = hidden[visited]  # (rows, J)
-            grad_rows = joint_backward(
-                hidden, arcs, labels[b][visited % u1], (w, c, ctx.blank), grads[2:]
-            )
-            # Values that relu or dropout have made 0 pass no gradient.
-            grad_rows = torch.ops.aten.threshold_backward(grad_rows, hidden, 0)
-            grad_nodes = grad_rows.new_zeros(n * u1, grad_rows.shape[1])
-            grad_nodes[visited[:count]] = grad_rows[:count]
+        visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (count,) rows
+        arcs *= grad_costs[:, None, None].expand_as(inside)[inside]
+        arcs, count = arcs[:, visited].to(stat_dtype), len(visited)  # (2, count)
+        # Node 0 again and again, with arcs that no path takes, adds nothing.
+        arcs, rows = (F.pad(x, (0, whole_rows(count) - count)) for x in (arcs, visited))
+        inputs = (encoded, predicted, weight, bias)
+        grads = [torch.zeros_like(x, dtype=stat_dtype) for x in inputs]
+        grad_hidden = joint_backward(hidden, rows, arcs, ids, (w, c, ctx.blank), grads[2:])
+        sizes = lattice_sizes(*lens)
+        firsts = inside.sum((1, 2)).cumsum(0)  # of the next utterance
+        bounds = torch.searchsorted(visited, firsts).tolist()
+        for (b, n, u1), first, begin, end in zip(
+            sizes, [0, *firsts.tolist()], [0, *bounds], bounds, strict=False
+        ):
+            grad_nodes = grad_hidden.new_zeros(n * u1, grad_hidden.shape[1])
+            grad_nodes[visited[begin:end] - first] = grad_hidden[begin:end]
             grad_nodes = grad_nodes.view(n, u1, -1)
             grads[0][b, :n] = grad_nodes.sum(1)
             grads[1][b, :u1] = grad_nodes.sum(0)
-        grads[2] *= scale
-        inputs = (encoded, predicted, weight, bias)
+        grads[2] *= ctx.scale
         return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), *[None] * 5
 
 
-def joint_backward(hidden: Tensor, arcs: Tensor, labels: Tensor, output: tuple,
-                   grads: list[Tensor]) -> Tensor:  # fmt: skip
-    """Adds the output layer's gradient to `grads` (weight, bias); returns that of `hidden`.
+def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor,  # noqa: PLR0913
+                   output: tuple, grads: list[Tensor]) -> Tensor:  # fmt: skip
+    """Adds the output layer's gradient to `grads` (weight, bias); returns that of some rows of
+    `hidden` before relu and dropout, (count, J).
 
     A node's gradient with respect to its logits is softmax * (blank + label posterior), minus
     the posterior of each arc at the class that the arc emits.
 
     Args:
-        hidden: (rows, J) joint hidden values.
-        arcs: (2, rows) posteriors of the blank and label arcs times the upstream gradient.
-        labels: (rows,) class of each label arc.
+        hidden: (all rows, J) joint hidden values.
+        rows: (count,) those to work on.
+        arcs: (2, count) posteriors of the blank and label arcs times the upstream gradient.
+        labels: (all rows,) class of each label arc.
         output: weight (V, J), bias (V,) and the blank's index.
     """
     weight, bias, blank = output
-    grad_hidden = torch.empty_like(hidden)
-    for h, p, ids, out in zip(
-        hidden.split(BLOCK_ROWS), arcs.split(BLOCK_ROWS, 1), labels.split(BLOCK_ROWS),
-        grad_hidden.split(BLOCK_ROWS), strict=True,
+    grad_hidden = hidden.new_empty(len(rows), hidden.shape[1])
+    for chosen, p, out in zip(
+        rows.split(BLOCK_ROWS), arcs.split(BLOCK_ROWS, 1), grad_hidden.split(BLOCK_ROWS),
+        strict=True,
     ):  # fmt: skip
+        h = hidden[chosen]
         g = F.softmax(F.linear(h, weight, bias), -1, dtype=arcs.dtype)  # (rows, V)
         g *= p.sum(0)[:, None]
         g[:, blank] -= p[0]
-        g.scatter_add_(1, ids[:, None], -p[1][:, None])
+        g.scatter_add_(1, labels[chosen][:, None], -p[1][:, None])
         grads[1] += g.sum(0)
         g = g.to(weight.dtype)
         grads[0] += g.T @ h
         torch.mm(g, weight, out=out)
+        # Values that relu or dropout have made 0 pass no gradient.
+        torch.ops.aten.threshold_backward.grad_input(out, h, 0, grad_input=out)
     return grad_hidden
 
 

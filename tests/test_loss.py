@@ -474,13 +474,12 @@ def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
         *arguments, targets, enc_lens, target_lens, blank, 0.3, reduction="none"
     )
     torch.manual_seed(3)
-    seed, expected = int(torch.randint(2**62, ())), []
-    for b, n, u1 in loss.lattice_sizes(enc_lens, target_lens):
-        ones, zeros = (
-            torch.full((size, 16), i, dtype=torch.float64) for size, i in ((n, 1), (u1, 0))
-        )
-        mask = loss.joint_hidden(ones, zeros, 0.3, seed + b)[: n * u1].view(n, u1, 16)
-        assert 0 < (mask == 0).double().mean() < 0.6
+    sizes, expected = loss.lattice_sizes(enc_lens, target_lens), []
+    ones, zeros = torch.ones_like(encoded), torch.zeros_like(predicted)
+    masks = loss.joint_hidden(ones, zeros, sizes, 0.3)  # (rows, J)
+    assert 0 < (masks == 0).double().mean() < 0.6
+    for b, n, u1 in sizes:
+        mask, masks = masks[: n * u1].view(n, u1, -1), masks[n * u1 :]
         hidden = F.relu(encoded[b, :n, None] + predicted[b, :u1]) * mask * loss.kept_scale(0.3)
         lengths = torch.tensor([n]), torch.tensor([u1 - 1])
         logits = F.linear(hidden, weight, bias)[None]
@@ -683,9 +682,9 @@ def test_gradients_of_visited_nodes_are_exact_to_rounding(dtype, tolerance):
 def test_backward_multiplies_only_the_rows_of_visited_nodes(monkeypatch):
     rows = []
 
-    def count(h, *rest):
-        rows.append(len(h))
-        return joint_backward(h, *rest)
+    def count(hidden, chosen, *rest):
+        rows.append(len(chosen))
+        return joint_backward(hidden, chosen, *rest)
 
     joint_backward = loss.joint_backward
     monkeypatch.setattr(loss, "joint_backward", count)
@@ -718,25 +717,39 @@ def test_mean_over_dropout_masks_is_the_value_without_dropout():
     assert abs(drawn.mean() - difference(0.0, 0)) < 4 * error
 
 
+def kept_nodes(T: int, U1: int, J: int, dropout: float, dtype=torch.float32) -> Tensor:
+    """(T*(U+1), J) joint hidden values of one utterance that are 1 without dropout."""
+    torch.manual_seed(3)
+    ones, zeros = torch.ones(1, T, J, dtype=dtype), torch.zeros(1, U1, J, dtype=dtype)
+    return loss.joint_hidden(ones, zeros, [(0, T, U1)], dropout)[: T * U1]
+
+
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dropout_drops_its_share_and_scales_the_rest_by_the_inverse(dropout, dtype):
-    ones, zeros = torch.ones(100, 64, dtype=dtype), torch.zeros(50, 64, dtype=dtype)
-    hidden = loss.joint_hidden(ones, zeros, dropout, seed=3)[: 100 * 50]
-    share = round(dropout * 256) / 256
+    hidden = kept_nodes(100, 50, 64, dropout, dtype)
+    share = round(dropout * 2**15) / 2**15
     assert hidden.unique().tolist() == [0, 1]
     assert math.isclose(loss.kept_scale(dropout), 1 / (1 - share))
-    # Four standard deviations of a share among 320,000 independent values.
+    # Four standard deviations of a share among 320,000 values, any two of a block independent.
     error = math.sqrt(share * (1 - share) / hidden.numel())
     assert abs((hidden == 0).double().mean() - share) < 4 * error
 
 
 def test_dropout_masks_of_nodes_are_independent():
-    ones, zeros = torch.ones(30, 64), torch.zeros(20, 64)
-    kept = loss.joint_hidden(ones, zeros, 0.5, seed=3)[:600] > 0  # (600, 64)
+    kept = kept_nodes(30, 20, 64, 0.5) > 0  # (600, 64)
     equal = (kept[:, None] == kept).double().mean(-1)  # (600, 600)
     # Mean of 64 fair coins: 0.5 +- 0.0625. Six deviations for the extreme of 180,000 pairs.
     assert equal.fill_diagonal_(0.5).sub(0.5).abs().max() < 6 * 0.0625
+
+
+def test_dropout_masks_of_blocks_are_independent(monkeypatch):
+    # All blocks take their random numbers from the same ones.
+    monkeypatch.setattr(loss, "BLOCK_ROWS", 50)
+    kept = (kept_nodes(100, 50, 64, 0.5) > 0).float().view(100, 50 * 64) - 0.5  # (blocks, values)
+    equal_more_than_half = (2 * kept @ kept.T / (50 * 64)).fill_diagonal_(0)
+    # Mean of 3200 fair coins: 0.5 +- 0.0088. Six deviations for the extreme of 4950 pairs.
+    assert equal_more_than_half.abs().max() < 6 * 0.0088
 
 
 def test_utterances_of_a_batch_have_different_dropout_masks():
