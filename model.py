@@ -131,9 +131,12 @@ class FeatureNorm(nn.Module):
     @staticmethod
     def moments(feats: Tensor, feat_lens: Tensor) -> Tensor:
         """Number of valid frames, their sum and sum of squares: (1 + 2*D,) in float64."""
-        frames = feats[valid_frames(feat_lens, feats.shape[1])].double()  # (frames, D)
-        count = frames.new_tensor([len(frames)])
-        return torch.cat([count, frames.sum(0), frames.square().sum(0)])
+        sums = torch.zeros(2, feats.shape[2], dtype=torch.float64, device=feats.device)
+        # One utterance at a time: in double precision a batch does not fit the cache.
+        for frames, n in zip(feats, feat_lens.tolist(), strict=True):
+            frames = frames[:n].double()  # (n, D)
+            sums += torch.stack([frames.sum(0), frames.square().sum(0)])
+        return torch.cat([feat_lens.sum()[None].to(sums), sums.flatten()])
 
     @staticmethod
     def mean_and_var(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,24 +165,36 @@ class FeatureNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout with a probability rounded to 2^-16: 16 random bits decide on a value.
+    """torch.nn.Dropout with a probability rounded to 2^-15.
 
-    Except on Intel's processors, torch draws 64 bits for each value on one core, which takes five
-    times as long.
+    Torch draws 64 bits for each value, on one core: drawing takes eight times as long as all
+    else. Here the numbers of a block of values are the exclusive or of two windows of the same
+    few, at random places: uniform, and any two of a block independent.
     """
+
+    BLOCK = 2**17  # values
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.p):
             return x
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 numbers
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        numbers = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        keep = (numbers >= dropped - 2**15).to(x.dtype)
-        return x * keep.mul_(2**16 / (2**16 - dropped))
+        dropped = min(round(self.p * 2**15), 2**15 - 1)  # of the 2^15 numbers
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        scale = torch.tensor(2**15 / (2**15 - dropped), dtype=x.dtype).view(integer)
+        words = torch.empty(2, self.BLOCK // 2, dtype=torch.int64).random_(-(2**63), None)
+        numbers = words.bitwise_and_(0x7FFF_7FFF_7FFF_7FFF).view(torch.int16)  # (2, 2*BLOCK)
+        factors = torch.empty(x.shape, dtype=integer)  # bits of the scale, or of 0
+        for block in factors.view(-1).split(self.BLOCK):
+            first, second = torch.randint(self.BLOCK, (2,)).tolist()
+            ends = first + len(block), second + len(block)
+            keep = numbers[0, first : ends[0]] ^ numbers[1, second : ends[1]]
+            keep -= dropped  # negative: dropped
+            keep = keep.bitwise_right_shift_(15).bitwise_not_()  # all bits, or none
+            torch.bitwise_and(keep.to(integer), scale, out=block)
+        return x * factors.view(x.dtype)
 
 
 class WideLstm(nn.LSTM):
-    """One layer of torch.nn.LSTM, batch first, for inputs much wider than its state.
+    """One layer of torch.nn.LSTM for inputs much wider than its state.
 
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
     frame, which moves them through memory T times. Here they take one matrix product over all
@@ -187,14 +202,14 @@ class WideLstm(nn.LSTM):
     """
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """(B, T, input_size) and two (1, B, H) -> (B, T, H) and those after the last frame."""
+        """(T, B, input_size) and two (1, B, H) -> (T, B, H) and those after the last frame."""
         if state is None:
-            zeros = x.new_zeros(1, len(x), self.hidden_size)
+            zeros = x.new_zeros(1, x.shape[1], self.hidden_size)
             state = zeros, zeros
-        gates = F.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0)  # (B, T, 4*H)
+        gates = F.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0)  # (T, B, 4*H)
         h, c = state[0][0].to(gates.dtype), state[1][0].to(self.weight_hh_l0.dtype)
         outputs = []
-        for t, from_input in enumerate(gates.unbind(1)):
+        for t, from_input in enumerate(gates):
             # Under autocast, a copy of the weight in its dtype for every 8 frames: only so many
             # gradients add up in that dtype, and then their sums in the weight's own.
             if t % 8 == 0:
@@ -203,20 +218,21 @@ class WideLstm(nn.LSTM):
             c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
             h = (o.sigmoid() * c.tanh()).to(gates.dtype)
             outputs.append(h)
-        return torch.stack(outputs, dim=1), (h[None], c[None])
+        return torch.stack(outputs), (h[None], c[None])
 
 
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
 
     The layers are modules of their own because those inside a torch.nn.LSTM have torch's dropout.
+    Between them time comes first, as oneDNN's LSTM reads and writes it.
     """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
                  cfg: ModelConfig, first: type[nn.LSTM] = nn.LSTM) -> None:  # fmt: skip
         super().__init__()
-        self.layers = nn.ModuleList([first(input_size, hidden, batch_first=True)])
-        self.layers.extend(nn.LSTM(hidden, hidden, batch_first=True) for _ in range(1, layers))
+        self.layers = nn.ModuleList([first(input_size, hidden)])
+        self.layers.extend(nn.LSTM(hidden, hidden) for _ in range(1, layers))
         self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
@@ -234,12 +250,13 @@ class LstmStack(nn.Module):
         if state is not None:
             before = zip(*(s.split(1) for s in state), strict=True)
         after = []
+        x = x.transpose(0, 1).contiguous()  # (T, B, input_size)
         for layer, layer_state in zip(self.layers, before, strict=True):
             x, layer_state = layer(x, layer_state)
             x = self.dropout(x)
             after.append(layer_state)
         h, c = (torch.cat(layer_states) for layer_states in zip(*after, strict=True))
-        return self.layer_norm(x), (h, c)
+        return self.layer_norm(x).transpose(0, 1), (h, c)
 
 
 class StackTime(nn.Module):
@@ -252,7 +269,8 @@ class StackTime(nn.Module):
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T_in, H), (B,) -> (B, T, factor*H), (B,) with T = ceil(T_in / factor)."""
         B, T_in, H = x.shape
-        x = F.pad(x, (0, 0, 0, -T_in % self.factor))
+        if T_in % self.factor:  # F.pad copies, be there anything to add or not
+            x = F.pad(x, (0, 0, 0, -T_in % self.factor))
         return x.reshape(B, -1, self.factor * H), (lens + self.factor - 1) // self.factor
 
 

@@ -463,6 +463,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return norm.item()
 
 
+LAMB_PART = 2**17  # values; of five tensors 2.5 MB, in the caches of two cores
+
+
 class Lamb(torch.optim.Optimizer):
     """Layer-wise adaptive moments, You et al. (2019), arXiv:1904.00962, as in apex FusedLAMB.
 
@@ -476,39 +479,45 @@ class Lamb(torch.optim.Optimizer):
                  epsilon: float, weight_decay: float) -> None:  # fmt: skip
         defaults = dict(lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, step=0)
         super().__init__(parameters, defaults)
+        params = [p for group in self.param_groups for p in group["params"]]
+        # The update of one tensor, overwritten by that of the next; new memory costs a third more.
+        self.update = params[0].new_empty(max(p.numel() for p in params))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             group["step"] += 1
-            beta1, beta2 = group["betas"]
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
                     self.state[p] = {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-            means = [self.state[p]["mean"] for p in params]
-            squares = [self.state[p]["square"] for p in params]
-            torch._foreach_lerp_(means, grads, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+                state = self.state[p]
+                update = self.update[: p.numel()]
+                tensors = (x.view(-1) for x in (update, p, p.grad, state["mean"], state["square"]))
+                # Part after part: all operations on one find it in the cache.
+                parts = zip(*(x.split(LAMB_PART) for x in tensors), strict=True)
+                norms = [self.adam_update(*part, group) for part in parts]
+                rate = group["lr"]
+                if group["weight_decay"] != 0:
+                    ratio = float(torch.div(*torch.stack(norms).norm(dim=0)))
+                    # 0/x, x/0 and 0/0: the plain learning rate.
+                    rate *= ratio if math.isfinite(ratio) and ratio > 0 else 1.0
+                p.add_(update.view_as(p), alpha=-rate)
 
-            updates = torch._foreach_div(squares, 1 - beta2 ** group["step"])
-            torch._foreach_sqrt_(updates)
-            torch._foreach_add_(updates, group["epsilon"])
-            torch._foreach_reciprocal_(updates)
-            torch._foreach_mul_(updates, means)
-            torch._foreach_div_(updates, 1 - beta1 ** group["step"])
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-
-            if group["weight_decay"] != 0:
-                ratios = torch.stack(torch._foreach_norm(params)) / torch.stack(
-                    torch._foreach_norm(updates)
-                )
-                # 0/x, x/0 and 0/0: the plain learning rate.
-                ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)
-                torch._foreach_mul_(updates, ratios.tolist())
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+    @staticmethod
+    def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor,  # noqa: PLR0913
+                    square: Tensor, group: dict) -> Tensor:  # fmt: skip
+        """Moves the moments, writes Adam's update plus weight decay to `update`; returns the norms
+        of parameter and update, (2,)."""
+        beta1, beta2 = group["betas"]
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        torch.div(square, 1 - beta2 ** group["step"], out=update)
+        update.sqrt_().add_(group["epsilon"])
+        torch.div(mean, update, out=update).div_(1 - beta1 ** group["step"])
+        update.add_(p, alpha=group["weight_decay"])
+        return torch.stack([p.norm(), update.norm()])
 
 
 @record_function("update_ema")
