@@ -347,6 +347,11 @@ def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
     return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
 
 
+def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
+    """Factor on the number of samples: the first number that `features` draws."""
+    return rng.uniform(cfg.speed_min, cfg.speed_max)
+
+
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
              rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
@@ -354,7 +359,7 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
     With `rng`, augmented for training: speed perturbation, dither and SpecAugment.
     """
     if rng is not None:
-        samples = change_speed(samples, rng.uniform(cfg.speed_min, cfg.speed_max))
+        samples = change_speed(samples, draw_speed(rng, cfg))
     samples = trim_silence(samples, cfg)
     if rng is not None:
         samples = dither(samples, rng, cfg)
@@ -679,14 +684,27 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.utterances)
 
+    def rng(self, index: int) -> np.random.Generator | None:
+        if self.seed is None:
+            return None
+        return np.random.default_rng((self.seed, self.epoch, index))
+
+    def durations_s(self) -> list[float]:
+        """Of all utterances, as they will be after this epoch's speed perturbation.
+
+        Batches of what is equally long by then need less padding: before it, up to 15 % each way
+        would be left to chance.
+        """
+        if self.seed is None:
+            return [u.duration_s for u in self.utterances]
+        return [draw_speed(self.rng(i), self.cfg) * u.duration_s
+                for i, u in enumerate(self.utterances)]  # fmt: skip
+
     def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
         """None, with a warning, for a file that went bad, if `skip_bad`."""
         utterance = self.utterances[index]
-        rng = None
-        if self.seed is not None:
-            rng = np.random.default_rng((self.seed, self.epoch, index))
         try:
-            feats = features(load_audio(utterance.path, self.cfg), self.cfg, rng)
+            feats = features(load_audio(utterance.path, self.cfg), self.cfg, self.rng(index))
         except (OSError, ValueError) as error:
             if not self.skip_bad:
                 raise

@@ -135,14 +135,16 @@ class TrainConfig:
             raise ValueError("resume and restart exclude each other")
 
 
-# What else a preset changes: small corpora need small batches, hence more steps. LAMB turns every
-# tensor by the same share of its norm, noise or not, which batches of 16 did not survive at a
-# useful rate: without weight decay it is Adam.
+# What else a preset changes, of training and of the front end: small corpora need small batches,
+# hence more steps. LAMB turns every tensor by the same share of its norm, noise or not, which
+# batches of 16 did not survive at a useful rate: without weight decay it is Adam.
 RECIPES = {
+    "democratized": dict(num_buckets=12),  # 0.92 of all frames are valid, instead of 0.87
     "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
-                 hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64),
+                 hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
+                 num_buckets=12),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
-                 ema_decay=0.99, loader_workers=2),
+                 ema_decay=0.99, loader_workers=2, num_buckets=12),
 }  # fmt: skip
 
 
@@ -187,13 +189,14 @@ def parse_configs(words: Sequence[str]) -> tuple[TrainConfig, ModelConfig, Featu
     for config in (TrainConfig, ModelConfig, FeatureConfig):
         add_flags(parser.add_argument_group(config.__name__), config)
     given = vars(parser.parse_args(words))
+    preset = given.get("preset", TrainConfig.preset)
+    given = {**RECIPES.get(preset, {}), **given}
 
     def of(config: type) -> dict:
         return {f.name: given[f.name] for f in fields(config) if f.name in given}
 
     try:
-        preset = given.get("preset", TrainConfig.preset)
-        train = TrainConfig(**{**RECIPES.get(preset, {}), **of(TrainConfig)})
+        train = TrainConfig(**of(TrainConfig))
         features = FeatureConfig(**of(FeatureConfig))
         model = replace(PRESETS[preset], feature_size=features.feature_size, **of(ModelConfig))
     except ValueError as error:
@@ -818,14 +821,14 @@ class Run:
     def epoch_loader(self) -> torch.utils.data.DataLoader:
         """This rank's micro-batches of the current epoch that are not done yet."""
         cfg, ranks, epoch = self.trainer.cfg, self.trainer.ranks, self.progress.epoch
-        order = data.bucket_batches(
-            [u.duration_s for u in self.train], self.global_batch, self.features.num_buckets,
-            np.random.default_rng((cfg.seed, epoch)),
-        )  # fmt: skip
-        mine = order[self.progress.batch :, ranks.rank :: ranks.world]
         dataset = data.SpeechDataset(
             self.train, self.tokenizer, self.features, cfg.seed, epoch, cfg.skip_bad
         )
+        order = data.bucket_batches(
+            dataset.durations_s(), self.global_batch, self.features.num_buckets,
+            np.random.default_rng((cfg.seed, epoch)),
+        )  # fmt: skip
+        mine = order[self.progress.batch :, ranks.rank :: ranks.world]
         return data.batch_loader(
             dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers
         )

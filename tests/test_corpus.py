@@ -633,6 +633,22 @@ def test_order_of_reading_does_not_change_the_augmentation(utterances):
     assert all(map(torch.equal, forwards, reversed(backwards)))
 
 
+def test_durations_are_those_after_speed_perturbation(utterances):
+    plain = data.SpeechDataset(utterances, None, data.DEFAULT)
+    assert plain.durations_s() == [u.duration_s for u in utterances]
+    # Nothing trimmed: as many frames of 30 ms as the duration says, and one that is not full.
+    cfg = data.FeatureConfig(trim_db=-200.0)
+    for epoch in (1, 2):
+        dataset = data.SpeechDataset(utterances, None, cfg, seed=1, epoch=epoch)
+        ratios = np.divide(dataset.durations_s(), plain.durations_s())
+        assert len(set(ratios)) == len(utterances)
+        assert ratios.min() >= 0.85
+        assert ratios.max() <= 1.15
+        for i, seconds in enumerate(dataset.durations_s()):
+            # Factors are rounded to hundredths.
+            assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1 + 0.005 * seconds / 0.03
+
+
 def test_number_of_workers_does_not_change_the_batches(utterances, tokenizer):
     dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT, seed=1, epoch=3)
     order = [[4, 0], [1, 5], [3, 2]]

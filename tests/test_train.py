@@ -822,9 +822,11 @@ def test_train_splits_may_be_many():
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_preset_brings_its_model_and_recipe(preset):
-    cfg, model_cfg, _ = parse("--preset", preset)
-    recipe = train.RECIPES.get(preset, {})
+    cfg, model_cfg, features = parse("--preset", preset)
+    recipe = dict(train.RECIPES.get(preset, {}))
     required = dict(data="corpus", train_splits=("train",), dev_split="dev", out="run")
+    buckets = recipe.pop("num_buckets", FeatureConfig.num_buckets)
+    assert features == FeatureConfig(num_buckets=buckets)
     assert asdict(cfg) == asdict(TrainConfig(**required, preset=preset, **recipe))
     assert model_cfg == PRESETS[preset]
 
