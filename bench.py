@@ -64,7 +64,7 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def gemm_tflops(dtype: torch.dtype = torch.bfloat16, size: int = 4096) -> float:
+def gemm_tflops(dtype: torch.dtype, size: int = 4096) -> float:
     """The machine's matrix rate that `mfu` relates to: size^3 products of this dtype."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b, 5) / 1e12
@@ -236,8 +236,8 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Trains for --steps after --warmup steps, by train.train_step, and prints the stages."""
     with open_run(args, words, args.warmup + args.steps) as run:
         train.all_sum(torch.zeros(1), run.trainer.ranks)  # all ranks multiply at the same time
-        rate = gemm_tflops()
         trainer, watch, rows = run.trainer, Stopwatch(), []
+        rate = gemm_tflops(trainer.dtype)
         steps = iter_steps(run, args.warmup + args.steps)
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
@@ -260,7 +260,7 @@ def bench_step(args: argparse.Namespace, words: Sequence[str]) -> None:
                 trainer.cfg.batch_size * trainer.cfg.accumulation * trainer.ranks.world
             )
     if trainer.ranks.rank == 0:
-        report_step(args, trainer.cfg, trainer.ranks.world, rows, watch, apart, rate)
+        report_step(args, trainer, rows, watch, apart, rate)
 
 
 def front_end_s(run: train.Run, count: int) -> dict[str, float]:
@@ -290,7 +290,7 @@ def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
         run.progress.epoch += 1
 
 
-def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,
+def report_step(args: argparse.Namespace, trainer: train.Trainer,
                 rows: list[tuple[float, float]], watch: Stopwatch, apart: dict[str, float],
                 rate: float) -> None:  # fmt: skip
     """The table of stages, warm-up apart, and the JSON line.
@@ -299,8 +299,10 @@ def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,
         rows: seconds of each step and the floating-point operations of this rank's forward pass.
         apart: seconds of an utterance of what happens beside the stages or inside of them: workers
             decode files and make features, gradients travel during the backward pass.
-        rate: TFLOP/s of matrix products in this rank while all others multiply too.
+        rate: TFLOP/s of matrix products of the trainer's dtype in this rank while all others
+            multiply too.
     """
+    cfg, world = trainer.cfg, trainer.ranks.world
     measured = rows[args.warmup :]
     seconds = sum(s for s, _ in measured)
     count = len(measured) * cfg.batch_size * cfg.accumulation * world
@@ -315,7 +317,8 @@ def report_step(args: argparse.Namespace, cfg: train.TrainConfig, world: int,
     flops = 3 * sum(f for _, f in measured)
     finish({
         "utts_per_s": count / seconds, "mfu": flops / seconds / 1e12 / rate,
-        "gemm_tflops": rate, "peak_rss_gb": peak_rss_gb(), "median_step_s": median,
+        "gemm_tflops": rate, "dtype": str(trainer.dtype).removeprefix("torch."),
+        "peak_rss_gb": peak_rss_gb(), "median_step_s": median,
         "batch": cfg.batch_size, "accumulation": cfg.accumulation, "ranks": world,
         "threads": torch.get_num_threads(), "preset": cfg.preset,
     })  # fmt: skip
@@ -389,7 +392,8 @@ def bench_loss(args: argparse.Namespace) -> None:
     """Forward and backward of the fused loss and of the plain one on the same batch."""
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
-    rate = gemm_tflops()
+    dtype = train.matrix_dtype(args.precision)
+    rate = gemm_tflops(dtype)
 
     inputs, lattice = loss_inputs(cfg, args.batch_size)
     nodes = float((lattice[1] * (lattice[2] + 1)).sum())
@@ -397,7 +401,7 @@ def bench_loss(args: argparse.Namespace) -> None:
 
     def seconds(function: Callable, repeats: int) -> float:
         def call() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 cost = function(inputs, lattice, cfg.blank, cfg.joint_dropout)
             cost.backward()
 
@@ -413,6 +417,7 @@ def bench_loss(args: argparse.Namespace) -> None:
           "model")  # fmt: skip
     finish({
         "utts_per_s": fused, "share_of_gemm": flops / fused_s / 1e12 / rate, "gemm_tflops": rate,
+        "dtype": str(dtype).removeprefix("torch."),
         "memory_growth_gb": grown, "plain_utts_per_s": plain, "speedup": fused / plain,
     })  # fmt: skip
 
@@ -1055,6 +1060,7 @@ def main() -> None:
     lossy = commands.add_parser("loss", allow_abbrev=False)
     lossy.add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     lossy.add_argument("--batch-size", type=int, default=32)
+    lossy.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     features = commands.add_parser("features", allow_abbrev=False)
     features.add_argument("--count", type=int, default=100, help="recordings")
     decoding = commands.add_parser("decode", allow_abbrev=False)

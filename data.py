@@ -247,9 +247,11 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
     """
     window = min(cfg.trim_window, len(samples))
     # torch adds up four times as fast as numpy.
-    energy = torch.from_numpy(samples).double().square_().cumsum(0).numpy()
-    sums = energy[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
-    sums[1:] -= energy[:-window]
+    energy = torch.zeros(len(samples) + 1, dtype=torch.float64)
+    torch.cumsum(torch.from_numpy(samples).double().square_(), 0, out=energy[1:])
+    sums = (
+        energy[window:] - energy[:-window]
+    ).numpy()  # (n - window + 1,) over samples[i:i+window]
     loud = sums >= sums.max() * 10 ** (cfg.trim_db / 10)
     return int(loud.argmax()), len(loud) - 1 - int(loud[::-1].argmax()) + window
 

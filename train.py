@@ -96,7 +96,7 @@ class TrainConfig:
     restart: bool = False  # delete what is in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
     seed: int = 1
-    loader_workers: int = 1  # processes that prepare batches
+    loader_workers: int = 2  # processes that prepare batches, when the cores are free
     eval_batch_size: int = 32
     log_every: int = 10  # steps between lines on the console; log.jsonl has all
     tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
@@ -144,7 +144,7 @@ RECIPES = {
                  hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
                  num_buckets=12),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
-                 ema_decay=0.99, loader_workers=2, num_buckets=12),
+                 ema_decay=0.99, num_buckets=12),
 }  # fmt: skip
 
 
@@ -429,8 +429,8 @@ def processor_multiplies_bf16() -> bool:
     return bool(set(processor().split()) & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
-def matrix_dtype(cfg: TrainConfig) -> torch.dtype:
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and processor_multiplies_bf16())
+def matrix_dtype(precision: str) -> torch.dtype:
+    bf16 = precision == "bf16" or (precision == "auto" and processor_multiplies_bf16())
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -572,7 +572,7 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trai
     parallel = model
     if ranks.world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg))
+    return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg.precision))
 
 
 def step_moments(trainer: Trainer, batches: Sequence[Batch]) -> Tensor | None:
@@ -1210,7 +1210,8 @@ def main() -> int:
     pulse.compare({
         "corpus": describe_corpus(train + dev),
         "step": 0 if found is None else checkpoint["progress"]["step"],
-        **asdict(cfg), **asdict(model_cfg), **asdict(features), "dtype": matrix_dtype(cfg),
+        **asdict(cfg), **asdict(model_cfg), **asdict(features),
+        "dtype": matrix_dtype(cfg.precision),
     })  # fmt: skip
 
     # 3 model and optimiser

@@ -61,7 +61,8 @@ def test_report_of_steps(capsys):
     watch = bench.Stopwatch()
     watch.seconds["encoder"] = 3.0
     cfg = train.TrainConfig(".", ["x"], "x", ".", batch_size=2)
-    bench.report_step(args, cfg, 4, rows, watch, {"decode": 0.004}, 6.0)
+    trainer = Namespace(cfg=cfg, ranks=train.Ranks(0, 4, 0), dtype=torch.bfloat16)
+    bench.report_step(args, trainer, rows, watch, {"decode": 0.004}, 6.0)
     *table, last = capsys.readouterr().out.splitlines()
     assert table[0] == "first 1 steps: 9.0 s, left out"
     assert [line.split() for line in table[2:]] == [
@@ -71,11 +72,12 @@ def test_report_of_steps(capsys):
     assert said["utts_per_s"] == 4  # 16 in 4 s
     assert said["mfu"] == pytest.approx(3 * 4e12 / 4 / 6e12)
     assert said["median_step_s"] == 2
+    assert said["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
-    monkeypatch.setattr(bench, "gemm_tflops", lambda: 0.5)
+    monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: 0.5)
     words = ["--warmup", "1", "--steps", "2", "--preset", "democratized", *SMALL,
              "--accumulation", str(accumulation)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench.py", "step", *words])
@@ -98,9 +100,14 @@ def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
 
 def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", replace(PRESETS["demo"], joint_hidden=8, vocab_size=8))
-    monkeypatch.setattr(bench, "gemm_tflops", lambda: 0.5)
-    bench.bench_loss(Namespace(preset="small", batch_size=2))
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    related = []
+    monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: related.append(dtype) or 0.5)
+    for precision, name in (("fp32", "float32"), ("bf16", "bfloat16")):
+        bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision))
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert said["dtype"] == name
+    # The rate that the share relates to is that of the products' own dtype.
+    assert related == [torch.float32, torch.bfloat16]
     assert said["speedup"] == said["utts_per_s"] / said["plain_utts_per_s"]
     assert 0 < said["share_of_gemm"] < 1
 
