@@ -80,7 +80,7 @@ class FeatureConfig:
     time_masks: int = 10
     time_mask_max: float = 0.03  # of the utterance's own length
     max_utterance_s: float = 16.7  # longer ones leave the training set
-    num_buckets: int = 6  # by duration; batches are drawn inside a bucket
+    num_buckets: int = 6  # by perturbed duration; batches are drawn inside a bucket
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U likewise
 
@@ -248,7 +248,8 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
     window = min(cfg.trim_window, len(samples))
     # torch adds up four times as fast as numpy.
     energy = torch.zeros(len(samples) + 1, dtype=torch.float64)
-    torch.cumsum(torch.from_numpy(samples).double().square_(), 0, out=energy[1:])
+    squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
+    torch.cumsum(squares, 0, out=energy[1:])
     sums = (
         energy[window:] - energy[:-window]
     ).numpy()  # (n - window + 1,) over samples[i:i+window]
@@ -332,7 +333,7 @@ def dither(samples: np.ndarray, rng: np.random.Generator,
 
 def normalize(mels: Tensor) -> Tensor:
     """(frames, 80): each bin to mean 0 and population deviation 1; constant bins to 0."""
-    x = mels.double()
+    x = mels.to(torch.float64, copy=True)
     x -= x.mean(0)
     constant = mels.amax(0) == mels.amin(0)
     x /= x.square().mean(0).sqrt().masked_fill(constant, torch.inf)
@@ -708,7 +709,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, self.epoch, index))
 
     def durations_s(self) -> list[float]:
-        """Of all utterances, as they will be after this epoch's speed perturbation.
+        """Of all utterances, after this epoch's speed perturbation and before trimming.
 
         Batches of what is equally long by then need less padding: before it, up to 15 % each way
         would be left to chance.

@@ -262,8 +262,9 @@ def drop(hidden: Tensor, dropout: float, lanes: Tensor) -> None:
 
     Random numbers take longer to draw than all else here, so those of a block are the exclusive
     or of two windows of `lanes`, (2, at least twice the values), one in each row, at random
-    places: uniform, and any two of a block independent. Masks are integers since PyTorch does not
-    vectorise comparisons to booleans, nor products with them.
+    places: uniform and independent in a block, and between two blocks but for a chance of some
+    1e-6. Masks are integers since PyTorch does not vectorise comparisons to booleans, nor products
+    with them.
     """
     if not dropout:
         return
@@ -324,7 +325,8 @@ class JointCosts(torch.autograd.Function):
         hidden = joint_hidden(enc, pred, lattice_sizes(*lens), dropout)  # (rows, J)
         inside = inside_lattice(encoded.shape[1], predicted.shape[1], *lens)  # (B, T, U+1)
         ids = labels[:, None].expand_as(inside)[inside]  # (nodes,)
-        ids = F.pad(ids, (0, len(hidden) - len(ids)))  # (rows,)
+        nodes = len(ids)
+        ids = F.pad(ids, (0, len(hidden) - nodes))  # (rows,)
         scores = enc.new_empty(2, len(hidden), dtype=stat_dtype)  # log-probabilities: blank, label
         for h, i, s in zip(
             hidden.split(BLOCK_ROWS), ids.split(BLOCK_ROWS), scores.split(BLOCK_ROWS, 1),
@@ -334,7 +336,7 @@ class JointCosts(torch.autograd.Function):
             s[0] = log_probs[:, blank]
             s[1] = log_probs.gather(1, i[:, None])[:, 0]
         arcs = scores.new_zeros(2, *inside.shape)
-        arcs[:, inside] = scores[:, : int(inside.sum())]
+        arcs[:, inside] = scores[:, :nodes]
         ctx.lattice = Lattice(arcs[0], arcs[1], *lens)
         ctx.save_for_backward(encoded, predicted, weight, bias, hidden, ids, inside, *lens)
         ctx.blank, ctx.scale, ctx.dtype = blank, scale, dtype
@@ -351,8 +353,10 @@ class JointCosts(torch.autograd.Function):
         visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (count,) rows
         arcs *= grad_costs[:, None, None].expand_as(inside)[inside]
         arcs, count = arcs[:, visited].to(stat_dtype), len(visited)  # (2, count)
-        # Node 0 again and again, with arcs that no path takes, adds nothing.
-        arcs, rows = (F.pad(x, (0, whole_rows(count) - count)) for x in (arcs, visited))
+        # One of them again and again, with arcs that no path takes, adds nothing. Not any node:
+        # 0 times what is not a number would add that.
+        fill = whole_rows(count) - count
+        arcs, rows = F.pad(arcs, (0, fill)), torch.cat([visited, visited[:1].expand(fill)])
         inputs = (encoded, predicted, weight, bias)
         grads = [torch.zeros_like(x, dtype=stat_dtype) for x in inputs]
         grad_hidden = joint_backward(hidden, rows, arcs, ids, (w, c, ctx.blank), grads[2:])
@@ -413,9 +417,10 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
     """The same value and gradients as `transducer_loss` on the joint network's logits.
 
     Those logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight,
-    bias), (B, T, U+1, V); they never exist together: one block of one utterance at a time.
-    Under autocast the matrix products run in its dtype, the softmax in float32, the lattice in
-    float64; sums are accumulated in float32.
+    bias), (B, T, U+1, V); they never exist together, only BLOCK_ROWS of their B*T*(U+1) rows at a
+    time. The hidden values of all valid nodes do, until the backward pass. Under autocast the
+    matrix products run in its dtype, the softmax in float32, the lattice in float64; sums are
+    accumulated in float32.
 
     Args:
         encoded: (B, T, J) encoder output, projected to the joint space.
@@ -423,7 +428,7 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
         weight: (V, J) of the output layer.
         bias: (V,) of the output layer.
         targets, encoded_lens, target_lens, blank, reduction: as in `transducer_loss`.
-        dropout: probability of dropout on the hidden layer, rounded to 1/256; 0 in evaluation.
+        dropout: probability of dropout on the hidden layer, rounded to 2^-15; 0 in evaluation.
             The mask depends on torch's global random state.
     Raises:
         ValueError: a shape, length or label is not possible; the message has its value.

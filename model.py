@@ -169,7 +169,8 @@ class Dropout(nn.Dropout):
 
     Torch draws 64 bits for each value, one after the other, which takes three to five times as
     long. Here the numbers of a block of values are the exclusive or of two windows of the same
-    few, at random places: uniform, and any two of a block independent.
+    few, at random places: uniform and independent in a block, and between two blocks but for a
+    chance of some 1e-6.
     """
 
     BLOCK = 2**17  # values

@@ -170,7 +170,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             continue
         flag = "--" + field.name.replace("_", "-")
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
-        default = "" if field.default is MISSING else f"({getattr(defaults, field.name)})"
+        default = RECIPES[TrainConfig.preset].get(field.name, getattr(defaults, field.name, ""))
+        default = "" if field.default is MISSING else f"({default})"
         options["help"] = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -466,9 +467,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return norm.item()
 
 
-LAMB_PART = 2**17  # values; of five tensors 2.5 MB, in the caches of two cores
-
-
 class Lamb(torch.optim.Optimizer):
     """Layer-wise adaptive moments, You et al. (2019), arXiv:1904.00962, as in apex FusedLAMB.
 
@@ -476,43 +474,50 @@ class Lamb(torch.optim.Optimizer):
     tensor of which either norm is zero moves with the plain learning rate; IPEX's Lamb has no
     such rule, and there a bias that starts at zero stays zero. Without weight decay the ratio
     is 1, and LAMB is Adam: the rule of multi_tensor_lamb.cu. Clipping is `clip_gradients`.
+    Parameters of a group are contiguous and of one dtype.
     """
+
+    PART = 2**17  # values; of five tensors 2.5 MB, in the caches of two cores
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float],
                  epsilon: float, weight_decay: float) -> None:  # fmt: skip
         defaults = dict(lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, step=0)
         super().__init__(parameters, defaults)
-        params = [p for group in self.param_groups for p in group["params"]]
-        # The update of one tensor, overwritten by that of the next; new memory costs a third more.
-        self.update = params[0].new_empty(max(p.numel() for p in params))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             group["step"] += 1
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            sizes = [p.numel() for p in params]
+            # Memory for the update of one tensor after the other: new memory takes its time.
+            updates = params[0].new_empty(max(sizes)) if params else None
+            for p, size in zip(params, sizes, strict=True):
                 if not self.state[p]:
                     self.state[p] = {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-                state = self.state[p]
-                update = self.update[: p.numel()]
-                tensors = (x.view(-1) for x in (update, p, p.grad, state["mean"], state["square"]))
-                # Part after part: all operations on one find it in the cache.
-                parts = zip(*(x.split(LAMB_PART) for x in tensors), strict=True)
-                norms = [self.adam_update(*part, group) for part in parts]
-                rate = group["lr"]
-                if group["weight_decay"] != 0:
-                    ratio = float(torch.div(*torch.stack(norms).norm(dim=0)))
-                    # 0/x, x/0 and 0/0: the plain learning rate.
-                    rate *= ratio if math.isfinite(ratio) and ratio > 0 else 1.0
-                p.add_(update.view_as(p), alpha=-rate)
+                self.move(p, updates[:size], group)
+
+    def move(self, p: Tensor, update: Tensor, group: dict) -> None:
+        """Moves one parameter; its update is written to `update`, (values of p,), on the way."""
+        state, decays = self.state[p], group["weight_decay"] != 0
+        tensors = (update, p, p.grad.reshape(-1), state["mean"], state["square"])
+        norms = []
+        # Part after part: all operations on one find it in the cache.
+        for part in zip(*(x.view(-1).split(self.PART) for x in tensors), strict=True):
+            self.adam_update(*part, group)
+            if decays:
+                norms.append(torch.stack([part[1].norm(), part[0].norm()]))
+        rate = group["lr"]
+        if decays:
+            ratio = float(torch.div(*torch.stack(norms).norm(dim=0)))  # of parameter and update
+            # 0/x, x/0 and 0/0: the plain learning rate.
+            rate *= ratio if math.isfinite(ratio) and ratio > 0 else 1.0
+        p.add_(update.view_as(p), alpha=-rate)
 
     @staticmethod
     def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor,  # noqa: PLR0913
-                    square: Tensor, group: dict) -> Tensor:  # fmt: skip
-        """Moves the moments, writes Adam's update plus weight decay to `update`; returns the norms
-        of parameter and update, (2,)."""
+                    square: Tensor, group: dict) -> None:  # fmt: skip
+        """Moves the moments and writes Adam's update plus weight decay to `update`."""
         beta1, beta2 = group["betas"]
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -520,7 +525,6 @@ class Lamb(torch.optim.Optimizer):
         update.sqrt_().add_(group["epsilon"])
         torch.div(mean, update, out=update).div_(1 - beta1 ** group["step"])
         update.add_(p, alpha=group["weight_decay"])
-        return torch.stack([p.norm(), update.norm()])
 
 
 @record_function("update_ema")

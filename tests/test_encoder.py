@@ -383,6 +383,16 @@ def test_dropout_drops_independently_and_keeps_the_mean(dtype, p):
     assert layer.eval()(x) is x
 
 
+def test_dropout_masks_of_blocks_are_independent(monkeypatch):
+    # All blocks take their random numbers from the same ones.
+    monkeypatch.setattr(Dropout, "BLOCK", 3200)
+    torch.manual_seed(3)
+    kept = (Dropout(0.5)(torch.ones(100, 3200)) > 0).float() - 0.5  # (blocks, values)
+    equal_more_than_half = (2 * kept @ kept.T / 3200).fill_diagonal_(0)
+    # Mean of 3200 fair coins: 0.5 +- 0.0088. Six deviations for the extreme of 4950 pairs.
+    assert equal_more_than_half.abs().max() < 6 * 0.0088
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_gradient_reaches_every_parameter(preset):
     sizes = dict(feature_size=6, vocab_size=9, enc_hidden=8, pred_hidden=8, joint_hidden=16)

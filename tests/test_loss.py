@@ -694,6 +694,30 @@ def test_backward_multiplies_only_the_rows_of_visited_nodes(monkeypatch):
     assert rows[0] < 0.8 * 40 * 31
 
 
+def test_utterances_whose_nodes_are_all_skipped_get_no_gradient():
+    # With NaN for its encoder output an utterance has no path of any probability.
+    arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
+    arguments = [x.detach() for x in arguments]
+    expected = None
+    for skipped in ([], [0], [1], list(range(len(targets)))):
+        inputs = [x.clone() for x in arguments]
+        for b in skipped:
+            inputs[0][b] = torch.nan
+        inputs = [x.requires_grad_() for x in inputs]
+        costs = loss.joint_transducer_loss(
+            *inputs, targets, enc_lens, target_lens, blank, reduction="none"
+        )
+        upstream = torch.ones(len(targets), dtype=torch.float64)
+        upstream[skipped] = 0
+        grads = torch.autograd.grad(costs, inputs, upstream)
+        expected = grads if expected is None else expected
+        others = [b for b in range(len(targets)) if b not in skipped]
+        for actual, whole in zip(grads[:2], expected[:2], strict=True):
+            assert not actual[skipped].any()
+            assert_close(actual[others], whole[others])
+        assert all(g.isfinite().all() for g in grads)
+
+
 # ----------------------------------------------------------------------------------------- dropout
 
 

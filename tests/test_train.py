@@ -9,6 +9,7 @@ in float64, so that accumulation and two ranks (processes of this file) must rep
 to the rounding. Runs are processes: what they log, write, refuse, and repeat after a resume.
 """
 
+import copy
 import json
 import math
 import os
@@ -347,7 +348,9 @@ def run_lamb(optimizer, params, grads, steps):
         optimizer.step()
 
 
-def test_lamb_follows_the_formula():
+@pytest.mark.parametrize("part", [5, train.Lamb.PART])  # tensors of 12, 5 and 8 values
+def test_lamb_follows_the_formula(monkeypatch, part):
+    monkeypatch.setattr(train.Lamb, "PART", part)
     values, grads = random_problem()
     params = [nn.Parameter(v.clone()) for v in values]
     run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
@@ -371,6 +374,21 @@ def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
     train.Lamb([zeros, unused], 0.1, (0.9, 0.999), 1e-9, 0.01).step()
     assert torch.equal(zeros, torch.zeros(3))
     assert torch.equal(unused, torch.ones(3))
+
+
+def test_a_copy_of_lamb_takes_the_same_steps():
+    values, grads = random_problem()
+    params = [nn.Parameter(v.clone()) for v in values]
+    optimizer = train.Lamb(params, 0.02, **LAMB)
+    run_lamb(optimizer, params, grads, range(3))
+    other = copy.deepcopy(optimizer)
+    copies = other.param_groups[0]["params"]
+    run_lamb(optimizer, params, grads, range(3, 6))
+    # Gradients may have any strides.
+    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
+    assert not strided[0][0].is_contiguous()
+    run_lamb(other, copies, strided, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
 
 
 def test_lamb_goes_on_from_its_state():
