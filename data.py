@@ -250,9 +250,8 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
     energy = torch.zeros(len(samples) + 1, dtype=torch.float64)
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
     torch.cumsum(squares, 0, out=energy[1:])
-    sums = (
-        energy[window:] - energy[:-window]
-    ).numpy()  # (n - window + 1,) over samples[i:i+window]
+    # Entry i: over samples[i : i + window].
+    sums = (energy[window:] - energy[:-window]).numpy()  # (n - window + 1,)
     loud = sums >= sums.max() * 10 ** (cfg.trim_db / 10)
     return int(loud.argmax()), len(loud) - 1 - int(loud[::-1].argmax()) + window
 
