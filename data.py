@@ -247,11 +247,10 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
     """
     window = min(cfg.trim_window, len(samples))
     # torch adds up four times as fast as numpy.
-    energy = torch.zeros(len(samples) + 1, dtype=torch.float64)
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
-    torch.cumsum(squares, 0, out=energy[1:])
-    # Entry i: over samples[i : i + window].
-    sums = (energy[window:] - energy[:-window]).numpy()  # (n - window + 1,)
+    energy = squares.cumsum(0).numpy()
+    sums = energy[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
+    sums[1:] -= energy[:-window]
     loud = sums >= sums.max() * 10 ** (cfg.trim_db / 10)
     return int(loud.argmax()), len(loud) - 1 - int(loud[::-1].argmax()) + window
 
@@ -302,9 +301,11 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     window, mel = mel_filters(cfg)
     frames = torch.from_numpy(padded).unfold(0, cfg.window, cfg.hop)  # (frames, 320)
     mels = torch.empty(len(frames), mel.shape[1])
+    windowed = torch.zeros(FRAMES_AT_ONCE, cfg.fft_size)
     # Some frames at a time: what is made of them on the way fits the cache.
     for block, out in zip(frames.split(FRAMES_AT_ONCE), mels.split(FRAMES_AT_ONCE), strict=True):
-        parts = torch.view_as_real(torch.fft.rfft(block * window, cfg.fft_size)).numpy()
+        torch.mul(block, window, out=windowed[: len(block), : cfg.window])
+        parts = torch.view_as_real(torch.fft.rfft(windowed[: len(block)])).numpy()
         squares = parts * parts  # (frames, 257, 2), of real and imaginary part
         power = torch.from_numpy(squares[..., 0] + squares[..., 1])  # in numpy thrice as fast
         torch.mm(power, mel, out=out)
