@@ -305,10 +305,10 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     # Some frames at a time: what is made of them on the way fits the cache.
     for block, out in zip(frames.split(FRAMES_AT_ONCE), mels.split(FRAMES_AT_ONCE), strict=True):
         torch.mul(block, window, out=windowed[: len(block), : cfg.window])
-        parts = torch.view_as_real(torch.fft.rfft(windowed[: len(block)])).numpy()
+        parts = torch.view_as_real(torch.fft.rfft(windowed[: len(block)]))
         squares = parts * parts  # (frames, 257, 2), of real and imaginary part
-        power = torch.from_numpy(squares[..., 0] + squares[..., 1])  # in numpy thrice as fast
-        torch.mm(power, mel, out=out)
+        # Their sum(-1) takes three times as long.
+        torch.mm(squares[..., 0] + squares[..., 1], mel, out=out)
     return mels.clamp_min_(1e-20).log_()
 
 
@@ -711,8 +711,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     def durations_s(self) -> list[float]:
         """Of all utterances, after this epoch's speed perturbation and before trimming.
 
-        Batches of what is equally long by then need less padding: before it, up to 15 % each way
-        would be left to chance.
+        Batches of what is equally long by then need less padding: bucketed by recorded durations,
+        they would differ by up to 15 % each way more.
         """
         if self.seed is None:
             return [u.duration_s for u in self.utterances]

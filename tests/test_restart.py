@@ -321,6 +321,18 @@ def test_another_seed_goes_on_at_the_next_epoch(run, tmp_path, capsys):
     assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
 
 
+def test_a_run_of_buckets_by_recorded_length_goes_on_at_the_next_epoch(run, tmp_path, capsys):
+    """Its checkpoints do not say so, for there was nothing else."""
+    run(tmp_path, at={6: send(signal.SIGTERM)})
+    path = tmp_path / "checkpoint-00000006.pt"
+    checkpoint = decode.load_checkpoint(path)
+    del checkpoint["order"]["length in buckets"]
+    train.save_checkpoint(path, checkpoint)
+    assert run(tmp_path, "--resume") == 0
+    assert "length in buckets was as recorded, now after speed" in capsys.readouterr().out
+    assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
+
+
 def test_another_training_set_goes_on_at_the_next_epoch(run, own_corpus, tmp_path, capsys):
     out = tmp_path / "run"
     run(out, data_root=own_corpus, at={6: send(signal.SIGTERM)})

@@ -827,6 +827,22 @@ def test_help_tells_what_every_flag_does_and_its_default(capsys):
     assert "factor per epoch after warm-up and hold (0.935)" in said
     assert "--stack STACK frames that StackTime concatenates (8)" in said  # of the default preset
     assert "of the utterance's own length (0.03)" in said
+    assert "drawn inside a bucket (12)" in said
+
+
+def test_batches_hold_what_is_equally_long_after_speed_perturbation():
+    utterances = [data.Utterance(str(i), "", 1 + i / 8, "A") for i in range(40)]
+    features = FeatureConfig(num_buckets=5)
+    run = train.Run(make_trainer(batch_size=4), features, None, utterances, [], None)
+    loader = run.epoch_loader()
+    seconds = np.array(loader.dataset.durations_s())
+
+    def are_of(buckets: list[np.ndarray]) -> bool:
+        return all(any(set(batch) <= set(b) for b in buckets) for batch in loader.batch_sampler)
+
+    assert len(loader.batch_sampler) == 10
+    assert are_of(np.array_split(np.argsort(seconds), 5))
+    assert not are_of(np.array_split(np.arange(40), 5))  # as recorded
 
 
 def test_the_models_input_size_follows_the_front_end():
