@@ -675,10 +675,20 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32():
     assert {x.dtype for x in weights_of(rounded).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_precision_is_bf16_where_the_processor_multiplies_it(monkeypatch, has_bf16):
-    monkeypatch.setattr(train, "processor_multiplies_bf16", lambda: has_bf16)
-    assert make_trainer(precision="auto").dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        ("vendor_id : GenuineIntel flags : fma avx512_bf16 amx_bf16 amx_tile", torch.bfloat16),
+        ("vendor_id : GenuineIntel flags : fma avx512f avx512_bf16", torch.float32),
+        ("vendor_id : AuthenticAMD flags : fma avx512f avx512_bf16", torch.bfloat16),
+        ("vendor_id : AuthenticAMD flags : fma avx2", torch.float32),
+        ("Features : fp asimd bf16", torch.bfloat16),
+        ("", torch.float32),  # no /proc
+    ],
+)
+def test_auto_precision_is_bf16_where_the_processor_multiplies_it_faster(monkeypatch, words, dtype):
+    monkeypatch.setattr(train, "processor", lambda: words)
+    assert make_trainer(precision="auto").dtype == dtype
 
 
 def test_a_loss_that_is_not_finite_names_step_and_utterance_and_changes_nothing():
