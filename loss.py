@@ -66,10 +66,8 @@ class Lattice:
     def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor,
                  target_lens: Tensor) -> None:  # fmt: skip
         B, T, U1 = blank.shape
-        t = torch.arange(T, device=blank.device)[:, None]
-        u = torch.arange(U1, device=blank.device)
-        inside = t < enc_lens[:, None, None]  # (B, T, 1)
-        is_label = inside & (u < target_lens[:, None, None])
+        inside = inside_lattice(T, U1, enc_lens, target_lens)
+        is_label = inside_lattice(T, U1, enc_lens, target_lens - 1)
         # Classes that a caller has masked with -inf may leave nodes that no path reaches.
         blank = blank.double().masked_fill(~inside, LOG_ZERO).clamp_min(LOG_ZERO)
         label = label.double().masked_fill(~is_label, LOG_ZERO).clamp_min(LOG_ZERO)
@@ -123,6 +121,8 @@ def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[st
         lens: encoder lengths and target lengths under the names that the caller knows.
     """
     B, T, U1, V = sizes
+    if B < 1:
+        raise ValueError("a batch of 0 utterances, expected at least 1")
     if targets.shape != (B, U1 - 1) or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets: {tuple(targets.shape)} {targets.dtype}, expected int32 or "
                          f"int64 {(B, U1 - 1)}")  # fmt: skip
@@ -146,6 +146,12 @@ def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[st
         )
 
 
+def refuse_second_derivative() -> None:
+    """For backward passes: autograd would take what the lattice computed for constants."""
+    if torch.is_grad_enabled():  # with create_graph=True alone
+        raise RuntimeError("the transducer loss has no second derivative")
+
+
 def reduce_costs(costs: Tensor, reduction: str) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: {reduction!r}, expected 'none', 'mean' or 'sum'")
@@ -163,11 +169,12 @@ class LatticeCosts(torch.autograd.Function):
                 target_lens: Tensor) -> Tensor:  # fmt: skip
         ctx.lattice = Lattice(blank, label, enc_lens, target_lens)
         ctx.dtype = blank.dtype
-        return ctx.lattice.costs.to(blank.dtype)
+        # A copy: what is returned refers to ctx, and in float64 ctx would refer to it.
+        return ctx.lattice.costs.to(blank.dtype, copy=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
+        refuse_second_derivative()
         on_blank, on_label = ctx.lattice.posteriors()
         scale = -grad_costs.double()[:, None, None]
         return (on_blank * scale).to(ctx.dtype), (on_label * scale).to(ctx.dtype), None, None
@@ -299,7 +306,8 @@ def joint_hidden(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int,
     counts = [n * u1 for _, n, u1 in sizes]
     for (b, n, u1), rows in zip(sizes, hidden[:nodes].split(counts), strict=True):
         torch.add(encoded[b, :n, None], predicted[b, :u1], out=rows.view(n, u1, J))
-    lanes = random_lanes(2 * BLOCK_ROWS * J if dropout else 0, hidden.device)
+    block_rows = min(BLOCK_ROWS, len(hidden))
+    lanes = random_lanes(2 * block_rows * J if dropout else 0, hidden.device)
     for block in hidden.split(BLOCK_ROWS):
         drop(block.relu_(), dropout, lanes)
     return hidden
@@ -310,7 +318,7 @@ class JointCosts(torch.autograd.Function):
 
     Rows are lattice nodes, those of all utterances in a row. The forward pass keeps their hidden
     values and the lattice, but no logits and no softmax. The backward pass computes the logits
-    again, for the nodes that the paths really visit: early in training all of them, once the
+    again, for the nodes that the paths really visit: early in training most of them, once the
     model aligns a small part.
     """
 
@@ -340,18 +348,20 @@ class JointCosts(torch.autograd.Function):
         ctx.lattice = Lattice(arcs[0], arcs[1], *lens)
         ctx.save_for_backward(encoded, predicted, weight, bias, hidden, ids, inside, *lens)
         ctx.blank, ctx.scale, ctx.dtype = blank, scale, dtype
-        return ctx.lattice.costs.to(stat_dtype)
+        return ctx.lattice.costs.to(stat_dtype, copy=True)  # as in LatticeCosts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
+        refuse_second_derivative()
         encoded, predicted, weight, bias, hidden, ids, inside, *lens = ctx.saved_tensors
         w, c = (weight * ctx.scale).to(ctx.dtype), bias.to(ctx.dtype)
         stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
         arcs = torch.stack([p[inside] for p in ctx.lattice.posteriors()])  # (2, nodes)
         least = SKIP_BELOW * torch.finfo(ctx.dtype).eps
-        visited = (arcs.sum(0) > least).nonzero()[:, 0]  # (count,) rows
-        arcs *= grad_costs[:, None, None].expand_as(inside)[inside]
+        upstream = grad_costs[:, None, None].expand_as(inside)[inside]  # (nodes,)
+        # What is not a number is visited, but nothing of an utterance that weighs nothing.
+        visited = (~(arcs.sum(0) <= least) & (upstream != 0)).nonzero()[:, 0]  # (count,) rows
+        arcs *= upstream
         arcs, count = arcs[:, visited].to(stat_dtype), len(visited)  # (2, count)
         # One of them again and again, with arcs that no path takes, adds nothing. Not any node:
         # 0 times what is not a number would add that.
@@ -359,7 +369,9 @@ class JointCosts(torch.autograd.Function):
         arcs, rows = F.pad(arcs, (0, fill)), torch.cat([visited, visited[:1].expand(fill)])
         inputs = (encoded, predicted, weight, bias)
         grads = [torch.zeros_like(x, dtype=stat_dtype) for x in inputs]
-        grad_hidden = joint_backward(hidden, rows, arcs, ids, (w, c, ctx.blank), grads[2:])
+        # The products are in the forward pass's dtype, under whatever autocast this is called.
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad_hidden = joint_backward(hidden, rows, arcs, ids, (w, c, ctx.blank), grads[2:])
         sizes = lattice_sizes(*lens)
         firsts = inside.sum((1, 2)).cumsum(0)  # of the next utterance
         bounds = torch.searchsorted(visited, firsts).tolist()
@@ -418,9 +430,9 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
 
     Those logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight,
     bias), (B, T, U+1, V); they never exist together, only BLOCK_ROWS of their B*T*(U+1) rows at a
-    time. The hidden values of all valid nodes do, until the backward pass. Under autocast the
-    matrix products run in its dtype, the softmax in float32, the lattice in float64; sums are
-    accumulated in float32.
+    time. The hidden values of all valid nodes do, until the backward pass: that is J values a node
+    in the dtype of the products. Under autocast those run in its dtype, the softmax in float32, the
+    lattice in float64; sums are accumulated in float32.
 
     Args:
         encoded: (B, T, J) encoder output, projected to the joint space.
@@ -450,9 +462,8 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
     lens = {"encoded_lens": encoded_lens, "target_lens": target_lens}
     check_batch((B, T, predicted.shape[1], V), targets, lens, blank)
     labels = label_of_node(targets, target_lens)  # (B, U+1)
-    dtype = compute_dtype(encoded)
-    with torch.autocast(encoded.device.type, enabled=False):
-        inputs = (encoded, predicted, weight, bias)
-        lens = (encoded_lens, target_lens)
-        costs = JointCosts.apply(*inputs, labels, lens, blank, dropout, dtype)  # (B,)
+    costs = JointCosts.apply(
+        encoded, predicted, weight, bias, labels, (encoded_lens, target_lens), blank, dropout,
+        compute_dtype(encoded),
+    )  # fmt: skip
     return reduce_costs(costs, reduction)

@@ -323,8 +323,7 @@ def test_layer_norm_acts_on_every_stack_in_training_and_in_evaluation():
      ("joint_dropout", "joint")],
 )  # fmt: skip
 def test_each_dropout_acts_in_its_network_in_training_only(field, part):
-    # One layer: what torch.nn.LSTM drops between layers is not in it.
-    model = make_model(replace(TINY, pre_layers=1, post_layers=1, pred_layers=1, **{field: 0.5}))
+    model = make_model(replace(TINY, **{field: 0.5}))
     joint = torch.ones(1, 2, TINY.joint_hidden, dtype=torch.float64)
     run = {
         "pre": lambda: model.encoder.pre(torch.ones(1, 2, 6, dtype=torch.float64))[0],
@@ -381,6 +380,21 @@ def test_dropout_drops_independently_and_keeps_the_mean(dtype, p):
     torch.manual_seed(3)
     assert torch.equal(layer(x), y)
     assert layer.eval()(x) is x
+
+
+def test_dropout_of_few_values_draws_few_numbers_and_never_drops_all():
+    torch.manual_seed(0)
+    for count in (0, 1, 2, 3, 64, 65):
+        x = torch.ones(count)
+        kept = torch.stack([Dropout(0.5)(x) > 0 for _ in range(400)]).double()
+        assert ((kept.mean(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(400)).all()
+        assert Dropout(0.99999)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan])
+def test_impossible_dropout_is_an_error(p):
+    with pytest.raises(ValueError, match=f"dropout: {p}, expected 0 <= p < 1"):
+        Dropout(p)
 
 
 def test_dropout_masks_of_blocks_are_independent(monkeypatch):

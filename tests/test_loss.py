@@ -10,6 +10,7 @@ of every path; published numbers come with their source. ../shared/oracles, wher
 sides agree to rounding, and 1e-9 leaves room for sums of some hundred terms.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -261,8 +262,7 @@ def test_gradcheck_of_logits():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck_of_joint(dropout):
-    # With dropout the backward pass has to draw the mask of the forward pass once more. gradcheck
-    # compares with differences of forward passes, all with one mask thanks to the seed.
+    # gradcheck compares with differences of forward passes, all with one mask thanks to the seed.
     problem = random_problem([3, 2], [2, 3], V=4, blank=1)
 
     def costs_of(*arguments):
@@ -271,6 +271,27 @@ def test_gradcheck_of_joint(dropout):
 
     arguments = joint_arguments(2, 3, 3, V=4, J=6)
     assert torch.autograd.gradcheck(costs_of, arguments)
+
+
+@both
+def test_second_derivative_is_refused(loss_of):
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+    logits = problem.logits.requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss_of(logits, *problem[1:]), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both
+def test_lattices_go_with_the_costs(loss_of, dtype):
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+    gc.collect()
+    gc.disable()  # what is left is held by a reference, not by a cycle
+    try:
+        loss_of(problem.logits.to(dtype).requires_grad_(), *problem[1:]).backward()
+        assert not any(type(x) is loss.Lattice for x in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------- laws that need no expected number
@@ -293,22 +314,41 @@ def problem(request) -> Problem:
 @both
 def test_padding_does_not_change_anything(loss_of, problem):
     # One frame and one label more than the longest utterance has, filled with what is no number
-    # of this lattice: huge logits, labels that do not exist.
+    # of this lattice: huge logits or none at all, labels that do not exist.
     generator = torch.Generator().manual_seed(2)
     expected, grads = costs_and_grad(loss_of, problem)
     assert not grads[~problem.inside()].any()
     wider = F.pad(problem.logits, (0, 0, 0, 1, 0, 1))
     inside = F.pad(problem.inside(), (0, 1, 0, 1))
     garbage = 1e6 * torch.randn(wider.shape, dtype=torch.float64, generator=generator)
-    wider = torch.where(inside[..., None], wider, garbage)
     targets = F.pad(problem.targets, (0, 1))
     unused = torch.arange(targets.shape[1]) >= problem.target_lens[:, None]
+    fillers = [garbage]
+    if loss_of is loss.transducer_loss:  # the joint network's weight is all of the table
+        fillers.append(garbage * torch.nan)
     for bad in (problem.blank, -1, 2**40):
-        padded = Problem(wider, targets.masked_fill(unused, bad), *problem[2:])
-        costs, wider_grads = costs_and_grad(loss_of, padded)
-        assert_close(costs, expected)
-        assert_close(wider_grads[:, :-1, :-1], grads)
-        assert not wider_grads[~inside].any()
+        for filler in fillers:
+            logits = torch.where(inside[..., None], wider, filler)
+            padded = Problem(logits, targets.masked_fill(unused, bad), *problem[2:])
+            costs, wider_grads = costs_and_grad(loss_of, padded)
+            assert_close(costs, expected)
+            assert_close(wider_grads[inside], grads[problem.inside()])
+            if filler is garbage:  # the softmax of no numbers has no gradient but NaN
+                assert not wider_grads[~inside].any()
+
+
+@both
+def test_integers_of_32_bits_are_taken(loss_of):
+    problem = random_problem([5, 2], [3, 4], V=5, blank=0)
+    short = problem._replace(
+        targets=problem.targets.int(),
+        lens=problem.lens.int(),
+        target_lens=problem.target_lens.int(),
+    )
+    for actual, expected in zip(
+        costs_and_grad(loss_of, short), costs_and_grad(loss_of, problem), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 @both
@@ -535,14 +575,53 @@ def test_joint_under_autocast_is_the_float64_loss_within_bfloat16_rounding():
     assert errors.min() > 1e-5  # so bfloat16 was used, and for all of them
 
 
-def test_joint_under_autocast_is_as_accurate_as_autocast_on_explicit_logits():
-    # Both round the same values, but add them up in another order.
+@pytest.mark.parametrize("rows", [loss.BLOCK_ROWS, 16])
+def test_joint_under_autocast_is_as_accurate_as_autocast_on_explicit_logits(monkeypatch, rows):
+    # Both round the same values, but add them up in another order. Sums over many blocks would
+    # not be as accurate in bfloat16.
+    monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(loss, "ROW_UNIT", min(rows, loss.ROW_UNIT))
     arguments, rest = autocast_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         joint = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
         plain = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
     limits = 1.5 * relative_errors(arguments, plain, rest)
     assert (relative_errors(arguments, joint, rest) < limits).all()
+
+
+class SoftmaxDtypes(TorchDispatchMode):
+    """Records the dtypes in which softmax and log-softmax are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if "softmax" in operation.overloadpacket.__name__:
+            self.found.append(args[0].dtype)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_softmax_under_autocast_is_in_float32():
+    arguments, rest = autocast_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16), SoftmaxDtypes() as softmax:
+        costs = loss.joint_transducer_loss(*arguments, *rest)
+    forward = len(softmax.found)
+    with softmax:
+        costs.backward()
+    assert 0 < forward < len(softmax.found)
+    assert set(softmax.found) == {torch.float32}
+
+
+def test_backward_pass_is_in_the_forward_pass_s_dtype_whatever_autocast_it_is_called_under():
+    arguments, rest = joint_problem(torch.float32)
+    expected, costs = (
+        loss.joint_transducer_loss(*arguments, *rest, reduction="none") for _ in range(2)
+    )
+    expected = grads_of(expected, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = grads_of(costs, arguments)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_float64_stays_exact_under_autocast():
@@ -575,16 +654,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_joint_never_holds_the_logits_of_the_batch():
-    B, T, U, V, J = 2, 150, 31, 200, 8
+@pytest.mark.parametrize(("V", "J"), [(200, 8), (8, 200)])
+def test_joint_holds_hidden_values_or_a_block_of_logits(V, J):
+    B, T, U = 2, 150, 31
     problem = random_problem([T, T], [U, U], V, blank=0)
     arguments = [x.detach().float().requires_grad_() for x in joint_arguments(B, T, U, V, J)]
     with LargestTensor() as joint:
         loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
     with LargestTensor() as plain:
         loss.transducer_loss(joint_logits(*arguments), *problem[1:]).backward()
-    assert plain.elements == B * T * (U + 1) * V  # the instrument sees them where they are
-    assert joint.elements == loss.BLOCK_ROWS * V  # a ninth: blocks are smaller than an utterance
+    nodes = B * T * (U + 1)
+    assert plain.elements == nodes * max(V, J)  # the instrument sees them where they are
+    assert joint.elements == max(loss.BLOCK_ROWS * V, loss.whole_rows(nodes) * J)
 
 
 class ProductRows(TorchDispatchMode):
@@ -694,8 +775,8 @@ def test_backward_multiplies_only_the_rows_of_visited_nodes(monkeypatch):
     assert rows[0] < 0.8 * 40 * 31
 
 
-def test_utterances_whose_nodes_are_all_skipped_get_no_gradient():
-    # With NaN for its encoder output an utterance has no path of any probability.
+def test_utterances_that_weigh_nothing_get_no_gradient():
+    # Not even those that are not a number: so a caller can leave them out.
     arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
     arguments = [x.detach() for x in arguments]
     expected = None
@@ -716,6 +797,33 @@ def test_utterances_whose_nodes_are_all_skipped_get_no_gradient():
             assert not actual[skipped].any()
             assert_close(actual[others], whole[others])
         assert all(g.isfinite().all() for g in grads)
+
+
+def test_what_is_not_a_number_in_the_padding_reaches_nothing():
+    arguments, (targets, lens, target_lens, blank) = joint_problem(torch.float64)
+    rest = (targets, lens, target_lens, blank)
+    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    grads = grads_of(costs, arguments)
+    T, U1 = arguments[0].shape[1], arguments[1].shape[1]
+    padding = [torch.arange(T) >= lens[:, None], torch.arange(U1) > target_lens[:, None]]
+    assert all(p.any() for p in padding)
+    for x, padded in zip(arguments, padding, strict=False):
+        x.data[padded] = torch.nan
+    padded_costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert torch.equal(padded_costs, costs)
+    assert all(map(torch.equal, grads_of(padded_costs, arguments), grads))
+
+
+def test_what_is_not_a_number_reaches_the_gradients():
+    arguments, rest = joint_problem(torch.float32)
+    arguments[0].data[0, 0, 0] = torch.nan
+    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    assert costs.isnan().tolist() == [True] + [False] * (len(costs) - 1)
+    encoded, predicted, weight, bias = grads_of(costs, arguments)
+    for grad in (encoded[0], predicted[0], weight, bias):
+        assert grad.isnan().any()
+    assert encoded[1:].isfinite().all()
+    assert predicted[1:].isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------- dropout
@@ -811,7 +919,7 @@ def test_without_dropout_the_random_state_is_left_alone():
 def test_dropout_just_below_one_is_possible():
     # The documented range is 0 <= dropout < 1.
     arguments, rest = joint_problem(torch.float32)
-    value = loss.joint_transducer_loss(*arguments, *rest, dropout=0.999)
+    value = loss.joint_transducer_loss(*arguments, *rest, dropout=0.99999)
     value.backward()
     assert value.isfinite()
     assert all(x.grad.isfinite().all() for x in arguments)
@@ -849,6 +957,17 @@ def test_impossible_batch_is_an_error_that_names_argument_and_value(name, change
     problem = GOOD._replace(**change)
     with pytest.raises(ValueError, match=r"^" + message.replace("LENS", own_name)):
         LOSSES[name](*problem)
+
+
+def test_a_batch_of_no_utterances_is_an_error():
+    logits, *rest, blank = (*(x[:0] for x in GOOD[:4]), GOOD.blank)
+    arguments = joint_arguments(0, 3, 2, V=4, J=6)
+    for call in (
+        lambda: loss.transducer_loss(logits, *rest, blank),
+        lambda: loss.joint_transducer_loss(*arguments, *rest, blank),
+    ):
+        with pytest.raises(ValueError, match="a batch of 0 utterances"):
+            call()
 
 
 @both
