@@ -39,7 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-FORMATS = {".flac": ("FLAC",), ".wav": ("WAV", "WAVEX"), ".ogg": ("OGG",)}  # as libsndfile says
+FORMATS = {  # by the names' ends, as libsndfile calls them
+    ".flac": ("FLAC",),
+    ".wav": ("WAV", "WAVEX", "RF64"),
+    ".ogg": ("OGG",),
+}
 
 
 def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = "") -> None:
@@ -106,6 +110,9 @@ class FeatureConfig:
 
 DEFAULT = FeatureConfig()
 
+# Samples are from -1 to 1, or integers as floats. Squares of much larger ones overflow.
+LOUDEST = 1e9
+
 
 # ------------------------------------------------------------------------- audio file to samples
 
@@ -115,6 +122,28 @@ def warn_once(message: str) -> None:
     """A warning once in a process. The warnings module's own memory is shorter: it forgets
     whenever any library touches the filters."""
     warnings.warn(message, stacklevel=3)
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file's name says so; `._a.flac` is what macOS leaves beside a.flac."""
+    return Path(name).suffix.lower() in FORMATS and not name.startswith("._")
+
+
+def is_whole(audio: soundfile.SoundFile) -> bool:
+    """Whether the last sample is there, and all that a WAV file's header has promised."""
+    if audio.seekable():  # compressed WAV is not
+        try:
+            audio.seek(audio.frames - 1)
+            last = audio.read(1)
+            audio.seek(0)
+        except soundfile.LibsndfileError:
+            return False
+        if len(last) == 0:
+            return False
+    # Of WAV libsndfile counts what is there, and says in its log what the header promised. What was
+    # written to a pipe promises the most that there can be.
+    promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
+    return promised is None or int(promised[1]) >= 0x7FFF_F000
 
 
 def open_audio(path: str | Path) -> soundfile.SoundFile:
@@ -146,14 +175,7 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
         raise ValueError(f"{path}: holds {audio.format}, not {expected[0]}")
     if audio.frames == 0:
         raise ValueError(f"{path}: no samples")
-    try:
-        audio.seek(audio.frames - 1)
-        whole = len(audio.read(1)) == 1
-        audio.seek(0)
-    except soundfile.LibsndfileError:
-        whole = False
-    # Of WAV libsndfile counts what is there, and says in its log what the header promised.
-    if not whole or re.search(r"^data *:.*should be", audio.extra_info, re.MULTILINE):
+    if not is_whole(audio):
         raise ValueError(f"{path}: truncated: its end is missing")
     return audio
 
@@ -164,17 +186,18 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not audio, truncated, damaged, or holds NaN or infinity.
+        ValueError: it is not audio, truncated, damaged, or holds NaN or what is past LOUDEST.
     """
     with open_audio(path) as audio:
         try:
-            samples = audio.read(dtype="float32")
+            samples = audio.read(audio.frames, dtype="float32")
         except soundfile.LibsndfileError as error:
             reason = error.error_string or f"libsndfile error {error.code}"
             raise ValueError(f"{path}: damaged audio: {reason}") from error
-    # Integers are finite; floating-point WAV can hold NaN and infinity.
-    if not audio.subtype.startswith("PCM") and not np.isfinite(samples).all():
-        raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(samples))} samples not finite")
+    # Integers are scaled; floating-point WAV can hold NaN, infinity and what overflows.
+    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
+        bad = np.count_nonzero(~good)
+        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
     return samples, audio.samplerate
 
 
@@ -433,6 +456,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
             vocab_size=vocab_size - 1, hard_vocab_limit=False, character_coverage=1.0,
             bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2,
+            normalization_rule_name="identity",  # pieces of a text spell that text
             max_sentence_length=max(10, *(len(t.encode()) + 1 for t in texts)),
         )  # fmt: skip
     except RuntimeError as error:
@@ -469,7 +493,7 @@ def text_error(line: str, folder: str) -> tuple[str, str] | None:
     if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
         # Carriage return, tab, byte order mark: what editors and other systems leave behind.
         return "control character", f"{line!r}"
-    if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()):
+    if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
         return "reserved word", f"{line!r}"
     if not utterance_id.startswith(f"{folder}-"):
         return "id not of its folder", f"{utterance_id!r} does not begin with {folder}-"
@@ -477,7 +501,10 @@ def text_error(line: str, folder: str) -> tuple[str, str] | None:
 
 
 def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str, str, str]]:
-    """Yields (where, id, text) for each good line of a .trans.txt; others become problems."""
+    """Yields (where, id, text) for each good line of a .trans.txt; others become problems.
+
+    Unicode has two ways to write many accented letters: texts are in its form NFC.
+    """
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -495,7 +522,7 @@ def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str,
         utterance_id, _, text = line.partition(" ")
         if any(c.isdigit() for c in text):
             problems.append(Problem("warning", "digits", where, f"{line!r} is not written out"))
-        yield where, utterance_id, " ".join(text.split())
+        yield where, utterance_id, unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def probe_audio(utterance_id: str, path: Path, cfg: FeatureConfig,
@@ -524,17 +551,30 @@ def probe_audio(utterance_id: str, path: Path, cfg: FeatureConfig,
     return frames / rate, problems
 
 
+def is_transcript(name: str) -> bool:
+    return name.endswith(".trans.txt") and not name.startswith("._")
+
+
 def list_files(split: Path, problems: list[Problem]) -> list[Path]:
-    """What is in the chapters of a split, by name; folders that cannot be read are problems."""
+    """Audio and transcripts in the chapters of a split, by name. Folders that cannot be read are
+    problems, and so is what lies elsewhere in the split."""
 
     def note(error: OSError) -> None:
         problems.append(Problem("error", "folder not readable", error.filename, error.strerror))
 
     files: list[Path] = []
     for parent, folders, names in os.walk(split, onerror=note, followlinks=True):
-        if len(Path(parent).relative_to(split).parts) == 2:  # split/speaker/chapter
-            files += (Path(parent, name) for name in (*names, *folders))
+        ours = [n for n in (*names, *folders) if is_audio(n) or is_transcript(n)]
+        depth = len(Path(parent).relative_to(split).parts)
+        if depth == 2:  # split/speaker/chapter
+            files += (Path(parent, name) for name in ours)
+            elsewhere = sorted(set(folders) - set(ours))
             folders.clear()
+        else:
+            elsewhere = sorted(set(ours) - set(folders))
+        for name in elsewhere:
+            where = str(Path(parent, name))
+            problems.append(Problem("warning", "not a file of a chapter", where, "not looked at"))
     return sorted(files)
 
 
@@ -543,7 +583,7 @@ def find_audio(files: Sequence[Path], problems: list[Problem]) -> dict[Path, Pat
     audio: dict[Path, Path] = {}
     first: dict[str, Path] = {}
     for path in files:
-        if path.suffix.lower() in FORMATS:
+        if is_audio(path.name):
             audio.setdefault(path.with_suffix(""), path)
             other = first.setdefault(path.stem, path)
             if other != path:
@@ -556,7 +596,7 @@ def find_texts(files: Sequence[Path], audio: dict[Path, Path],
                problems: list[Problem]) -> dict[str, tuple[Path, str]]:  # fmt: skip
     """Utterance id -> audio file and text, in the order of the ids."""
     texts: dict[str, tuple[Path, str]] = {}
-    transcripts = [path for path in files if path.name.endswith(".trans.txt")]
+    transcripts = [path for path in files if is_transcript(path.name)]
     for chapter in sorted({key.parent for key in audio} - {path.parent for path in transcripts}):
         message = "there is audio, but no .trans.txt"
         problems.append(Problem("error", "transcript file missing", str(chapter), message))
@@ -658,14 +698,14 @@ def drop_long(utterances: Sequence[Utterance],
 
 
 class Batch(NamedTuple):
-    """Padded with zeros. `ids` and `audio_s` (seconds, as recorded) are per utterance."""
+    """Padded with zeros."""
 
     feats: Tensor  # (B, T_in, D)
     feat_lens: Tensor  # (B,)
     targets: Tensor  # (B, U)
     target_lens: Tensor  # (B,)
     ids: list[str]
-    audio_s: float
+    audio_s: float  # of all of them together, as recorded
     asked: int  # utterances asked for: more than there are, if skip_bad left some out
 
 

@@ -15,10 +15,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +35,8 @@ from model import ModelConfig, Transducer
 
 CHECKPOINT_FORMAT = 4
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
-MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample); checked when a new frame starts
+MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample), for utterances of up to 35 s; checked when
+# a new frame starts
 
 
 # -------------------------------------------------------------------------------- greedy search
@@ -249,14 +252,16 @@ def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
 
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
                    counts: Counter | None = None) -> dict[str, str]:  # fmt: skip
-    """Utterance id -> hypothesis. Adds up encoder frames and emitted labels in `counts`."""
+    """Utterance id -> hypothesis. Adds up encoder frames, emitted labels and utterances that ended
+    at MAX_SYMBOLS in `counts`."""
     texts = {}
     counts = Counter() if counts is None else counts
     for batch in batches:
         labels = greedy_decode(model, batch.feats, batch.feat_lens)
         texts.update(zip(batch.ids, map(tokenizer.decode, labels), strict=True))
-        counts["frames"] += int(torch.ceil(batch.feat_lens / model.cfg.stack).sum())
+        counts["frames"] += int((-(-batch.feat_lens // model.cfg.stack)).sum())
         counts["labels"] += sum(map(len, labels))
+        counts["cut"] += sum(len(ids) > MAX_SYMBOLS for ids in labels)
     return texts
 
 
@@ -286,7 +291,7 @@ def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
 
 
 def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
-    """How often a model said nothing, where one blank ends each frame; a second line if that is
+    """How often a model said nothing, as if one blank ended every frame; a second line if that is
     (almost) all it said."""
     lines = [
         f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame"
@@ -301,6 +306,8 @@ def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
 def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     model, tokenizer, features = restore(checkpoint)
     utterances = data.read_split(args.data, args.split, features)
+    out = Path(args.hypotheses or Path(args.checkpoint).parent / f"{Path(args.split).name}.tsv")
+    out.open("a").close()  # what cannot be written is seen now
     started = time.perf_counter()
     dataset = data.SpeechDataset(utterances, None, features)
     batches = evaluation_batches(utterances, args.batch_size)
@@ -312,14 +319,17 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
     errors, words = word_errors(hypotheses, references)
     rtf = seconds / sum(u.duration_s for u in utterances)
-    out = Path(args.hypotheses or Path(args.checkpoint).parent / f"{args.split}.tsv")
     rows = [f"{u.id}\t{texts[u.id]}\t{u.text}\n" for u in utterances]
     out.write_text("".join(["id\thypothesis\treference\n", *rows]), encoding="utf-8")
     wer = 100 * word_error_rate(errors, words)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
           f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")  # fmt: skip
     lines = describe_errors(hypotheses, references)
-    print("\n".join(lines + describe_blanks(counts["frames"], counts["labels"], words)))
+    lines += describe_blanks(counts["frames"], counts["labels"], words)
+    if counts["cut"]:
+        lines.append(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
+                     "evaluation allows")  # fmt: skip
+    print("\n".join(lines))
 
 
 # ----------------------------------------------------------------------------- what the model hears
@@ -346,11 +356,17 @@ def find_reference(path: str) -> str | None:
 
 
 def write_ctm(path: str, heard: Sequence[Heard], frame_s: float) -> None:
-    """NIST's form: file, channel, start, duration, word, confidence; times are in seconds."""
+    """NIST's form: file, channel, start, duration, word, confidence; times are in seconds.
+
+    A file is its name, or its path if another one has that name; white space parts columns.
+    """
+    names = Counter(Path(h.path).stem for h in heard)
     lines = [f";; times are those of emissions, in frames of {frame_s:.3f} s\n"]
     for h in heard:
+        stem = Path(h.path).stem
+        name = re.sub(r"\s", "_", stem if names[stem] == 1 else h.path)
         for w in h.words:
-            lines.append(f"{Path(h.path).stem} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
+            lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
                          f"{w.text} {w.confidence:.3f}\n")  # fmt: skip
     Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
@@ -401,9 +417,25 @@ def plot(png: str, heard: Heard, cfg: FeatureConfig, frame_s: float) -> None:
     figure.savefig(png)
 
 
+def padded_groups(feats: Sequence[Tensor], most_frames: int = 2**15) -> Iterator[list[Tensor]]:
+    """Features in their order, in groups that take at most so many frames when they are padded to
+    their longest, or one file: 2^15 are 32 files of half a minute."""
+    group: list[Tensor] = []
+    for f in feats:
+        longest = max(len(x) for x in [*group, f])
+        if group and longest * (len(group) + 1) > most_frames:
+            yield group
+            group = []
+        group.append(f)
+    yield group
+
+
 def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
          cfg: FeatureConfig) -> tuple[list[Heard], int]:  # fmt: skip
-    """One batch of files: those that can be read, and how many could not."""
+    """One batch of files: those that can be read, and how many could not.
+
+    Long files are decoded in smaller batches, and to their end, however many labels they have.
+    """
     samples, failed = [], 0
     for path in paths:
         try:
@@ -413,10 +445,14 @@ def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
             failed += 1
     if not samples:
         return [], failed
-    feats = [data.features(x, cfg) for _, x in samples]
-    padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)
+    labels: list[list[int]] = []
     arcs: list[list[Arc]] = []
-    labels = greedy_decode(model, padded, torch.tensor([len(f) for f in feats]), arcs=arcs)
+    for feats in padded_groups([data.features(x, cfg) for _, x in samples]):
+        padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
+        labels += greedy_decode(
+            model, padded, torch.tensor([len(f) for f in feats]), max_symbols=sys.maxsize,
+            arcs=arcs,
+        )  # fmt: skip
     heard = []
     for (path, x), ids, taken in zip(samples, labels, arcs, strict=True):
         start_s = data.nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz
@@ -430,22 +466,33 @@ def frame_seconds(model: Transducer, cfg: FeatureConfig) -> float:
     return model.cfg.stack * cfg.splice * cfg.hop / cfg.sample_rate_hz
 
 
-def list_audio(words: Sequence[str]) -> list[str]:
-    """Files as given; of a folder all audio in it and below, by name; or it, if it has none."""
+def list_audio(words: Sequence[str]) -> tuple[list[str], int]:
+    """Files as given; of a folder all audio in it and below, by name, or it, if it has none. Also
+    how many folders could not be read; a line of each goes to stderr."""
     paths: list[str] = []
+    unreadable: list[OSError] = []
     for word in words:
-        inside = sorted(p for p in Path(word).rglob("*") if p.suffix.lower() in data.FORMATS)
-        paths += map(str, inside or [word])
-    return paths
+        inside, seen = [], set()
+        for parent, folders, names in os.walk(word, onerror=unreadable.append, followlinks=True):
+            inside += (str(Path(parent, name)) for name in names if data.is_audio(name))
+            seen.add(os.path.realpath(parent))
+            folders[:] = [f for f in folders if os.path.realpath(Path(parent, f)) not in seen]
+        paths += sorted(inside) or [word]
+    unreadable = [error for error in unreadable if os.path.isdir(error.filename)]
+    for error in unreadable:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    return paths, len(unreadable)
 
 
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> int:
-    """Prints a line for every readable file; returns how many were not."""
+    """Prints a line for every readable file; returns how many files and folders were not."""
     model, tokenizer, cfg = restore(checkpoint)
-    failed, everything = 0, []
-    paths = list_audio(args.audio)
+    everything = []
+    paths, failed = list_audio(args.audio)
     if args.plot and len(paths) != 1:
         raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
+    for path in filter(None, (args.ctm, args.json, args.plot)):
+        open(path, "a").close()  # what cannot be written is seen now
     starts = range(0, len(paths), args.batch_size)
     for start in tqdm(starts, desc="files", unit="batch", disable=None, leave=False):
         heard, bad = hear(paths[start : start + args.batch_size], model, tokenizer, cfg)

@@ -41,7 +41,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from data import FORMATS, describe, read_transcripts, scan_split
+from data import describe, is_audio, is_transcript, read_transcripts, scan_split
 
 # ------------------------------------------------------------------------------ demo: what is said
 
@@ -685,22 +685,23 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
         files: archives to take instead of downloading; unlike downloaded ones they are kept.
     """
     local = match_archives(files, CORPORA[corpus])
-    missing = find_missing(root, CORPORA[corpus])
-    if files and (lacking := [f"{split}.tar.gz" for split in missing if split not in local]):
-        raise ValueError(f"--archive lacks {', '.join(lacking)}")
-    if missing:
-        root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        missing = find_missing(root, CORPORA[corpus])
+        if files and (lacking := [f"{split}.tar.gz" for split in missing if split not in local]):
+            raise ValueError(f"--archive lacks {', '.join(lacking)}")
         for split in missing:  # what a call that was killed has left
             shutil.rmtree(hidden_path(root, split), ignore_errors=True)
-        check_space(root, missing, local)
-    for split in missing:
-        if split in local:
-            verify(local[split], ARCHIVES[split])
-            unpack(local[split], root, split)
-        else:
-            archive = fetch(root, split, mirror)
-            unpack(archive, root, split)
-            archive.unlink()
+        if missing:
+            check_space(root, missing, local)
+        for split in missing:
+            if split in local:
+                verify(local[split], ARCHIVES[split])
+                unpack(local[split], root, split)
+            else:
+                archive = fetch(root, split, mirror)
+                unpack(archive, root, split)
+                archive.unlink()
     count = sum(ARCHIVES[split].utterances for split in CORPORA[corpus])
     print(f"{root}: {corpus} is complete, {count:,} utterances")
 
@@ -711,7 +712,7 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
 def find_splits(root: Path) -> list[str]:
     """Names of the folders in `root` that hold a transcript or audio where LibriSpeech has them."""
     return sorted({path.parents[2].name for path in root.glob("*/*/*/*")
-                   if path.name.endswith((".trans.txt", *FORMATS))})  # fmt: skip
+                   if is_audio(path.name) or is_transcript(path.name)})  # fmt: skip
 
 
 def check(root: Path, splits: Sequence[str]) -> bool:

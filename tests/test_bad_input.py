@@ -9,6 +9,7 @@ refuses errors and lets warnings pass.
 """
 
 import os
+import struct
 import warnings
 
 import numpy as np
@@ -29,7 +30,7 @@ def flac(folder, utterance_id="7-9-0000", samples=NOISE, rate=16000, **options):
 
 
 def wav(folder, samples, subtype="FLOAT"):
-    (folder / "7-9-0000.flac").unlink()
+    (folder / "7-9-0000.flac").unlink(missing_ok=True)
     path = folder / "7-9-0000.wav"
     soundfile.write(path, samples, 16000, subtype=subtype)
     return path
@@ -147,6 +148,8 @@ BAD = {
     "empty line": (lambda f: line(f, b"\n"), "error", "no text", "''", True),
     "reserved word": (
         lambda f: line(f, b"7-9-0000 A </s>\n"), "error", "reserved word", "</s>", True),
+    "sentencepiece's space": (
+        lambda f: line(f, "7-9-0000 A\u2581B\n".encode()), "error", "reserved word", "A", True),
     "Latin-1": (
         lambda f: line(f, b"7-9-0000 CAF\xc9\n"), "error", "transcript not readable", "0xc9", True),
     "small letters": (
@@ -291,7 +294,66 @@ def test_a_loop_of_folders_ends(chapter):
     (chapter.parent / "loop").symlink_to(chapter.parents[1])
     utterances, problems = scan(chapter, decode=False)
     assert len(utterances) == 2
+    assert {(p.level, p.kind) for p in problems} == {("warning", "not a file of a chapter")}
+
+
+def test_linked_speakers_and_chapters_are_read(chapter):
+    speaker = chapter.parent
+    speaker.rename(speaker.parent.parent / "elsewhere")
+    speaker.symlink_to(speaker.parent.parent / "elsewhere")
+    utterances, problems = scan(chapter, decode=False)
+    assert len(utterances) == 2
     assert problems == []
+
+
+@pytest.mark.parametrize("place", ["7-9-0005.flac", "7/7-9-0005.flac", "7/7-9.trans.txt", "7/9/10"])
+def test_what_is_in_no_chapter_is_a_warning(chapter, place):
+    path = chapter.parents[1] / place
+    path.write_bytes(b"") if path.suffix else path.mkdir()
+    utterances, [problem] = scan(chapter, decode=False)
+    assert len(utterances) == 2
+    assert problem[:3] == ("warning", "not a file of a chapter", str(path))
+
+
+def test_what_macos_leaves_beside_files_does_not_matter(chapter):
+    for path in list(chapter.iterdir()):
+        (chapter / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    utterances, problems = scan(chapter, decode=True)
+    assert len(utterances) == 2
+    assert problems == []
+
+
+@pytest.mark.parametrize("promised", [0xFFFF_FFFF, 0x8000_0000, 0x7FFF_F000])
+def test_wav_from_a_pipe_promises_too_much_and_is_read(tmp_path, promised):
+    path = wav(tmp_path, NOISE, "PCM_16")
+    contents = path.read_bytes()
+    at = contents.index(b"data") + 4
+    path.write_bytes(contents[:at] + struct.pack("<I", promised) + contents[at + 4 :])
+    assert len(data.load_audio(path)) == len(NOISE)
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "IMA_ADPCM", "ULAW", "PCM_24", "DOUBLE"])
+def test_other_kinds_of_wav_are_read(tmp_path, subtype):
+    path = wav(tmp_path, NOISE, subtype)
+    samples = data.load_audio(path)
+    assert len(NOISE) <= len(samples) < len(NOISE) + 1000  # some are made of blocks
+
+
+def test_rf64_is_a_wav(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, NOISE, 16000, "FLOAT", format="RF64")
+    assert np.array_equal(data.load_audio(path), NOISE.astype(np.float32))
+
+
+def test_integers_as_floats_are_samples_and_what_overflows_is_not(tmp_path):
+    path = wav(tmp_path, 32768 * NOISE)
+    assert data.features(data.load_audio(path)).isfinite().all()
+    path = wav(tmp_path, np.where(np.arange(len(NOISE)) < 2, 1e20, NOISE))
+    with pytest.raises(ValueError, match="2 samples not finite, or larger than 1e\\+09"):
+        data.load_audio(path)
+    path = wav(tmp_path, NOISE / np.abs(NOISE).max() * data.LOUDEST)
+    for rng in (None, np.random.default_rng(1)):
+        assert data.features(data.load_audio(path), rng=rng).isfinite().all()
 
 
 def test_a_changed_corpus_is_seen_at_the_next_look(chapter):

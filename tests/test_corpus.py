@@ -44,6 +44,19 @@ def test_decode_is_the_inverse_of_encode(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u00c9COLE \u0130ZM\u0130R \u00c5NGSTR\u00d6M",
+        "\u0645\u06cc\u200c\u062e\u0648",
+        "A\u2026 \u00bd \u2122 \ufb01\u200bX",
+    ],
+)
+def test_decode_is_the_inverse_of_encode_in_any_script(text):  # fmt: skip
+    tokenizer = data.Tokenizer(data.train_tokenizer([text, "ABC"], 64))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_text_without_words_has_no_labels(tokenizer):
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
@@ -161,6 +174,11 @@ def test_other_audio_files_are_found_too(corpus, suffix):
     utterances, problems = corpus.scan()
     assert utterances[1].path == str(path)
     assert problems == []
+
+
+def test_accents_have_one_form(corpus):
+    corpus.transcript("7-9-0000 E\u0301COLE\n7-9-0001 \u00c9COLE\n")
+    assert [u.text for u in corpus.scan()[0]] == ["\u00c9COLE"] * 2
 
 
 def test_white_space_in_transcripts_is_one_space(corpus):

@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -263,10 +264,17 @@ def test_labels_of_the_path_are_the_hypothesis(seed):
         assert all(arc.log_prob >= arc.blank_log_prob for arc in path)
 
 
-def test_decoding_needs_no_gradient():
+def test_decoding_records_no_gradient(monkeypatch):
     model, batch = random_model(0), random_batch(0)
+    encode, encoded = model.encode, []
+
+    def record(*args):
+        encoded.append(encode(*args))
+        return encoded[-1]
+
+    monkeypatch.setattr(model, "encode", record)
     decode.greedy_decode(model, *batch)
-    assert all(p.grad is None for p in model.parameters())
+    assert not encoded[0][0].requires_grad
     assert torch.is_grad_enabled()
 
 
@@ -473,9 +481,15 @@ class Scene:
         train.save_checkpoint(self.checkpoint, self.contents)
         self.model, self.tokenizer = model, tokenizer
         self.feats = [data.features(data.load_audio(path)) for path in self.audio]
-        alone = [decode.greedy_decode(model, f[None], torch.tensor([len(f)])) for f in self.feats]
-        self.labels = [hypothesis for (hypothesis,) in alone]
-        self.texts = [tokenizer.decode(hypothesis) for hypothesis in self.labels]
+        alone = [(f[None], torch.tensor([len(f)])) for f in self.feats]
+        self.texts = [
+            tokenizer.decode(decode.greedy_decode(model, *x, max_symbols=10**9)[0]) for x in alone
+        ]
+        # Evaluation has a limit.
+        self.labels = [decode.greedy_decode(model, *x)[0] for x in alone]
+        self.scored = [tokenizer.decode(labels) for labels in self.labels]
+        assert self.texts[:3] == self.scored[:3]
+        assert len(self.texts[3]) > len(self.scored[3]) > decode.MAX_SYMBOLS
         assert len(set(self.texts)) == len(TEXTS), self.texts
         assert all(self.texts)
 
@@ -538,6 +552,60 @@ def test_a_folder_of_good_and_bad_files_is_transcribed(scene, main, tmp_path):
     ]  # fmt: skip
 
 
+def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
+    scene, main, tmp_path, monkeypatch
+):
+    real, calls = tmp_path / "real", tmp_path / "calls"
+    for folder in (real, calls / "x.flac", calls / "shut"):
+        folder.mkdir(parents=True)
+    sound = scene.audio[0].read_bytes()
+    for path in (real / "b.flac", calls / "a.flac", calls / "._a.flac", calls / "x.flac" / "c.wav"):
+        path.write_bytes(sound if path.suffix == ".flac" else b"")
+    (calls / "sub").symlink_to(real)
+    (real / "above").symlink_to(calls)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    long = "n" * 300 + ".flac"
+    status, printed, errors = main("--checkpoint", scene.checkpoint, calls, long)
+    assert status == 1
+    expected = [f"{calls}/a.flac\t{scene.texts[0]}", f"{calls}/sub/b.flac\t{scene.texts[0]}"]
+    assert printed.splitlines() == expected
+    assert [line.split(":")[0] for line in errors.splitlines()] == [
+        f"{calls}/shut", f"{calls}/x.flac/c.wav", long,
+    ]  # fmt: skip
+
+
+def test_long_files_are_decoded_in_smaller_batches_in_their_order():
+    feats = [torch.zeros(n, 1) for n in (4, 9, 2, 30, 1, 1, 5)]
+    grouped = decode.padded_groups(feats, most_frames=20)
+    assert [[len(f) for f in group] for group in grouped] == [[4, 9], [2], [30], [1, 1, 5]]
+
+
+@pytest.mark.parametrize("flag", ["--ctm", "--json", "--plot"])
+def test_what_cannot_be_written_is_seen_before_anything_is_decoded(scene, main, tmp_path, flag):
+    status, printed, errors = main(
+        "--checkpoint", scene.checkpoint, scene.audio[0], flag, tmp_path / "no" / "file"
+    )
+    assert (status, printed) == (1, "")
+    assert f"{tmp_path}/no/file" in errors
+
+
+def test_hypotheses_that_cannot_be_written_are_seen_before_anything_is_decoded(
+    scene, main, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(decode, "greedy_decode", None)
+    status, _, errors = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split",
+                             "dev/", "--hypotheses", tmp_path / "no" / "a.tsv")  # fmt: skip
+    assert status == 1
+    assert f"{tmp_path}/no/a.tsv" in errors
+
+
 def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
     status, printed, errors = main("--checkpoint", scene.checkpoint, tmp_path, scene.audio[0])
     assert status == 1
@@ -572,7 +640,7 @@ def test_references_are_found_by_relative_paths_too(scene, monkeypatch):
 def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):
     done = scene.run("--data", scene.root, "--split", "dev")
     assert done.returncode == 0, done.stderr
-    errors, words = decode.word_errors(scene.texts, TEXTS)
+    errors, words = decode.word_errors(scene.scored, TEXTS)
     rate = 100 * errors / words
     expected = f"dev: WER {rate:.2f} % ({errors:,} errors in {words:,} words), real-time factor "
     assert done.stdout.startswith(expected)
@@ -582,8 +650,9 @@ def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):
     assert factor == pytest.approx(seconds / audio_s, abs=0.06 / audio_s)  # seconds have a decimal
     table = (scene.checkpoint.parent / "dev.tsv").read_text(encoding="utf-8")
     rows = [
-        f"{p.stem}\t{h}\t{r}\n" for p, h, r in zip(scene.audio, scene.texts, TEXTS, strict=True)
+        f"{p.stem}\t{h}\t{r}\n" for p, h, r in zip(scene.audio, scene.scored, TEXTS, strict=True)
     ]
+    assert "\n1 hypotheses end after 300 symbols" in done.stdout
     assert table == "id\thypothesis\treference\n" + "".join(rows)
 
 
@@ -632,7 +701,7 @@ def test_the_checkpoint_flag_is_required(main, capsys):
 def test_a_score_says_what_the_errors_are(scene, main):
     status, out, _ = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "dev")
     assert status == 0
-    lines = decode.describe_errors(scene.texts, TEXTS)
+    lines = decode.describe_errors(scene.scored, TEXTS)
     assert out.splitlines()[1:4] == lines
     shares = re.fullmatch(r"blank ratio: ([0-9.]+), ([0-9.]+) symbols a frame", out.splitlines()[4])
     frames = sum(-(-len(f) // scene.model.cfg.stack) for f in scene.feats)
@@ -713,6 +782,17 @@ def test_ctm_and_json_say_the_same(scene, heard):
         for w in file["words"]
     ]  # fmt: skip
     assert rows == expected
+
+
+def test_names_in_ctm_have_no_white_space_and_differ(scene, main, tmp_path):
+    paths = [tmp_path / name for name in ("my call 1.flac", "a/x.flac", "b/x.flac")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(scene.audio[0].read_bytes())
+    main("--checkpoint", scene.checkpoint, *paths, "--ctm", tmp_path / "a.ctm")
+    rows = read_ctm(tmp_path / "a.ctm")
+    assert {len(row) for row in rows} == {6}
+    assert list(dict.fromkeys(row[0] for row in rows)) == ["my_call_1", *map(str, paths[1:])]
 
 
 def test_times_count_from_the_start_of_the_file(scene, main, tmp_path):
