@@ -846,16 +846,28 @@ def end_workers() -> None:
         worker.kill()
 
 
-def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]],
-                 num_workers: int) -> torch.utils.data.DataLoader:  # fmt: skip
-    """Batches in the given order, prepared ahead of time by worker processes."""
+def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_workers: int,
+                 timeout_s: float = 600.0) -> Iterator[Batch]:  # fmt: skip
+    """Batches in the given order, prepared ahead of time by worker processes.
+
+    Raises:
+        OSError: a worker was killed, or no batch came for `timeout_s`.
+    """
     atexit.unregister(end_workers)  # once is enough
     atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        prefetch_factor=8 if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        timeout=timeout_s if num_workers else 0,
         collate_fn=functools.partial(collate, cfg=dataset.cfg),
         worker_init_fn=start_worker,
     )
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError) as error:  # torch has no class of its own for it
+        raise OSError(
+            f"no batch: {reason(error)}: a worker process was killed, or had no room for it in "
+            "memory or /dev/shm (docker run --shm-size); --loader-workers 0 does without them"
+        ) from error

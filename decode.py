@@ -313,7 +313,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     batches = evaluation_batches(utterances, args.batch_size)
     loader = data.batch_loader(dataset, batches, num_workers=1)
     counts = Counter()
-    bar = tqdm(loader, desc=args.split, unit="batch", disable=None, leave=False)
+    bar = tqdm(loader, desc=args.split, unit="batch", total=len(batches), disable=None, leave=False)
     texts = decode_batches(model, tokenizer, bar, counts)
     seconds = time.perf_counter() - started
     hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]

@@ -11,7 +11,7 @@
 #
 # Writes .venv, the corpus in $DATA and the run in $OUT; relative paths start at this folder.
 # A second call continues the run in $OUT. The first step that fails gives the exit status.
-# Other hosts need this folder, with its .venv, and $DATA at the same paths; run it on the first of them.
+# Other hosts need this folder, with its .venv, $DATA and $OUT at the same paths; run it on the first of them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -109,11 +109,17 @@ read_hosts() {
 
 # check_hosts: names the hosts that cannot be used, all within 30 s; mpirun alone may take minutes.
 check_hosts() {
-  local host python failed=""
+  local host python look what failed=""
   local -A check
   python=$(realpath -ms "$PYTHON")
+  what=$python
+  look="test -x $(printf %q "$python")"
+  if [[ -d $DATA ]]; then # what is prepared now is on a disk that all share, or they will say so
+    what+=" and $DATA"
+    look+=" && test -d $(printf %q "$(realpath -ms "$DATA")")"
+  fi
   for host in "${hosts[@]}"; do
-    timeout 25 "$SSH" -o BatchMode=yes -o ConnectTimeout=20 "$host" test -x "$(printf %q "$python")" </dev/null &
+    timeout 25 "$SSH" -o BatchMode=yes -o ConnectTimeout=20 "$host" "$look" </dev/null &
     check[$host]=$!
   done
   for host in "${hosts[@]}"; do
@@ -123,7 +129,7 @@ check_hosts() {
       exit $((128 + signal))
     fi
   done
-  [[ -z $failed ]] || die "$HOSTS: no $python reached by $SSH on$failed; 1: not there, 124: no answer, 255: no login"
+  [[ -z $failed ]] || die "$HOSTS: no $what reached by $SSH on$failed; 1: not there, 124: no answer, 255: no login"
 }
 
 # mpi_kind: which mpirun the path leads to; they differ in almost every flag.
@@ -166,20 +172,24 @@ decide() {
   printf 'set     %s=%s  (%s)\n' "$1" "$value" "$why"
 }
 
+log_state() {
+  cksum "$OUT/log.jsonl" 2>/dev/null || true
+}
+
 # train WORD...: runs the launcher and returns the status of train.py, which torchrun makes 1 and ipexrun 0. What became
-# of the run is in the last line of its log, unless that is older than the launch.
+# of the run is in the last line of its log, unless the log is as it was.
 train() {
-  local since status=0 last=""
+  local before status=0 last=""
   if [[ $LAUNCHER == python ]]; then
     run_step "$@"
     return
   fi
-  since=$(mktemp)
+  before=$(log_state)
   run_step "$@" || status=$?
-  if [[ ! $OUT/log.jsonl -ot $since ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
-  rm -f "$since"
+  if [[ $(log_state) != "$before" ]]; then last=$(tail -n 1 "$OUT/log.jsonl"); fi
   case $last in
     *'"event": "end", "reason": "time limit"'*) status=75 ;;
+    *'"event": "end", "reason": "SIGINT"'*) status=130 ;;
     *'"event": "end", "reason": "SIGUSR1"'*) status=138 ;;
     *'"event": "end", "reason": "SIGTERM"'*) status=143 ;;
     *'"event": "end", "reason": "error'*) ((status)) || status=1 ;;
@@ -257,11 +267,13 @@ trap 'stop 15' TERM
 # Three files as a reader would try them, each with what was said.
 transcribe() {
   local files transcripts path text utterance status=0
-  files=("$DATA/$dev_split"/*/*/*.flac)
+  mapfile -t files < <(find -L "$DATA/$dev_split" -mindepth 3 -maxdepth 3 -name '[!.]*' \
+    \( -iname '*.flac' -o -iname '*.wav' -o -iname '*.ogg' \) | sort)
   transcripts=$(mktemp)
   run_step "$PYTHON" decode.py --checkpoint "$OUT/best.pt" "${files[@]:0:3}" >"$transcripts" || status=$?
   while IFS=$'\t' read -r path text; do
-    utterance=$(basename "$path" .flac)
+    utterance=${path##*/}
+    utterance=${utterance%.*}
     printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
       "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
   done <"$transcripts"
@@ -270,6 +282,7 @@ transcribe() {
 }
 
 # ---- help and tests ----
+if [[ ${1-} != test && " $* " == *" --help "* ]]; then set -- --help; fi
 case ${1-} in
   -h | --help)
     sed -n '3,/^$/s/^# \{0,1\}//p' run.sh
@@ -294,6 +307,7 @@ esac
 # ---- decisions ----
 [[ $RANKS =~ ^([1-9][0-9]*)?$ ]] || die "RANKS=$RANKS, expected a positive number"
 [[ " auto mpirun torchrun ipex " == *" $LAUNCHER "* ]] || die "LAUNCHER=$LAUNCHER, expected auto, mpirun, torchrun or ipex"
+[[ $DRY_RUN == [01] ]] || die "DRY_RUN=$DRY_RUN, expected 0 or 1"
 [[ " auto ccl gloo mpi " == *" $BACKEND "* ]] || die "BACKEND=$BACKEND, expected auto, ccl, gloo or mpi"
 hosts=()
 read_hosts

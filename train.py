@@ -12,7 +12,7 @@ trace.json with --profile, TensorBoard's files with --tensorboard.
 Every field of TrainConfig, ModelConfig and FeatureConfig is a flag; presets change their defaults.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
-a checkpoint, to be resumed: 75 time limit, 128 + n signal n (138 SIGUSR1, 143 SIGTERM).
+a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).
 
 You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Training v1.0 RNN-T.
 """
@@ -46,7 +46,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -149,9 +149,9 @@ RECIPES = {
 }  # fmt: skip
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what batch systems send before they kill
-EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "SIGUSR1": 128 + signal.SIGUSR1,
-               "SIGTERM": 128 + signal.SIGTERM}  # fmt: skip
+# Ctrl-C, and what batch systems send before they kill.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, **{s.name: 128 + s for s in STOP_SIGNALS}}
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -226,7 +226,11 @@ def read_ranks() -> Ranks:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         if names[0] in os.environ and names[1] in os.environ:
-            return Ranks(*(int(os.environ.get(name, 0)) for name in names))
+            found = {name: os.environ.get(name, "0") for name in names}
+            for name, value in found.items():
+                if not value.isdecimal():
+                    raise ValueError(f"{name}: {value!r}, expected a number")
+            return Ranks(*map(int, found.values()))
     return Ranks(0, 1, 0)
 
 
@@ -241,11 +245,12 @@ def bind(ranks: Ranks) -> None:
     sharing = ranks.world  # at most so many ranks share the CPUs of a process that is not bound
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
     if domains.startswith("["):
-        masks = [int(mask, 16) for mask in domains.strip("[],").split(",")]
-        if ranks.local_rank >= len(masks):
-            raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has none for rank {ranks.local_rank}")
-        mask = masks[ranks.local_rank]
-        os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
+        try:
+            mask = int(domains.strip("[],").split(",")[ranks.local_rank], 16)
+            os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
+        except (IndexError, ValueError, OSError) as error:
+            raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
+                             f"{ranks.local_rank}") from error  # fmt: skip
         sharing = 1
     # Asked before torch: OpenMP may bind this thread to one CPU.
     cpus = len(os.sched_getaffinity(0)) // sharing
@@ -325,11 +330,25 @@ def init_ranks(cfg: TrainConfig) -> tuple[Ranks, "Pulse"]:
             f"MASTER_PORT={port}: {error}"
         ) from error
     pulse = Pulse(store, ranks, cfg.timeout_s)
-    pulse.compare({"torch": torch.__version__, "backend": backend})
-    dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
-    )
+    pulse.compare("installation", {"torch": torch.__version__, "backend": backend})
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+        )
+    except RuntimeError as error:
+        used = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE")}
+        raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks, with "
+                              f"{used}: {error}") from error  # fmt: skip
     return ranks, pulse
+
+
+def abort_launcher(line: str) -> None:
+    """Prints `line` and has Hydra (Intel MPI, MPICH) end all ranks: by itself it waits for the
+    others when one ends that has not called MPI. Other launchers do not wait."""
+    print(line, file=sys.stderr, flush=True)
+    if "PMI_FD" in os.environ:
+        with suppress(OSError):  # it is gone already
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
 
 
 class Pulse:
@@ -385,25 +404,20 @@ class Pulse:
         names = ", ".join(f"rank {rank}" for rank in lost)
         if self.ranks.rank in lost:  # not even our own count is seen: the store does not answer
             names = "rank 0, or the launcher, which keeps the counts"
-        line = f"train.py: rank {self.ranks.rank}: lost {names}: {why}"
-        print(line, file=sys.stderr, flush=True)
-        # Hydra (Intel MPI, MPICH) waits for ranks that do not call MPI, even for stopped ones.
-        if "PMI_FD" in os.environ:
-            with suppress(OSError):  # it is gone already
-                os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
+        abort_launcher(f"train.py: rank {self.ranks.rank}: lost {names}: {why}")
         os._exit(1)  # at once: what torch still has to close would wait for the lost rank
 
-    def compare(self, facts: dict[str, object]) -> None:
-        """Raises ValueError on every rank if a fact is not the same on all."""
-        key = "/".join(facts)
+    def compare(self, key: str, facts: dict[str, object]) -> None:
+        """Raises ValueError on every rank if a fact is not the same on all, ConnectionError if a
+        rank does not tell it; `key` names the facts."""
         mine = json.dumps(facts, default=str)
         self.store.set(f"{key}/{self.ranks.rank}", mine)
         for rank in self.risen:
             try:
                 theirs = json.loads(self.store.get(f"{key}/{rank}"))
             except RuntimeError as error:
-                raise ConnectionError(f"rank {self.ranks.rank}: nothing from rank {rank}: {error}"
-                                      ) from error  # fmt: skip
+                raise ConnectionError(f"rank {self.ranks.rank}: nothing of its {key} from rank "
+                                      f"{rank}: {error}") from error  # fmt: skip
             for name, value in json.loads(mine).items():
                 if theirs[name] != value:
                     time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
@@ -656,17 +670,19 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
     """WER of the averaged weights; every rank decodes its share of the batches, in float32."""
     started = time.perf_counter()
     cfg, ranks = trainer.cfg, trainer.ranks
-    batches = decode.evaluation_batches(utterances, cfg.eval_batch_size)
+    mine = decode.evaluation_batches(utterances, cfg.eval_batch_size)[ranks.rank :: ranks.world]
     loader = data.batch_loader(
         data.SpeechDataset(utterances, None, features),
-        batches[ranks.rank :: ranks.world],
+        mine,
         cfg.loader_workers,
+        cfg.timeout_s,
     )
     counts = Counter()
-    bar = tqdm(loader, desc="dev", unit="batch", leave=False, disable=report.hide_bar(ranks.rank))
+    bar = tqdm(loader, desc="dev", unit="batch", leave=False, total=len(mine),
+               disable=report.hide_bar(ranks.rank))  # fmt: skip
     texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts)
-    mine = [u for u in utterances if u.id in texts]
-    errors, words = decode.word_errors([texts[u.id] for u in mine], [u.text for u in mine])
+    decoded = [u for u in utterances if u.id in texts]
+    errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
     sums = torch.tensor([errors, words, counts["frames"], counts["labels"]])
     errors, words, frames, labels = all_sum(sums, ranks).tolist()
     seconds = time.perf_counter() - started
@@ -752,12 +768,35 @@ def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence)
                 raise ValueError(f"{path} has {field} {old}, this run {new}")
 
 
+def lock_run(out: Path) -> TextIO:
+    """Keeps other runs out of the run directory until what is returned is closed.
+
+    POSIX's locks hold across a network and end with the process, killed or not; loader workers do
+    not inherit them.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    lock = (out / ".lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+        raise ValueError(f"{out}: another run writes there; give this one another --out") from error
+    except OSError as error:
+        print(f"warning: {out} cannot be locked: {error}", file=sys.stderr)
+    return lock
+
+
+def partial_files(out: Path) -> list[Path]:
+    """What a run that was killed while it wrote has left."""
+    return [*out.glob("checkpoint-*.partial"), out / "best.partial", out / "log.partial"]
+
+
 def forget_run(out: Path) -> None:
     """Deletes what training wrote to its run directory, and nothing else."""
-    partial = [out / f"{name}.partial" for name in ("best", "log")]
-    for path in (*list_checkpoints(out), *out.glob("checkpoint-*.partial"), *partial,
-                 out / "best.pt", *out.glob("events.out.tfevents.*"), out / "log.jsonl",
-                 out / "mllog.log", out / "curves.png", out / "trace.json"):  # fmt: skip
+    for path in (*list_checkpoints(out), *partial_files(out), out / "best.pt",
+                 *out.glob("events.out.tfevents.*"), out / "log.jsonl", out / "mllog.log",
+                 out / "curves.png", out / "trace.json"):  # fmt: skip
         path.unlink(missing_ok=True)
 
 
@@ -801,11 +840,12 @@ class Run:
                  train: Sequence[data.Utterance], dev: Sequence[data.Utterance],
                  log: Log) -> None:  # fmt: skip
         self.trainer, self.features, self.tokenizer, self.log = trainer, features, tokenizer, log
-        self.train, self.dev = train, dev
+        self.train, self.dev, self.dev_facts = train, dev, describe_corpus(dev)
         self.progress = Progress()
         self.kept: list[Path] = []  # checkpoints that stay
         self.started = self.saved = time.monotonic()
         self.signal = 0  # the last one of STOP_SIGNALS
+        self.lock: TextIO | None = None  # of the run directory; rank 0 has it
         self.first_step = 0  # that this process did not do
         self.epoch_loss = math.inf  # mean over the last epoch
         self.norms: deque[float] = deque(maxlen=100)  # of the gradient in the last steps
@@ -828,7 +868,7 @@ class Run:
             "length in buckets": "after speed perturbation",  # as recorded where it is missing
         }  # fmt: skip
 
-    def epoch_loader(self) -> torch.utils.data.DataLoader:
+    def epoch_loader(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current epoch that are not done yet."""
         cfg, ranks, epoch = self.trainer.cfg, self.trainer.ranks, self.progress.epoch
         dataset = data.SpeechDataset(
@@ -840,7 +880,7 @@ class Run:
         )  # fmt: skip
         mine = order[self.progress.batch :, ranks.rank :: ranks.world]
         return data.batch_loader(
-            dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers
+            dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers, cfg.timeout_s
         )
 
     def epoch_steps(self) -> Iterator[list[Batch]]:
@@ -858,7 +898,7 @@ class Run:
 
     def stop_reason(self, bad_input: bool = False) -> str | None:
         """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
-        reasons = ("", "time limit", "SIGUSR1", "SIGTERM", "bad input")
+        reasons = ("", "time limit", *(s.name for s in STOP_SIGNALS), "bad input")
         late = 0 < self.trainer.cfg.time_limit_s < time.monotonic() - self.started
         mine = ""
         if bad_input:
@@ -976,6 +1016,7 @@ class Run:
             "optimizer": trainer.optimizer.state_dict(),
             "progress": vars(progress) | {"seconds": self.seconds()},
             "order": self.order,
+            "dev": self.dev_facts,
             "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
             "model_config": asdict(trainer.model.cfg),
             "asked_vocab_size": self.asked_vocab_size,
@@ -1007,6 +1048,9 @@ class Run:
         vars(progress).update(checkpoint["progress"])
         self.log.rewind(progress.step, progress.evaluated)
         self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
+        if checkpoint.get("dev", self.dev_facts) != self.dev_facts:
+            self.log.say("the dev split is another one: its WER has yet to be measured")
+            progress.best_wer, progress.evaluated = math.inf, 0
         if self.order != checkpoint["order"] and progress.batch > 0:
             progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         for name, now in self.order.items():
@@ -1192,10 +1236,10 @@ def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
     return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
-def main() -> int:
-    # 1 configs and ranks
-    started_s = time.time()
-    cfg, model_cfg, features = parse_configs(sys.argv[1:])
+def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
+              started_s: float) -> tuple[Run, Pulse]:  # fmt: skip
+    """All that comes before the first step of a program that began at `started_s`."""
+    # 1 ranks, and what is in the run directory
     ranks, pulse = init_ranks(cfg)
     out = Path(cfg.out)
     log = Log(out, ranks.rank, cfg.tensorboard)
@@ -1218,9 +1262,9 @@ def main() -> int:
         check_same_run(path, checkpoint, cfg.preset, (model_cfg, features))
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     check_texts(train, tokenizer, model_cfg, features, log)
-    pulse.compare({
+    pulse.compare("run", {
         "corpus": describe_corpus(train + dev),
-        "step": 0 if found is None else checkpoint["progress"]["step"],
+        f"step of the checkpoint in {out}": 0 if found is None else checkpoint["progress"]["step"],
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "dtype": matrix_dtype(cfg.precision),
     })  # fmt: skip
@@ -1231,7 +1275,11 @@ def main() -> int:
     run.asked_vocab_size = asked_vocab_size
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if found is None:  # nothing is deleted for a run that cannot begin
+        run.lock = lock_run(out)
+        # Nothing is deleted for a run that cannot begin.
+        for partial in partial_files(out):
+            partial.unlink(missing_ok=True)
+        if found is None:
             forget_run(out)
     if found is not None:
         run.restore(path, checkpoint)
@@ -1250,7 +1298,20 @@ def main() -> int:
         log.say(f"warning: a global batch of {run.global_batch} is under 64: gradients are noisy; "
                 "raise --batch-size or --accumulation if the WER stays at 100 %")  # fmt: skip
 
-    # 5 train
+    return run, pulse
+
+
+def main() -> int:
+    started_s = time.time()
+    cfg, model_cfg, features = parse_configs(sys.argv[1:])
+    try:
+        run, pulse = start_run(cfg, model_cfg, features, started_s)
+    except (OSError, ValueError) as error:
+        if "PMI_FD" in os.environ:  # ranks without this error would wait for this one
+            abort_launcher(f"train.py: {data.reason(error)}")
+            sys.exit(1)
+        raise
+    log = run.log
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
     gc.freeze()  # a collection would go through all that torch has loaded
@@ -1261,7 +1322,7 @@ def main() -> int:
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))  # fmt: skip
-    if ranks.world > 1:
+    if run.trainer.ranks.world > 1:
         dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)
 

@@ -21,9 +21,9 @@ esac
 """
 
 # What run.sh may take from the machine that tests; an mpirun there shall not decide.
-PROGRAMS = ("awk", "basename", "bash", "cat", "cmp", "cp", "dirname", "env", "grep", "mkdir",
-            "mktemp", "paste", "realpath", "rm", "sed", "sh", "sleep", "sort", "tail", "test",
-            "timeout", "uniq")  # fmt: skip
+PROGRAMS = ("awk", "basename", "bash", "cat", "cksum", "cmp", "cp", "dirname", "env", "find",
+            "grep", "mkdir", "mktemp", "paste", "realpath", "rm", "sed", "sh", "sleep", "sort",
+            "tail", "test", "timeout", "uniq")  # fmt: skip
 
 # FAIL names the script or module whose call ends with status 3.
 PYTHON = """#!/bin/sh
@@ -31,7 +31,7 @@ for word; do printf '%s|' "$word"; done >> calls
 printf 'threads=%s\\n' "$OMP_NUM_THREADS" >> calls
 case "$*" in *"${FAIL:-never}"*) exit 3 ;; esac
 case "$*" in
-  "decode.py "*.flac)
+  "decode.py "*.flac | "decode.py "*.wav)
     shift 3
     for path; do printf '%s\\tHEARD %s\\n' "$path" "$(basename "$path")"; done ;;
 esac

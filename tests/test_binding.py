@@ -334,7 +334,6 @@ def test_ipexrun_fails_if_no_run_ended_well(checkout, ends, reason, status):
     log = "out/demo/log.jsonl"
     end = f'echo \'{{"event": "end", "reason": "{reason}"}}\' >> {log}\n'
     checkout.script(log, '{"event": "end", "reason": "epochs"}\n')
-    os.utime(checkout.root / log, (0, 0))
     checkout.script(".venv/bin/ipexrun", f"#!/bin/sh\n{end * ends}")
     result = checkout.run(LAUNCHER="ipex", RANKS="2")
     assert result.returncode == status, result.stderr
@@ -342,7 +341,8 @@ def test_ipexrun_fails_if_no_run_ended_well(checkout, ends, reason, status):
 
 
 @pytest.mark.parametrize(("reason", "status"), [
-    ("epochs", 7), ("time limit", 75), ("SIGUSR1", 138), ("SIGTERM", 143), ("error: full", 7),
+    ("epochs", 7), ("time limit", 75), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGTERM", 143),
+    ("error: full", 7),
 ])  # fmt: skip
 def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
     """torchrun makes 1 of whatever status its ranks ended with; here it is 7."""
@@ -353,7 +353,7 @@ def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
                     f""" echo '{{"event": "end", "reason": "{reason}", "step": 9}}' >> {log}\n"""
                     "exit 7 ;; esac\n")  # fmt: skip
     assert checkout.run(RANKS="2").returncode == status
-    os.utime(checkout.root / log, (0, 0))
+    os.utime(checkout.root / log, (2**31, 2**31))  # of a file server whose clock is ahead
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
                     " exit 5 ;; esac\n")  # fmt: skip
     assert checkout.run(RANKS="2").returncode == 5  # nothing new in the log
@@ -455,20 +455,28 @@ def test_other_hosts_need_an_mpirun(checkout):
     assert "torchrun starts ranks on this machine alone, and hosts names a,b" in result.stderr
 
 
-def test_hosts_that_cannot_be_used_are_named_before_anything_starts(checkout):
+@pytest.mark.parametrize("has_corpus", [False, True])
+def test_hosts_that_cannot_be_used_are_named_before_anything_starts(checkout, has_corpus):
     install(checkout, "Intel MPI")
-    (checkout.root / "hosts").write_text("good\nsilent\nmistyped\nbare\n")
+    (checkout.root / "hosts").write_text("good\nsilent\nmistyped\nbare\nempty\n")
+    if has_corpus:
+        (checkout.root / "my data").mkdir()
     checkout.script(
         "my-ssh",
         "#!/bin/sh\nhost=$5; shift 5\ncase $host in silent) exec sleep 60 ;; mistyped) exit 255 ;;"
-        ' bare) exit 1 ;; *) exec "$@" ;; esac\n',
+        ' bare) exit 1 ;; empty) set -- $(echo "$*" | sed s,/my,/no,) ;; esac\n'
+        'exec sh -c "$*"\n',
     )
     script = checkout.root / "run.sh"
     script.write_text(script.read_text().replace("timeout 25", "timeout 2"))
     started = time.monotonic()
-    result = checkout.run(SSH="./my-ssh")
+    result = checkout.run(SSH="./my-ssh", DATA="my data")
     assert time.monotonic() - started < 30
     assert result.returncode == 2
-    assert "on silent (status 124) mistyped (status 255) bare (status 1);" in result.stderr
-    assert "good" not in result.stderr
+    named = "silent (status 124) mistyped (status 255) bare (status 1)"
+    if has_corpus:
+        named += " empty (status 1)"
+        assert f"and my data reached by ./my-ssh on {named};" in result.stderr
+    else:
+        assert f"python reached by ./my-ssh on {named};" in result.stderr
     assert checkout.calls() == []

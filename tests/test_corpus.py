@@ -9,7 +9,9 @@ original's bucketing sampler draws and the durations of train-clean-100.
 
 import gzip
 import json
+import multiprocessing
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -684,6 +686,26 @@ def test_loader_pads_with_the_settings_of_the_dataset(utterances, tokenizer):
     [batch] = data.batch_loader(data.SpeechDataset(utterances, tokenizer, cfg), [[5]], 0)
     assert batch.feats.shape[1] == batch.feat_lens.item()
     assert batch.targets.shape[1] == batch.target_lens.item()
+
+
+def test_a_killed_worker_is_an_error_in_words(utterances, tokenizer):
+    batches = data.batch_loader(
+        data.SpeechDataset(utterances, tokenizer, data.DEFAULT), [[0]] * 500, 1
+    )
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(OSError, match="no batch: .*a worker process was killed.*/dev/shm"):
+        list(batches)
+
+
+def test_a_lost_batch_is_an_error_in_words(utterances, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "collate", lambda *_, **__: time.sleep(60))
+    batches = data.batch_loader(
+        data.SpeechDataset(utterances, tokenizer, data.DEFAULT), [[0]], 1, timeout_s=0.5
+    )
+    with pytest.raises(OSError, match="no batch: .*timed out after 0.5 seconds"):
+        next(batches)
 
 
 def test_loader_accepts_the_sampler_order(utterances, tokenizer):

@@ -95,7 +95,7 @@ def test_omp_num_threads_of_the_user_wins(checkout):
 
 @pytest.mark.parametrize(
     "knob", [{"CORPUS": "timit"}, {"RANKS": "0"}, {"RANKS": "two"}, {"LAUNCHER": "srun"},
-             {"BACKEND": "nccl"}, {"HOSTS": "nowhere"}],
+             {"BACKEND": "nccl"}, {"HOSTS": "nowhere"}, {"DRY_RUN": "true"}],
 )  # fmt: skip
 def test_unknown_value_of_a_knob_is_an_error(checkout, knob):
     result = checkout.run(**knob)
@@ -116,6 +116,13 @@ def test_both_environments_differ_in_torch_and_intels_packages_alone():
     }  # fmt: skip
 
 
+def test_help_among_the_words_is_for_the_reader(checkout):
+    result = checkout.run("--epochs", "1", "--help")
+    assert result.returncode == 0
+    assert "RANKS=2 bash run.sh --epochs 20" in result.stdout
+    assert checkout.calls() == []
+
+
 # ---- steps ------------------------------------------------------------------------------------
 
 
@@ -130,18 +137,20 @@ def test_steps_run_in_order_and_scoring_takes_every_core(checkout):
     assert transcribe.startswith(checkpoint)
 
 
-def test_first_three_transcripts_stand_above_their_references(checkout):
+@pytest.mark.parametrize("kind", ["flac", "wav"])
+def test_first_three_transcripts_stand_above_their_references(checkout, kind):
     chapter = checkout.root / "data/demo/dev-demo/7/9"
     chapter.mkdir(parents=True)
     for number in (3, 1, 0, 2):
-        (chapter / f"7-9-000{number}.flac").touch()
+        (chapter / f"7-9-000{number}.{kind}").touch()
+    (chapter / f"._7-9-0000.{kind}").touch()
     (chapter / "7-9.trans.txt").write_text("".join(f"7-9-000{n} SAID {n} SO\n" for n in range(4)))
     result = checkout.run()
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(
         "".join(
-            f"data/demo/dev-demo/7/9/7-9-000{n}.flac\n"
-            f"  hypothesis  HEARD 7-9-000{n}.flac\n"
+            f"data/demo/dev-demo/7/9/7-9-000{n}.{kind}\n"
+            f"  hypothesis  HEARD 7-9-000{n}.{kind}\n"
             f"  reference   SAID {n} SO\n"
             for n in range(3)
         )
@@ -206,6 +215,13 @@ def test_run_with_a_checkpoint_is_resumed(checkout, name):
         assert " --resume" not in checkout.run(word, DRY_RUN="1").stdout
 
 
+def make_dev_split(checkout):
+    """With a file to transcribe."""
+    chapter = checkout.root / "data/demo/dev-demo/7/9"
+    chapter.mkdir(parents=True)
+    (chapter / "7-9-0000.flac").touch()
+
+
 # ---- failures ---------------------------------------------------------------------------------
 
 
@@ -214,6 +230,7 @@ def test_run_with_a_checkpoint_is_resumed(checkout, name):
 )
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_status_of_a_failing_step_is_ours_and_ends_the_run(checkout, step, calls, ranks):
+    make_dev_split(checkout)
     assert checkout.run(FAIL=step, RANKS=ranks).returncode == 3
     assert len(checkout.calls()) == calls
 
@@ -249,6 +266,7 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
 )
 def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status):
     """The second of its processes ignores SIGINT, as shells have background processes do."""
+    make_dev_split(checkout)
     (checkout.root / ".venv/requirements.txt").unlink()
     checkout.script(
         ".venv/bin/python",

@@ -106,10 +106,23 @@ def test_what_is_no_mask_is_left_to_intel_mpi(environment, affinity, domain):
     assert affinity == set(range(104))
 
 
-def test_rank_without_a_mask_is_an_error(environment, affinity):
-    environment.setenv("I_MPI_PIN_DOMAIN", "[0x3,0xc,]")
-    with pytest.raises(ValueError, match="has none for rank 2"):
+@pytest.mark.parametrize("domains", ["[0x3,0xc,]", "[0x3,0xc,auto]", "[0x3,0xc,0x0]"])
+def test_rank_without_cpus_is_an_error(environment, affinity, domains):
+    def refuse(_pid, cpus):
+        if not cpus:  # as Linux does
+            raise OSError(22, "Invalid argument")
+
+    environment.setattr(os, "sched_setaffinity", refuse)
+    environment.setenv("I_MPI_PIN_DOMAIN", domains)
+    with pytest.raises(ValueError, match="I_MPI_PIN_DOMAIN: .* has no CPUs .* local rank 2"):
         train.bind(Ranks(2, 3, 2))
+
+
+def test_a_rank_that_is_no_number_is_an_error(environment):
+    environment.setenv("RANK", "")
+    environment.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK: '', expected a number"):
+        train.read_ranks()
 
 
 @pytest.mark.parametrize(
