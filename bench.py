@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import signal
@@ -75,7 +76,9 @@ def rss_gb() -> float:
 
 
 def peak_rss_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most that was ever resident. getrusage's is at least what the parent process had."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
 
 
 def forward_flops(cfg: ModelConfig, feat_lens: Tensor, target_lens: Tensor) -> float:
@@ -97,14 +100,21 @@ def forward_flops(cfg: ModelConfig, feat_lens: Tensor, target_lens: Tensor) -> f
     return float(flops.sum())
 
 
+def origin() -> dict:
+    """Whose figures they are."""
+    return {"commit": train.git_commit(), "torch": torch.__version__,
+            "processor": train.processor_name()}  # fmt: skip
+
+
 def finish(result: dict) -> None:
-    print(json.dumps(result))
+    print(json.dumps(result | origin()))
 
 
 # ---------------------------------------------------------------------------- synthetic recordings
 
 SHAPES = Path(__file__).with_name("docs") / "train-clean-100.json"
 SCALING = SHAPES.with_name("scaling.json")
+MOST_RECORDINGS = 512
 
 
 def read_shapes(path: Path = SHAPES) -> tuple[list[list[tuple[float, int]]], int]:
@@ -146,13 +156,15 @@ def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
 
 @contextlib.contextmanager
 def recordings(args: argparse.Namespace, count: int) -> Iterator[list[data.Utterance]]:
-    """Utterances of --data and --split without the long ones, or synthetic ones."""
+    """Utterances of --data and --split without the long ones, or `count` synthetic ones, of which
+    no more than MOST_RECORDINGS differ; each is augmented in its own way."""
     if args.data:
         yield data.drop_long(data.read_split(args.data, args.split))[0]
         return
     with tempfile.TemporaryDirectory() as folder:
-        synthesize(Path(folder), draw_shapes(count))
-        yield data.read_split(folder, "noise")
+        synthesize(Path(folder), draw_shapes(min(count, MOST_RECORDINGS)))
+        found = data.read_split(folder, "noise")
+        yield (found * math.ceil(count / len(found)))[:count]
 
 
 # ------------------------------------------------------------------------------------ step
@@ -223,7 +235,7 @@ def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
     ranks, _ = train.init_ranks(cfg)
     torch.set_flush_denormal(True)
     wanted = steps * cfg.batch_size * cfg.accumulation * ranks.world
-    with recordings(args, min(wanted, 512)) as utterances:
+    with recordings(args, wanted) as utterances:
         tokenizer = LabelCount(model_cfg.vocab_size)
         if args.data:
             texts = (u.text for u in utterances)
@@ -282,12 +294,13 @@ def front_end_s(run: train.Run, count: int) -> dict[str, float]:
 
 def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
     """Micro-batches of as many steps as asked for, over as many epochs as that takes."""
-    while steps > 0:
-        for batches in train.groups(run.epoch_loader(), run.trainer.cfg.accumulation):
-            if steps > 0:
-                yield batches
-            steps -= 1
-        run.progress.epoch += 1
+
+    def endless() -> Iterator[list[data.Batch]]:
+        while True:
+            yield from train.groups(run.epoch_loader(), run.trainer.cfg.accumulation)
+            run.progress.epoch += 1
+
+    return itertools.islice(endless(), steps)
 
 
 def report_step(args: argparse.Namespace, trainer: train.Trainer,
@@ -393,11 +406,15 @@ def bench_loss(args: argparse.Namespace) -> None:
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
     dtype = train.matrix_dtype(args.precision)
-    rate = gemm_tflops(dtype)
-
     inputs, lattice = loss_inputs(cfg, args.batch_size)
     nodes = float((lattice[1] * (lattice[2] + 1)).sum())
+    padded = args.batch_size * int(lattice[1].max()) * int(lattice[2].max() + 1)
     flops = 6 * nodes * cfg.joint_hidden * cfg.vocab_size
+    visited, joint_backward = [0], loss.joint_backward
+
+    def count_rows(hidden: Tensor, rows: Tensor, *rest: object) -> Tensor:
+        visited[0] = len(rows)
+        return joint_backward(hidden, rows, *rest)
 
     def seconds(function: Callable, repeats: int) -> float:
         def call() -> None:
@@ -407,15 +424,18 @@ def bench_loss(args: argparse.Namespace) -> None:
 
         return median_seconds(call, repeats)
 
-    before = rss_gb()
+    before, loss.joint_backward = rss_gb(), count_rows
     fused_s = seconds(lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), 7)
-    grown = peak_rss_gb() - before
+    grown, loss.joint_backward = peak_rss_gb() - before, joint_backward
+    rate = gemm_tflops(dtype)  # after it: the peak is that of the whole process
     plain_s = seconds(plain_loss, 3)
     fused, plain = args.batch_size / fused_s, args.batch_size / plain_s
     print(f"batch {args.batch_size}: fused {fused:.1f} utterances/s, plain {plain:.1f}: "
-          f"{fused / plain:.1f} times faster; every node has the occupancy of an untrained "
-          "model")  # fmt: skip
+          f"{fused / plain:.1f} times faster. Of the plain one's nodes {nodes / padded:.2f} are "
+          f"valid, of those {visited[0] / nodes:.2f} are visited by paths of an untrained model "
+          "and have a gradient to compute")  # fmt: skip
     finish({
+        "visited_share": visited[0] / nodes, "valid_share": nodes / padded,
         "utts_per_s": fused, "share_of_gemm": flops / fused_s / 1e12 / rate, "gemm_tflops": rate,
         "dtype": str(dtype).removeprefix("torch."),
         "memory_growth_gb": grown, "plain_utts_per_s": plain, "speedup": fused / plain,
@@ -459,7 +479,7 @@ def bench_features(args: argparse.Namespace) -> None:
 
 
 def bench_decode(args: argparse.Namespace) -> None:
-    """A whole split in batches, features included; some of it again one by one, to compare."""
+    """A whole split in batches, features included; before it, some of it one by one, to compare."""
     torch.set_flush_denormal(True)
     model, tokenizer, features = decode.restore(decode.load_checkpoint(args.checkpoint))
     utterances = data.read_split(args.data, args.split, features)
@@ -470,14 +490,15 @@ def bench_decode(args: argparse.Namespace) -> None:
         loader = data.batch_loader(dataset, batches, num_workers=1)
         return decode.decode_batches(model, tokenizer, loader), time.perf_counter() - started
 
-    texts, seconds = run(decode.evaluation_batches(utterances, args.batch_size))
     alone, _ = run([[i] for i in range(0, len(utterances), max(1, len(utterances) // 50))])
+    texts, seconds = run(decode.evaluation_batches(utterances, args.batch_size))
     same = all(texts[k] == text for k, text in alone.items())
     errors, words = decode.word_errors(
         [texts[u.id] for u in utterances], [u.text for u in utterances]
     )
     rtf = seconds / sum(u.duration_s for u in utterances)
-    print(f"{len(utterances)} utterances in {seconds:.1f} s, real-time factor {rtf:.4f}; "
+    print(f"{len(utterances)} utterances in {seconds:.1f} s, "
+          f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")  # fmt: skip
     finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
             "same_as_alone": same, "peak_rss_gb": peak_rss_gb()})  # fmt: skip
@@ -768,9 +789,9 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
           f"rank share its work without loss, of which {best['threads']} was the most here; a "
           f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
           f"{args.global_batch}, with which 49 epochs must still be enough; evaluation and "
-          "checkpoints left out; lattices as of an untrained model, whose nodes are all "
-          "visited")  # fmt: skip
-    args.png.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+          "checkpoints left out; lattices as of an untrained model, of whose nodes paths visit "
+          "some 0.8 in float32 and 0.6 in bfloat16")  # fmt: skip
+    args.png.with_suffix(".json").write_text(json.dumps(origin() | results, indent=1) + "\n")
     draw_ladder(args.png, results)
     finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},
             "hours_of_49_epochs": results["hours_of_49_epochs"]})  # fmt: skip
@@ -1015,7 +1036,7 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
     result = {"cases": {str(case): row for case, row in results.items()}}
     if slow in results:
         result |= project_hosts(results)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    args.json.write_text(json.dumps(origin() | result, indent=1) + "\n")
     finish(result)
 
 
@@ -1090,15 +1111,20 @@ def main() -> None:
                   "scaling": bench_scaling}  # fmt: skip
     if words and args.command not in with_words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    if getattr(args, "data", None) and not args.split:
-        parser.error("--data needs --split")
+    if bool(getattr(args, "data", None)) != bool(getattr(args, "split", None)):
+        parser.error("--data and --split need each other")
+    for name in ("steps", "turns", "batch_size", "count"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)}, expected at least 1")
+    if getattr(args, "warmup", 0) < 0:
+        parser.error(f"--warmup: {args.warmup}, expected at least 0")
     run = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
            "curves": bench_curves}  # fmt: skip
     run |= {name: functools.partial(f, words=words) for name, f in with_words.items()}
     try:
         run[args.command](args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"bench.py: {error}")
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"bench.py: {data.reason(error)}")
 
 
 if __name__ == "__main__":

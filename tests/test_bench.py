@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tones import REPO
+from tones import REPO, write_tones
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import data
+import decode
 import train
 from model import PRESETS, ModelConfig, Transducer
 
@@ -90,6 +92,7 @@ def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
         "wait for data", "encoder", "prediction", "joint+loss", "joint+loss backward",
         "other backward", "all-reduce of sums", "optimiser", "EMA", "rest",
     }  # fmt: skip
+    assert all(ms >= 0 for ms in stages.values())
     assert stages["rest"] < 0.2 * sum(stages.values())
     apart = {name for name, _, share in rows if share == "apart"}
     assert apart == {"decode", "features"}
@@ -101,15 +104,97 @@ def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
 def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", replace(PRESETS["demo"], joint_hidden=8, vocab_size=8))
     related = []
-    monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: related.append(dtype) or 0.5)
+    monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: related.append(dtype) or 1e-3)
+    seconds = {7: 2.0, 3: 8.0}  # by repeats: of the fused one, of the plain one
+    monkeypatch.setattr(bench, "median_seconds", lambda f, repeats: f() or seconds[repeats])
+    _, (_, lens, target_lens) = bench.loss_inputs(PRESETS["small"], 2)
+    nodes = int((lens * (target_lens + 1)).sum())
     for precision, name in (("fp32", "float32"), ("bf16", "bfloat16")):
         bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision))
         said = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert said["dtype"] == name
     # The rate that the share relates to is that of the products' own dtype.
     assert related == [torch.float32, torch.bfloat16]
-    assert said["speedup"] == said["utts_per_s"] / said["plain_utts_per_s"]
-    assert 0 < said["share_of_gemm"] < 1
+    assert (said["utts_per_s"], said["plain_utts_per_s"], said["speedup"]) == (1, 0.25, 4)
+    # Forward once and backward twice, a multiplication and an addition each.
+    assert said["share_of_gemm"] == pytest.approx(3 * 2 * nodes * 8 * 8 / 2.0 / 1e9)
+    assert said["valid_share"] == pytest.approx(nodes / (2 * lens.max() * (target_lens.max() + 1)))
+    assert 0 < said["visited_share"] < 1
+
+
+def test_memory_of_the_loss_is_not_that_of_the_matrix_rate():
+    program = [sys.executable, str(REPO / "bench.py")]
+    command = [*program, "loss", "--preset", "demo", "--batch-size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0 <= json.loads(done.stdout.splitlines()[-1])["memory_growth_gb"] < 0.1
+
+
+def test_recordings_come_again_for_large_batches(monkeypatch):
+    monkeypatch.setattr(bench, "MOST_RECORDINGS", 3)
+    with bench.recordings(Namespace(data=None), 8) as utterances:
+        assert [u.id[-1] for u in utterances] == list("01201201")
+
+
+def test_steps_go_on_over_epochs_and_no_further_than_asked():
+    taken = []
+
+    def loader():
+        for i in range(3):
+            taken.append(i)
+            yield i
+
+    run = Namespace(epoch_loader=loader, trainer=Namespace(cfg=Namespace(accumulation=1)),
+                    progress=Namespace(epoch=1))  # fmt: skip
+    assert list(bench.iter_steps(run, 4)) == [[0], [1], [2], [0]]
+    assert (taken, run.progress.epoch) == ([0, 1, 2, 0], 2)
+
+
+def test_a_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
+    write_tones(tmp_path, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
+    tokenizer = data.Tokenizer(data.train_tokenizer(["ONE TWO"], 16))
+    cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
+                  vocab_size=tokenizer.vocab_size)  # fmt: skip
+    checkpoint = {
+        "format": decode.CHECKPOINT_FORMAT, "ema": Transducer(cfg).state_dict(),
+        "model_config": asdict(cfg), "feature_config": asdict(data.FeatureConfig()),
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
+    }  # fmt: skip
+    train.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    words = ["--checkpoint", tmp_path / "best.pt", "--data", tmp_path, "--split", "dev"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "decode", *map(str, words)])
+    bench.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["same_as_alone"] is True
+    assert said["rtf"] == pytest.approx(said["seconds"] / (0.25 + 0.44 + 0.63))
+    assert said["processor"]
+    # One that is not the same is seen.
+    real, calls = decode.decode_batches, []
+
+    def other_in_batches(*args):
+        calls.append(args)
+        return {k: f"{text} {len(calls)}" for k, text in real(*args).items()}
+
+    monkeypatch.setattr(decode, "decode_batches", other_in_batches)
+    bench.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["same_as_alone"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--steps", "0"], "--steps: 0, expected at least 1"),
+        (["step", "--warmup", "-1"], "--warmup: -1, expected at least 0"),
+        (["loss", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
+        (["features", "--count", "0"], "--count: 0, expected at least 1"),
+        (["step", "--split", "x"], "--data and --split need each other"),
+        (["features", "--data", "x"], "--data and --split need each other"),
+    ],
+)
+def test_wrong_flags_are_errors(capsys, monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert message in capsys.readouterr().err
 
 
 def test_inputs_of_the_loss_have_the_lengths_of_train_clean_100():

@@ -40,6 +40,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert json.loads(path.read_text()) == result
+    assert result["torch"] == torch.__version__
     pair = next(line for line in lines if line.startswith("2 ranks"))
     assert pair.split() == ["2", "ranks", "2.05", "0.100", "0.05", "(0.02", "to", "0.30)", "88%"]
     assert result["cases"]["2 ranks"]["efficiency"] == pytest.approx(1.8 / 2.05)
