@@ -810,7 +810,9 @@ def draw_ladder(png: Path, results: dict) -> None:
     line.set(ylabel="cumulative speed-up", ylim=(0, 1.15 * max(total)))
     ours = {row["name"]: row["alone"] for row in results["ladder"][THEIRS:]}
     axes[1].bar_label(axes[1].bar(*zip(*ours.items(), strict=True), color="C1"), fmt="%.2f")
-    axes[1].set(ylabel="speed-up", title="alone, on top of the fourth")
+    axes[1].set(
+        ylabel="speed-up", title=f"alone, on top of {results['ladder'][THEIRS - 1]['name']}"
+    )
     for ax in axes:
         ax.margins(y=0.1)  # for the figures on the bars
         for label in ax.get_xticklabels():

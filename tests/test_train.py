@@ -249,11 +249,6 @@ def test_the_table_of_constants_is_that_of_the_minimal_closed_log():
     }
 
 
-@needs_oracles
-def test_the_minimal_open_log_asks_for_no_constant():
-    assert {line["key"] for line in read_mllog("minimal_open_rnnt.log")} <= OF_A_RUN
-
-
 def recipe_flags(hyperparameters):
     """Flags for everything in RECIPE_FIELDS, and the values that must come out."""
     expected = {}
@@ -281,28 +276,6 @@ def test_every_published_recipe_can_be_given_as_flags():
         cfg, model_cfg, _ = parse(*flags)
         assert {name: getattr(cfg, name) for name in expected} == expected
         assert model_cfg.weights_init_scale == float(flags[-1])
-
-
-@needs_oracles
-def test_every_published_wer_is_a_whole_number_of_errors():
-    """Word error rates of dev-clean are errors / 54,402 words, to the last digit."""
-    published = oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
-    rates = [wer for run in published for wer in run["eval_wer_by_epoch"]]
-    assert len(rates) > 5000
-    words = oracle("misc_oracles.json")["wer"]["dev_clean"]["reference_words"]
-    for wer in rates:
-        assert decode.word_error_rate(round(wer * words), words) == wer
-
-
-@needs_oracles
-def test_the_one_published_log_that_fails_is_the_one_that_missed_the_target():
-    runs = oracle("mlperf/mlperf_v1.0_rnnt_published_results.json")
-    verdicts = oracle("mlperf/published_logs_compliance_1.0.0.json")
-    assert verdicts.keys() == {run["file"] for run in runs}
-    failed = [file for file, (passed, *_) in verdicts.items() if not passed]
-    missed = [run["file"] for run in runs if min(run["eval_wer_by_epoch"]) > 0.058]
-    assert failed == missed
-    assert len(failed) == 1
 
 
 # -------------------------------------------------------------------------------------- optimiser
