@@ -21,6 +21,8 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 import unicodedata
 import warnings
 from collections import Counter
@@ -111,7 +113,7 @@ class FeatureConfig:
 DEFAULT = FeatureConfig()
 
 # Samples are from -1 to 1, or integers as floats. Squares of much larger ones overflow.
-LOUDEST = 1e9
+LOUDEST = 1e10
 
 
 # ------------------------------------------------------------------------- audio file to samples
@@ -142,6 +144,8 @@ def is_whole(audio: soundfile.SoundFile) -> bool:
             return False
     # Of WAV libsndfile counts what is there, and says in its log what the header promised. What was
     # written to a pipe promises the most that there can be.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:  # RF64
+        return False
     promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
     return promised is None or int(promised[1]) >= 0x7FFF_F000
 
@@ -841,9 +845,32 @@ def reason(error: Exception) -> str:
 
 def end_workers() -> None:
     """At the end of a program that an error ended: multiprocessing would send SIGTERM and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+LOOK_EVERY_S = 5  # while there is no batch: are the workers alive?
+
+
+def next_batch(loader: Iterator[Batch], timeout_s: float) -> Batch:
+    """Of a torch DataLoader that looks every LOOK_EVERY_S; errors as of batch_loader."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return next(loader)
+        except (RuntimeError, ConnectionError) as error:
+            said = str(error)
+            if isinstance(error, RuntimeError) and not said.startswith("DataLoader "):
+                raise  # not torch's own
+            if not said.startswith("DataLoader timed out"):
+                why = f"a worker process was killed ({said}), perhaps for want of memory"
+            elif time.monotonic() < until:
+                continue
+            else:
+                why = (f"none for {timeout_s:g} s: the disk of the recordings does not answer, or "
+                       "/dev/shm is full (docker run --shm-size)")  # fmt: skip
+            raise OSError(f"no batch: {why}; --loader-workers 0 prepares batches without "
+                          "worker processes") from error  # fmt: skip
 
 
 def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_workers: int,
@@ -855,19 +882,18 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
     """
     atexit.unregister(end_workers)  # once is enough
     atexit.register(end_workers)
-    loader = torch.utils.data.DataLoader(
+    on_child = signal.getsignal(signal.SIGCHLD)
+    loader = iter(torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        timeout=timeout_s if num_workers else 0,
+        timeout=LOOK_EVERY_S if num_workers else 0,
         collate_fn=functools.partial(collate, cfg=dataset.cfg),
         worker_init_fn=start_worker,
-    )
-    try:
-        yield from loader
-    except (RuntimeError, ConnectionError) as error:  # torch has no class of its own for it
-        raise OSError(
-            f"no batch: {reason(error)}: a worker process was killed, or had no room for it in "
-            "memory or /dev/shm (docker run --shm-size); --loader-workers 0 does without them"
-        ) from error
+    ))  # fmt: skip
+    if threading.current_thread() is threading.main_thread():
+        # Torch's own handler raises in the middle of whatever is done when a worker is killed.
+        signal.signal(signal.SIGCHLD, on_child)
+    for _ in batches:
+        yield next_batch(loader, timeout_s)

@@ -474,9 +474,12 @@ def list_audio(words: Sequence[str]) -> tuple[list[str], int]:
     for word in words:
         inside, seen = [], set()
         for parent, folders, names in os.walk(word, onerror=unreadable.append, followlinks=True):
-            inside += (str(Path(parent, name)) for name in names if data.is_audio(name))
+            if os.path.realpath(parent) in seen:  # by another link, or one to a folder above
+                folders.clear()
+                continue
             seen.add(os.path.realpath(parent))
-            folders[:] = [f for f in folders if os.path.realpath(Path(parent, f)) not in seen]
+            folders.sort()
+            inside += (str(Path(parent, name)) for name in names if data.is_audio(name))
         paths += sorted(inside) or [word]
     unreadable = [error for error in unreadable if os.path.isdir(error.filename)]
     for error in unreadable:

@@ -101,7 +101,7 @@ class TrainConfig:
     log_every: int = 10  # steps between lines on the console; log.jsonl has all
     tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
     profile: bool = False  # measure where the time of five steps goes
-    timeout_s: float = 600.0  # longest wait for another rank
+    timeout_s: float = 600.0  # longest wait for another rank; half of it for a batch
     submission_division: str = "open"  # what mllog.log claims: closed fixes MLPerf's recipe
     submission_org: str = "none"  # who submits
     ranks: int = 0  # refuse to start with another number of them; 0: any
@@ -419,10 +419,10 @@ class Pulse:
                 raise ConnectionError(f"rank {self.ranks.rank}: nothing of its {key} from rank "
                                       f"{rank}: {error}") from error  # fmt: skip
             for name, value in json.loads(mine).items():
-                if theirs[name] != value:
+                if theirs.get(name) != value:
                     time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
                     raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
-                                     f"rank {rank} {theirs[name]!r}")  # fmt: skip
+                                     f"rank {rank} {theirs.get(name)!r}")  # fmt: skip
 
 
 def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
@@ -680,7 +680,7 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
         data.SpeechDataset(utterances, None, features),
         mine,
         cfg.loader_workers,
-        cfg.timeout_s,
+        cfg.timeout_s / 2,  # the other ranks wait for this one meanwhile
     )
     counts = Counter()
     bar = tqdm(loader, desc="dev", unit="batch", leave=False, total=len(mine),
@@ -776,8 +776,8 @@ def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence)
 def lock_run(out: Path) -> TextIO:
     """Keeps other runs out of the run directory until what is returned is closed.
 
-    POSIX's locks hold across a network and end with the process, killed or not; loader workers do
-    not inherit them.
+    POSIX's locks hold across a network and end with the process, killed or not, if its host lives;
+    loader workers do not inherit them.
 
     Raises:
         ValueError: another process has it.
@@ -786,7 +786,8 @@ def lock_run(out: Path) -> TextIO:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # POSIX allows both
-        raise ValueError(f"{out}: another run writes there; give this one another --out") from error
+        raise ValueError(f"{out}: another run writes there: give this one another --out; if its "
+                         f"host is gone, delete {lock.name}") from error  # fmt: skip
     except OSError as error:
         print(f"warning: {out} cannot be locked: {error}", file=sys.stderr)
     return lock
@@ -849,7 +850,7 @@ class Run:
         self.progress = Progress()
         self.kept: list[Path] = []  # checkpoints that stay
         self.started = self.saved = time.monotonic()
-        self.signal = 0  # the last one of STOP_SIGNALS
+        self.signal, self.signalled = 0, 0.0  # the last one of STOP_SIGNALS, and when
         self.lock: TextIO | None = None  # of the run directory; rank 0 has it
         self.first_step = 0  # that this process did not do
         self.epoch_loss = math.inf  # mean over the last epoch
@@ -885,8 +886,9 @@ class Run:
         )  # fmt: skip
         mine = order[self.progress.batch :, ranks.rank :: ranks.world]
         return data.batch_loader(
-            dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers, cfg.timeout_s
-        )
+            dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers,
+            cfg.timeout_s / 2,
+        )  # fmt: skip
 
     def epoch_steps(self) -> Iterator[list[Batch]]:
         """Micro-batches of every step that is left in the epoch."""
@@ -900,6 +902,16 @@ class Run:
             total=self.steps_per_epoch, initial=self.progress.batch,
             disable=report.hide_bar(self.trainer.ranks.rank),
         ))  # fmt: skip
+
+    def heed(self, number: int, _frame: object) -> None:
+        """Handler of STOP_SIGNALS: the run stops after the step, at a second Ctrl-C at once."""
+        now = time.monotonic()
+        # Launchers pass on what the terminal has sent to all: within a second it is the same one.
+        if number == self.signal == signal.SIGINT and now - self.signalled > 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.trainer.ranks.rank == 0:
+            os.write(2, b"stops after this step; Ctrl-C again ends at once\n")
+        self.signal, self.signalled = number, now
 
     def stop_reason(self, bad_input: bool = False) -> str | None:
         """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
@@ -1264,10 +1276,11 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         check_same_run(path, checkpoint, cfg.preset, (model_cfg, features))
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     check_texts(train, tokenizer, model_cfg, features, log)
+    step = 0 if found is None else checkpoint["progress"]["step"]
     pulse.compare("run", {
         "corpus": describe_corpus(train + dev),
-        f"step of the checkpoint in {out}": 0 if found is None else checkpoint["progress"]["step"],
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
+        "checkpoint": f"step {step} in {out}",
         "dtype": matrix_dtype(cfg.precision),
     })  # fmt: skip
 
@@ -1315,7 +1328,7 @@ def main() -> int:
         raise
     log = run.log
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _frame: setattr(run, "signal", received))
+        signal.signal(number, run.heed)
     gc.freeze()  # a collection would go through all that torch has loaded
     with pulse.watching():
         reason = run.run()
@@ -1336,6 +1349,8 @@ if __name__ == "__main__":
         status = main()
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {data.reason(error)}")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STATUS["SIGINT"])
     # A thread of torch's that comes back to an interpreter which is gone aborts the process, as one
     # of two ranks did after a whole run. All is written, so nothing has to be taken apart.
     atexit._run_exitfuncs()

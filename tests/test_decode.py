@@ -563,6 +563,7 @@ def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
         path.write_bytes(sound if path.suffix == ".flac" else b"")
     (calls / "sub").symlink_to(real)
     (real / "above").symlink_to(calls)
+    (calls / "sub_again").symlink_to(real)
     scandir = os.scandir
 
     def refuse(path):

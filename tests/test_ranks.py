@@ -268,6 +268,27 @@ def test_ranks_with_different_configs_stop_before_the_first_step(run_two):
     assert "train.py: lr: rank 1 has 0.005, rank 0 0.004" in errors[1]
 
 
+def test_ranks_with_different_run_directories_stop_before_the_first_step(run_two):
+    errors = run_two(["--out", "a"], ["--out", "b"])
+    assert "train.py: out: rank 0 has 'a', rank 1 'b'" in errors[0]
+    assert "train.py: out: rank 1 has 'b', rank 0 'a'" in errors[1]
+
+
+def test_a_backend_that_does_not_connect_is_an_error_in_words(environment):
+    def fail(*_, **__):
+        raise RuntimeError("no such device")
+
+    environment.setenv("RANK", "0")
+    environment.setenv("WORLD_SIZE", "2")
+    environment.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    environment.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    environment.setattr(Pulse, "beat", lambda _: None)
+    environment.setattr(Pulse, "compare", lambda *_: None)
+    environment.setattr(dist, "init_process_group", fail)
+    with pytest.raises(ConnectionError, match="rank 0: gloo does not .*nosuch0.*no such device"):
+        init_ranks()
+
+
 def test_ranks_with_different_corpora_stop_before_the_first_step(run_two, tmp_path):
     path = tmp_path / "1/corpus/train/1/2/1-2.trans.txt"
     path.write_text(path.read_text().replace("FOUR", "FORE", 1))

@@ -252,7 +252,15 @@ def test_a_run_directory_has_one_run_at_a_time(run, tmp_path):
             run(tmp_path)
         assert (tmp_path / "log.jsonl").read_text() == "of the other run\n"
         other.kill()
-    assert run(tmp_path, "--time-limit-s", 1e-6) == 75
+    found = []
+
+    def try_to_lock():
+        done = subprocess.run(command, cwd=REPO, text=True, capture_output=True, input="")
+        found.append(done.stderr.splitlines()[-1])
+
+    # Worker processes that the run has started hold no lock of their own.
+    assert run(tmp_path, "--time-limit-s", 1e-6, "--loader-workers", 1, at={1: try_to_lock}) == 75
+    assert f"{tmp_path}: another run writes there" in found[0]
 
 
 def test_what_was_half_written_goes_at_the_next_start(run, tmp_path):
@@ -261,6 +269,28 @@ def test_what_was_half_written_goes_at_the_next_start(run, tmp_path):
         (tmp_path / name).write_bytes(b"half")
     assert run(tmp_path, "--resume") == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_checkpoints_that_do_not_name_their_dev_split_are_resumed(run, whole, tmp_path):
+    assert run(tmp_path, at={7: send(signal.SIGTERM)}) == 143
+    path = tmp_path / checkpoints(tmp_path)[-1]
+    stored = decode.load_checkpoint(path)
+    del stored["dev"]
+    train.save_checkpoint(path, stored)
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_a_second_ctrl_c_ends_at_once(run, tmp_path, capfd):
+    def press_twice(seconds):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(tmp_path, at={2: lambda: press_twice(0.1)}) == 130  # passed on by a launcher
+    assert "stops after this step; Ctrl-C again" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--resume", at={3: lambda: press_twice(1.1)})
 
 
 def test_another_dev_split_is_scored_before_anything_is_said_of_it(run, tmp_path):
@@ -584,7 +614,7 @@ def test_a_dev_file_that_goes_bad_ends_the_run_in_one_line(own_corpus, tmp_path,
     soundfile.write(path.with_suffix(".wav"), [0.1, float("nan")] * 3600, 16000, subtype="FLOAT")
     done = run_train(own_corpus, tmp_path / "run", "--loader-workers", workers)
     assert done.returncode == 1
-    said = f"{path.with_suffix('.wav')}: 3600 samples not finite, or larger than 1e+09"
+    said = f"{path.with_suffix('.wav')}: 3600 samples not finite, or larger than 1e+10"
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert events(tmp_path / "run")[-1]["reason"].endswith(said)

@@ -818,7 +818,8 @@ def test_batches_hold_what_is_equally_long_after_speed_perturbation(monkeypatch)
     features = FeatureConfig(num_buckets=5)
     run = train.Run(make_trainer(batch_size=4), features, None, utterances, [], None)
     monkeypatch.setattr(data, "batch_loader", lambda *words: words)
-    dataset, batches, *_ = run.epoch_loader()
+    dataset, batches, workers, timeout_s = run.epoch_loader()
+    assert (workers, timeout_s) == (run.trainer.cfg.loader_workers, run.trainer.cfg.timeout_s / 2)
     seconds = np.array(dataset.durations_s())
 
     def are_of(buckets: list[np.ndarray]) -> bool:
