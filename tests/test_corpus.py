@@ -701,7 +701,7 @@ def test_a_killed_worker_is_an_error_in_words_at_the_next_batch(utterances, toke
 
 
 def test_a_lost_batch_is_an_error_in_words(utterances, tokenizer, monkeypatch):
-    collate, seconds = data.collate, [0.6, 60]
+    collate, seconds = data.collate, [0.6, 2.0]
 
     def collate_late(items, cfg):
         time.sleep(seconds.pop(0))
@@ -710,9 +710,9 @@ def test_a_lost_batch_is_an_error_in_words(utterances, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "collate", collate_late)
     monkeypatch.setattr(data, "LOOK_EVERY_S", 0.2)
     dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT)
-    batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=2.0)
+    batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=1.0)
     assert next(batches).ids == [utterances[0].id]  # late, but in time
-    with pytest.raises(OSError, match="no batch: none for 2 s: .*/dev/shm is full"):
+    with pytest.raises(OSError, match="no batch: none for 1 s: .*/dev/shm is full"):
         next(batches)
 
 
