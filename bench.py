@@ -790,7 +790,7 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
           f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
           f"{args.global_batch}, with which 49 epochs must still be enough; evaluation and "
           "checkpoints left out; lattices as of an untrained model, of whose nodes paths visit "
-          "some 0.8 in float32 and 0.6 in bfloat16")  # fmt: skip
+          "some 0.7 in float32 and 0.6 in bfloat16")  # fmt: skip
     args.png.with_suffix(".json").write_text(json.dumps(origin() | results, indent=1) + "\n")
     draw_ladder(args.png, results)
     finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},

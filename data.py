@@ -142,10 +142,10 @@ def is_whole(audio: soundfile.SoundFile) -> bool:
             return False
         if len(last) == 0:
             return False
-    # Of WAV libsndfile counts what is there, and says in its log what the header promised. What was
-    # written to a pipe promises the most that there can be.
-    if "does not match value from 'ds64' chunk" in audio.extra_info:  # RF64
+    # Of WAV and RF64 libsndfile counts what is there, and says in its log what the header promised.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:
         return False
+    # What was written to a pipe promises the most that there can be.
     promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
     return promised is None or int(promised[1]) >= 0x7FFF_F000
 
@@ -869,8 +869,8 @@ def next_batch(loader: Iterator[Batch], timeout_s: float) -> Batch:
             else:
                 why = (f"none for {timeout_s:g} s: the disk of the recordings does not answer, or "
                        "/dev/shm is full (docker run --shm-size)")  # fmt: skip
-            raise OSError(f"no batch: {why}; --loader-workers 0 prepares batches without "
-                          "worker processes") from error  # fmt: skip
+            raise OSError(f"no batch: {why}; train.py --loader-workers 0 prepares batches "
+                          "without worker processes") from error  # fmt: skip
 
 
 def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_workers: int,
@@ -882,7 +882,7 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
     """
     atexit.unregister(end_workers)  # once is enough
     atexit.register(end_workers)
-    on_child = signal.getsignal(signal.SIGCHLD)
+    on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None: not Python's
     loader = iter(torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,

@@ -35,8 +35,8 @@ from model import ModelConfig, Transducer
 
 CHECKPOINT_FORMAT = 4
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
-MAX_SYMBOLS = 300  # likewise (--max_symbol_per_sample), for utterances of up to 35 s; checked when
-# a new frame starts
+# Likewise (--max_symbol_per_sample), for utterances of up to 35 s; looked at when a frame starts.
+MAX_SYMBOLS = 300
 
 
 # -------------------------------------------------------------------------------- greedy search

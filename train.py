@@ -793,16 +793,14 @@ def lock_run(out: Path) -> TextIO:
     return lock
 
 
-def partial_files(out: Path) -> list[Path]:
-    """What a run that was killed while it wrote has left."""
-    return [*out.glob("checkpoint-*.partial"), out / "best.partial", out / "log.partial"]
-
-
-def forget_run(out: Path) -> None:
-    """Deletes what training wrote to its run directory, and nothing else."""
-    for path in (*list_checkpoints(out), *partial_files(out), out / "best.pt",
-                 *out.glob("events.out.tfevents.*"), out / "log.jsonl", out / "mllog.log",
-                 out / "curves.png", out / "trace.json"):  # fmt: skip
+def clear(out: Path, is_new: bool) -> None:
+    """Deletes what a run that was killed had half written to its run directory; for a new run all
+    that training ever wrote there, and nothing else."""
+    paths = [*out.glob("checkpoint-*.partial"), out / "best.partial", out / "log.partial"]
+    if is_new:
+        paths += [*list_checkpoints(out), out / "best.pt", *out.glob("events.out.tfevents.*")]
+        paths += (out / name for name in ("log.jsonl", "mllog.log", "curves.png", "trace.json"))
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
@@ -1291,11 +1289,7 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         run.lock = lock_run(out)
-        # Nothing is deleted for a run that cannot begin.
-        for partial in partial_files(out):
-            partial.unlink(missing_ok=True)
-        if found is None:
-            forget_run(out)
+        clear(out, is_new=found is None)  # only now: nothing goes for a run that cannot begin
     if found is not None:
         run.restore(path, checkpoint)
     else:
