@@ -168,7 +168,7 @@ class Dropout(nn.Dropout):
     """torch.nn.Dropout with a probability rounded to 2^-15.
 
     Torch draws 64 bits for each value, one after the other: for 423 x 32 x 512 values that takes
-    2.6 times as long in float32 and 11 times in bfloat16 (Intel Xeon). Here the numbers of a block
+    3 times as long in float32 and 10 times in bfloat16 (Intel Xeon). Here the numbers of a block
     of values are the exclusive or of two windows of the same few, at random places: uniform and
     independent in a block, and between two blocks but for a chance of some 1e-6.
     """
@@ -206,8 +206,8 @@ class WideLstm(nn.LSTM):
 
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
     frame, which moves them through memory T times. Here they take one matrix product over all
-    frames. In bfloat16 behind StackTime that is half the time; in float32 0.7 of it for an input 8
-    times as wide (`democratized`), the same for 4 times, 1.3 for twice (`baseline`).
+    frames. In bfloat16 behind StackTime that is half the time; in float32 0.9 of it for an input 8
+    times as wide (`democratized`), 1.2 for 4 times (`mini`), 1.4 for twice (`baseline`).
     """
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
