@@ -12,7 +12,6 @@ checkpoint; the weights are the exponential moving average that training evaluat
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +29,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Batch, FeatureConfig, Tokenizer
+from checkpoint import load_checkpoint
+from data import Batch, Tokenizer
+from features import (
+    FeatureConfig,
+    features,
+    is_audio,
+    load_audio,
+    log_mel,
+    nonsilent_region,
+    trim_silence,
+)
 from model import ModelConfig, Transducer
 
-CHECKPOINT_FORMAT = 4
 MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
 # Likewise (--max_symbol_per_sample), for utterances of up to 35 s; looked at when a frame starts.
 MAX_SYMBOLS = 300
@@ -180,63 +188,6 @@ def word_error_rate(errors: int, words: int) -> float:
 
 
 # ----------------------------------------------------------------------------------- checkpoints
-
-
-class DamagedCheckpoint(ValueError):
-    """Not what was written: truncated, or a bit of it flipped."""
-
-
-def digest(value: object) -> str:
-    """SHA-256 of everything in a checkpoint. torch.load checks no sums of its own."""
-    sha = hashlib.sha256()
-
-    def feed(item: object) -> None:
-        if isinstance(item, Tensor):
-            sha.update(f"{item.dtype} {tuple(item.shape)}".encode())
-            sha.update(item.reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(item, Mapping):
-            for key, inner in item.items():
-                feed(key)
-                feed(inner)
-        elif isinstance(item, (list, tuple)):
-            for inner in item:
-                feed(inner)
-        else:
-            sha.update(repr(item).encode())
-
-    feed(value)
-    return sha.hexdigest()
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """What train.save_checkpoint wrote; no code in it is run.
-
-    Raises:
-        OSError: missing, or cannot be read.
-        DamagedCheckpoint: not readable, or its checksum is wrong.
-        ValueError: of another program or another version of this one.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise all kinds here
-            raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    checksum = checkpoint.pop("sha256", None)
-    is_whole = checksum == digest(checkpoint)
-    # Another format may have no checksum, or another one: only a damaged file has a wrong one.
-    if not is_whole and (checksum or checkpoint.get("format") == CHECKPOINT_FORMAT):
-        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
-    if "format" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{path}: format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}"
-        )
-    return checkpoint
 
 
 def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
@@ -398,11 +349,11 @@ def plot(png: str, heard: Heard, cfg: FeatureConfig, frame_s: float) -> None:
 
     A frame may emit several labels: what is drawn is blank's posterior before the first.
     """
-    samples = data.trim_silence(data.load_audio(heard.path, cfg), cfg)
+    samples = trim_silence(load_audio(heard.path, cfg), cfg)
     start_s, seconds = heard.start_s, len(samples) / cfg.sample_rate_hz
     figure = Figure(figsize=(max(8.0, seconds), 5), dpi=100, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.imshow(data.log_mel(samples, cfg).T, origin="lower", aspect="auto",
+    upper.imshow(log_mel(samples, cfg).T, origin="lower", aspect="auto",
                  extent=(start_s, start_s + seconds, 0, cfg.num_mels))  # fmt: skip
     x = -math.inf
     for time_s, label, colour in label_words(heard, find_reference(heard.path)):
@@ -439,7 +390,7 @@ def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
     samples, failed = [], 0
     for path in paths:
         try:
-            samples.append((path, data.load_audio(path, cfg)))
+            samples.append((path, load_audio(path, cfg)))
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             failed += 1
@@ -447,7 +398,7 @@ def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
         return [], failed
     labels: list[list[int]] = []
     arcs: list[list[Arc]] = []
-    for feats in padded_groups([data.features(x, cfg) for _, x in samples]):
+    for feats in padded_groups([features(x, cfg) for _, x in samples]):
         padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
         labels += greedy_decode(
             model, padded, torch.tensor([len(f) for f in feats]), max_symbols=sys.maxsize,
@@ -455,7 +406,7 @@ def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
         )  # fmt: skip
     heard = []
     for (path, x), ids, taken in zip(samples, labels, arcs, strict=True):
-        start_s = data.nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz
+        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz
         words = words_of(taken, tokenizer, frame_seconds(model, cfg), start_s)
         heard.append(Heard(path, tokenizer.decode(ids), words, taken, start_s))
     return heard, failed
@@ -479,7 +430,7 @@ def list_audio(words: Sequence[str]) -> tuple[list[str], int]:
                 continue
             seen.add(os.path.realpath(parent))
             folders.sort()
-            inside += (str(Path(parent, name)) for name in names if data.is_audio(name))
+            inside += (str(Path(parent, name)) for name in names if is_audio(name))
         paths += sorted(inside) or [word]
     unreadable = [error for error in unreadable if os.path.isdir(error.filename)]
     for error in unreadable:

@@ -200,7 +200,7 @@ def warn_of_epoch(log: Log, loss: float, previous_loss: float, best_wer: float) 
     # At a low WER a flat loss is the end that every training comes to.
     log.warn("flat", best_wer > 0.5 and loss > 0.99 * previous_loss,
              f"the loss is flat, {loss:.2f} after {previous_loss:.2f} an epoch ago: look at --lr "
-             "and --warmup-epochs, then at the corpus (prepare.py check)")  # fmt: skip
+             "and --warmup-epochs, then at the corpus (python -m tools.prepare check)")  # fmt: skip
 
 
 def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:

@@ -520,7 +520,7 @@ if [[ $DRY_RUN == 1 ]]; then exit; fi
 # ---- run ----
 # A batch system may start processes on hosts that ssh may not reach.
 if [[ $single == 0 && ${I_MPI_HYDRA_BOOTSTRAP:-ssh} == ssh ]]; then check_hosts; fi
-if needs_corpus "$@"; then run_step "$PYTHON" prepare.py "$CORPUS" "$DATA"; fi
+if needs_corpus "$@"; then run_step "$PYTHON" -m tools.prepare "$CORPUS" "$DATA"; fi
 # A batch job may have told all its processes that they are one and the same rank.
 train env -u RANK -u WORLD_SIZE -u LOCAL_RANK "${settings[@]}" "${launch[@]}"
 

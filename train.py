@@ -20,30 +20,23 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 import argparse
 import atexit
 import copy
-import faulthandler
-import fcntl
 import gc
 import hashlib
 import importlib
 import inspect
-import json
 import math
 import os
 import platform
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -59,9 +52,20 @@ from tqdm import tqdm
 import data
 import decode
 import report
-from data import Batch, FeatureConfig, Tokenizer
+from checkpoint import (
+    CHECKPOINT_FORMAT,
+    DamagedCheckpoint,
+    clear,
+    list_checkpoints,
+    load_checkpoint,
+    lock_run,
+    save_checkpoint,
+)
+from data import Batch, Tokenizer
+from features import FeatureConfig, check_ranges
 from loss import joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
+from ranks import Pulse, Ranks, abort_launcher, all_sum, init_ranks
 from report import Log
 
 
@@ -118,7 +122,7 @@ class TrainConfig:
                              "expected open or closed")  # fmt: skip
         if self.backend not in ("auto", "ccl", "gloo", "mpi"):
             raise ValueError(f"backend: {self.backend!r}, expected auto, ccl, gloo or mpi")
-        data.check_ranges(self, (
+        check_ranges(self, (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
             (("lr", "epsilon", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
@@ -207,229 +211,6 @@ def parse_configs(words: Sequence[str]) -> tuple[TrainConfig, ModelConfig, Featu
 
 
 # ---------------------------------------------------------------------------------------- ranks
-
-
-class Ranks(NamedTuple):
-    """Who this process is among those that train together."""
-
-    rank: int
-    world: int
-    local_rank: int  # among those on the same host
-
-
-def read_ranks() -> Ranks:
-    """From the variables of torchrun, of Intel MPI and MPICH, of Open MPI, or of Slurm."""
-    for names in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if names[0] in os.environ and names[1] in os.environ:
-            found = {name: os.environ.get(name, "0") for name in names}
-            for name, value in found.items():
-                if not value.isdecimal():
-                    raise ValueError(f"{name}: {value!r}, expected a number")
-            return Ranks(*map(int, found.values()))
-    return Ranks(0, 1, 0)
-
-
-def bind(ranks: Ranks) -> None:
-    """Keeps this process and its threads on its CPUs, as Intel MPI does before it starts a rank.
-
-    I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
-    1. Its other forms (`socket`, `core` ...) are for Intel MPI alone. Warns of cores left idle.
-    """
-    if not hasattr(os, "sched_setaffinity"):  # macOS
-        return
-    sharing = ranks.world  # at most so many ranks share the CPUs of a process that is not bound
-    domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
-    if domains.startswith("["):
-        try:
-            mask = int(domains.strip("[],").split(",")[ranks.local_rank], 16)
-            os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
-        except (IndexError, ValueError, OSError) as error:
-            raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
-                             f"{ranks.local_rank}") from error  # fmt: skip
-        sharing = 1
-    # Asked before torch: OpenMP may bind this thread to one CPU.
-    cpus = len(os.sched_getaffinity(0)) // sharing
-    if torch.get_num_threads() == 1 and cpus > 2:  # two may be hyper-threads of one core
-        print(f"warning: rank {ranks.rank} computes with one thread on {cpus} CPUs; set "
-              "OMP_NUM_THREADS", file=sys.stderr)  # fmt: skip
-
-
-def load_backend(name: str) -> str:
-    """What torch.distributed has to be asked for; the bindings of oneCCL register "ccl"."""
-    if name in ("auto", "ccl"):
-        try:
-            importlib.import_module("oneccl_bindings_for_pytorch")
-        except ImportError as error:
-            if name == "ccl":
-                package = "oneccl_bindings_for_pytorch"
-                raise ValueError(f"backend: ccl needs {package}: {error}") from error
-            return "gloo"
-        return "ccl"
-    if name == "mpi" and not dist.is_mpi_available():
-        raise ValueError("backend: mpi needs a torch that was built with MPI; PyPI's was not")
-    return name
-
-
-def interface_to(host: str) -> str | None:
-    """The network interface that leads to a host, or None if an IPv4 address does not tell.
-
-    Left alone, gloo takes the interface of this machine's own name, on Debian often the loopback.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 1))  # chooses a route and sends nothing
-        except socket.gaierror:
-            socket.getaddrinfo(host, 1)  # raises for a name that is unknown everywhere
-            return None
-        address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                request = struct.pack("256s", name.encode())
-                answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
-            except OSError:  # an interface without IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
-
-
-def init_ranks(cfg: TrainConfig) -> tuple[Ranks, "Pulse"]:
-    """Reads who we are, binds this process, and with more than one rank starts the process group.
-
-    Raises ConnectionError if the ranks do not find each other, ValueError if their number is not
-    the expected one or they disagree.
-    """
-    ranks = read_ranks()
-    if cfg.ranks not in (0, ranks.world):
-        raise ValueError(
-            f"ranks: expected {cfg.ranks}, the launcher started {ranks.world}: does mpirun belong "
-            "to this environment, and does it reach every host?"
-        )
-    bind(ranks)
-    # One that is asked for and missing is an error, be it needed or not.
-    backend = load_backend(cfg.backend) if ranks.world > 1 or cfg.backend != "auto" else ""
-    if ranks.world == 1:
-        return ranks, Pulse(dist.HashStore(), ranks, cfg.timeout_s)
-    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.setdefault("MASTER_PORT", "29500")
-    timeout = timedelta(seconds=cfg.timeout_s)
-    try:
-        interface = interface_to(address)
-        if interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("CCL_KVS_IFACE", interface)
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"rank {ranks.rank}: no connection to rank 0 at MASTER_ADDR={address} "
-            f"MASTER_PORT={port}: {error}"
-        ) from error
-    pulse = Pulse(store, ranks, cfg.timeout_s)
-    pulse.compare("installation", {"torch": torch.__version__, "backend": backend})
-    try:
-        dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
-        )
-    except RuntimeError as error:
-        used = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE")}
-        raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks, with "
-                              f"{used}: {error}") from error  # fmt: skip
-    return ranks, pulse
-
-
-def abort_launcher(line: str) -> None:
-    """Prints `line` and has Hydra (Intel MPI, MPICH) end all ranks: by itself it waits for the
-    others when one ends that has not called MPI. Other launchers do not wait."""
-    print(line, file=sys.stderr, flush=True)
-    if "PMI_FD" in os.environ:
-        with suppress(OSError):  # it is gone already
-            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
-
-
-class Pulse:
-    """Tells which ranks are gone: each counts up every second, and follows the others' counts.
-
-    A process that was killed or stopped no longer counts; one that computes or waits does. The
-    counts are in the key-value store that rank 0 keeps, or torchrun.
-    """
-
-    def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
-        self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
-        self.risen = dict.fromkeys(range(ranks.world), time.monotonic())  # rank: last seen to
-        self.ended = threading.Event()
-        if ranks.world > 1:
-            thread = threading.Thread(target=self.beat, daemon=True)
-            thread.start()
-            # A thread inside the store when the interpreter goes would abort the process.
-            atexit.register(thread.join, 5)
-            atexit.register(self.ended.set)  # called before the one above
-
-    def beat(self) -> None:
-        counts = dict.fromkeys(self.risen, 0)  # one that has not begun has not risen
-        while not self.ended.is_set():
-            # If the store itself stops answering, nothing else would end a wait without limit.
-            faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)
-            try:
-                for rank in self.risen:
-                    count = self.store.add(f"pulse/{rank}", int(rank == self.ranks.rank))
-                    if count != counts[rank]:
-                        counts[rank], self.risen[rank] = count, time.monotonic()
-            except RuntimeError:  # gone with its keeper: nobody's count will be seen to rise
-                return
-            self.end_if_silent_since(time.monotonic() - self.timeout_s, "silent for too long")
-            self.ended.wait(1)
-        faulthandler.cancel_dump_traceback_later()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Should an exchange fail, ends the run and names the ranks that do not count any more."""
-        try:
-            yield
-        except RuntimeError as error:  # torch has no class of its own for a failed exchange
-            if self.ranks.world > 1:
-                asked = time.monotonic()
-                time.sleep(5)
-                self.end_if_silent_since(asked, str(error))
-            raise
-
-    def end_if_silent_since(self, moment: float, why: str) -> None:
-        lost = [rank for rank, at in self.risen.items() if at < moment]
-        if not lost:
-            return
-        names = ", ".join(f"rank {rank}" for rank in lost)
-        if self.ranks.rank in lost:  # not even our own count is seen: the store does not answer
-            names = "rank 0, or the launcher, which keeps the counts"
-        abort_launcher(f"train.py: rank {self.ranks.rank}: lost {names}: {why}")
-        os._exit(1)  # at once: what torch still has to close would wait for the lost rank
-
-    def compare(self, key: str, facts: dict[str, object]) -> None:
-        """Raises ValueError on every rank if a fact is not the same on all, ConnectionError if a
-        rank does not tell it; `key` names the facts."""
-        mine = json.dumps(facts, default=str)
-        self.store.set(f"{key}/{self.ranks.rank}", mine)
-        for rank in self.risen:
-            try:
-                theirs = json.loads(self.store.get(f"{key}/{rank}"))
-            except RuntimeError as error:
-                raise ConnectionError(f"rank {self.ranks.rank}: nothing of its {key} from rank "
-                                      f"{rank}: {error}") from error  # fmt: skip
-            for name, value in json.loads(mine).items():
-                if theirs.get(name) != value:
-                    time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
-                    raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
-                                     f"rank {rank} {theirs.get(name)!r}")  # fmt: skip
-
-
-def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
-    """Sum over the ranks, in place."""
-    if ranks.world > 1:
-        dist.all_reduce(x)
-    return x
 
 
 def processor() -> str:
@@ -701,30 +482,6 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Writes beside `path` and renames, so that `path` is always whole.
-
-    Raises:
-        OSError: the disk is full, the folder gone or read-only; what was at `path` is still there.
-    """
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(checkpoint | {"sha256": decode.digest(checkpoint)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer, on a full disk
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from error
-
-
-def list_checkpoints(out: Path) -> list[Path]:
-    """Oldest first. A copy under any other name is the user's."""
-    return sorted(out.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
-
-
 class Progress:
     """Where a run is: in `epoch`, from 1, `batch` steps are done; `step` counts from 1."""
 
@@ -753,8 +510,8 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
                          "or another --out")  # fmt: skip
     for path in reversed(present):
         try:
-            return path, decode.load_checkpoint(path)
-        except decode.DamagedCheckpoint as error:
+            return path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
             log.say(f"warning: {error}; trying the one before")
     raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
 
@@ -771,37 +528,6 @@ def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence)
             old = stored.get(field)
             if old != new:
                 raise ValueError(f"{path} has {field} {old}, this run {new}")
-
-
-def lock_run(out: Path) -> TextIO:
-    """Keeps other runs out of the run directory until what is returned is closed.
-
-    POSIX's locks hold across a network and end with the process, killed or not, if its host lives;
-    loader workers do not inherit them.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    lock = (out / ".lock").open("a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX allows both
-        raise ValueError(f"{out}: another run writes there: give this one another --out; if its "
-                         f"host is gone, delete {lock.name}") from error  # fmt: skip
-    except OSError as error:
-        print(f"warning: {out} cannot be locked: {error}", file=sys.stderr)
-    return lock
-
-
-def clear(out: Path, is_new: bool) -> None:
-    """Deletes what a run that was killed had half written to its run directory; for a new run all
-    that training ever wrote there, and nothing else."""
-    paths = [*out.glob("checkpoint-*.partial"), out / "best.partial", out / "log.partial"]
-    if is_new:
-        paths += [*list_checkpoints(out), out / "best.pt", *out.glob("events.out.tfevents.*")]
-        paths += (out / name for name in ("log.jsonl", "mllog.log", "curves.png", "trace.json"))
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------- the loop
@@ -1025,7 +751,7 @@ class Run:
             return
         out = Path(trainer.cfg.out)
         checkpoint = {
-            "format": decode.CHECKPOINT_FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "model": trainer.model.state_dict(),
             "ema": trainer.ema.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),

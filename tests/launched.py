@@ -48,7 +48,8 @@ class Run:
             *(REPO / n for n in ("run.sh", "hosts", "requirements.txt")),
         ]:
             shutil.copy(path, folder)
-        (folder / "prepare.py").write_text("")  # the corpus is there
+        (folder / "tools").mkdir()
+        (folder / "tools/prepare.py").write_text("")  # the corpus is there
         # Inherits what the tests run in; nothing is installed.
         (folder / ".venv/bin").mkdir(parents=True)
         python = folder / ".venv/bin/python"

@@ -17,8 +17,9 @@ import pytest
 import soundfile
 
 import data
-import prepare
-from data import FeatureConfig
+import features
+from features import FeatureConfig
+from tools import prepare
 
 NOISE = 0.1 * np.random.default_rng(1).standard_normal(16000)
 
@@ -225,7 +226,7 @@ def test_loading_a_bad_file_names_it(chapter, name):
     BAD[name][0](chapter)
     path = next(p for p in sorted(chapter.glob("7-9-0000.*")))
     with pytest.raises((OSError, ValueError), match=path.name):
-        data.load_audio(path)
+        features.load_audio(path)
 
 
 @pytest.mark.parametrize("name", [n for n, row in BAD.items() if row[1] == "error" and row[4]])
@@ -275,10 +276,10 @@ def test_odd_audio_has_finite_features(tmp_path, samples, rate, options):
     path = flac(tmp_path, samples=samples, rate=rate, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = data.load_audio(path)
+        loaded = features.load_audio(path)
     assert len(loaded) == -(-len(samples) * 16000 // rate)
     for rng in (None, np.random.default_rng(1)):
-        feats = data.features(loaded, FeatureConfig(), rng)
+        feats = features.features(loaded, FeatureConfig(), rng)
         assert feats.isfinite().all()
         assert len(feats) >= 1
 
@@ -286,7 +287,7 @@ def test_odd_audio_has_finite_features(tmp_path, samples, rate, options):
 def test_24_bit_keeps_what_16_bit_would_round(tmp_path):
     fine = np.arange(-50, 50) / 2**23
     path = flac(tmp_path, samples=fine, subtype="PCM_24")
-    assert np.array_equal(data.load_audio(path), fine.astype(np.float32))
+    assert np.array_equal(features.load_audio(path), fine.astype(np.float32))
 
 
 def test_a_loop_of_folders_ends(chapter):
@@ -329,35 +330,35 @@ def test_wav_from_a_pipe_promises_too_much_and_is_read(tmp_path, promised):
     contents = path.read_bytes()
     at = contents.index(b"data") + 4
     path.write_bytes(contents[:at] + struct.pack("<I", promised) + contents[at + 4 :])
-    assert len(data.load_audio(path)) == len(NOISE)
+    assert len(features.load_audio(path)) == len(NOISE)
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "IMA_ADPCM", "ULAW", "PCM_24", "DOUBLE"])
 def test_other_kinds_of_wav_are_read(tmp_path, subtype):
     path = wav(tmp_path, NOISE, subtype)
-    samples = data.load_audio(path)
+    samples = features.load_audio(path)
     assert len(NOISE) <= len(samples) < len(NOISE) + 1000  # some are made of blocks
 
 
 def test_rf64_is_a_wav(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, NOISE, 16000, "FLOAT", format="RF64")
-    assert np.array_equal(data.load_audio(path), NOISE.astype(np.float32))
+    assert np.array_equal(features.load_audio(path), NOISE.astype(np.float32))
     path.write_bytes(path.read_bytes()[:10000])
     with pytest.raises(ValueError, match="truncated"):
-        data.load_audio(path)
+        features.load_audio(path)
 
 
 def test_integers_as_floats_are_samples_and_what_overflows_is_not(tmp_path):
     for largest in (2**15, 2**31):
         path = wav(tmp_path, largest * NOISE / np.abs(NOISE).max())
-        assert data.features(data.load_audio(path)).isfinite().all()
+        assert features.features(features.load_audio(path)).isfinite().all()
     path = wav(tmp_path, np.where(np.arange(len(NOISE)) < 2, 1e20, NOISE))
     with pytest.raises(ValueError, match="2 samples not finite, or larger than 1e\\+10"):
-        data.load_audio(path)
-    path = wav(tmp_path, NOISE / np.abs(NOISE).max() * data.LOUDEST)
+        features.load_audio(path)
+    path = wav(tmp_path, NOISE / np.abs(NOISE).max() * features.LOUDEST)
     for rng in (None, np.random.default_rng(1)):
-        assert data.features(data.load_audio(path), rng=rng).isfinite().all()
+        assert features.features(features.load_audio(path), rng=rng).isfinite().all()
 
 
 def test_a_changed_corpus_is_seen_at_the_next_look(chapter):

@@ -9,14 +9,17 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tones import REPO, write_tones
+from tones import write_tones
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import data
 import decode
+import features
+import ranks
 import train
+from checkpoint import CHECKPOINT_FORMAT, save_checkpoint
 from model import PRESETS, ModelConfig, Transducer
+from tools import bench
 
 SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "16",
          "--batch-size", "2", "--loader-workers", "0"]  # fmt: skip
@@ -63,7 +66,7 @@ def test_report_of_steps(capsys):
     watch = bench.Stopwatch()
     watch.seconds["encoder"] = 3.0
     cfg = train.TrainConfig(".", ["x"], "x", ".", batch_size=2)
-    trainer = Namespace(cfg=cfg, ranks=train.Ranks(0, 4, 0), dtype=torch.bfloat16)
+    trainer = Namespace(cfg=cfg, ranks=ranks.Ranks(0, 4, 0), dtype=torch.bfloat16)
     bench.report_step(args, trainer, rows, watch, {"decode": 0.004}, 6.0)
     *table, last = capsys.readouterr().out.splitlines()
     assert table[0] == "first 1 steps: 9.0 s, left out"
@@ -123,7 +126,7 @@ def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch
 
 
 def test_memory_of_the_loss_is_not_that_of_the_matrix_rate():
-    program = [sys.executable, str(REPO / "bench.py")]
+    program = [sys.executable, "-m", "tools.bench"]
     command = [*program, "loss", "--preset", "demo", "--batch-size", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 <= json.loads(done.stdout.splitlines()[-1])["memory_growth_gb"] < 0.1
@@ -155,11 +158,11 @@ def test_a_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
     cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
                   vocab_size=tokenizer.vocab_size)  # fmt: skip
     checkpoint = {
-        "format": decode.CHECKPOINT_FORMAT, "ema": Transducer(cfg).state_dict(),
-        "model_config": asdict(cfg), "feature_config": asdict(data.FeatureConfig()),
+        "format": CHECKPOINT_FORMAT, "ema": Transducer(cfg).state_dict(),
+        "model_config": asdict(cfg), "feature_config": asdict(features.FeatureConfig()),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
     }  # fmt: skip
-    train.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
     words = ["--checkpoint", tmp_path / "best.pt", "--data", tmp_path, "--split", "dev"]
     monkeypatch.setattr(sys, "argv", ["bench.py", "decode", *map(str, words)])
     bench.main()
@@ -225,7 +228,7 @@ def test_features_take_longer_with_augmentation(capsys, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_print_one_table_and_the_all_reduce():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(REPO / "bench.py"), "step", "--warmup", "1", "--steps", "1"]  # fmt: skip
+               "2", "-m", "tools.bench", "step", "--warmup", "1", "--steps", "1"]  # fmt: skip
     done = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -21,6 +21,7 @@ import soundfile
 import torch
 
 import data
+import features
 from data import Problem, Utterance
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -401,7 +402,7 @@ def test_long_utterances_are_dropped_and_counted():
 
 
 def test_longest_duration_is_a_setting():
-    kept, note = data.drop_long(utterances_of([1, 2]), data.FeatureConfig(max_utterance_s=1.5))
+    kept, note = data.drop_long(utterances_of([1, 2]), features.FeatureConfig(max_utterance_s=1.5))
     assert len(kept) == 1
     assert note == "1 of 2 dropped, 0.0 h"
 
@@ -460,7 +461,7 @@ def check_order(batches: np.ndarray, seconds: list[float], whole_batch: int, buc
 def test_order_obeys_the_rules_of_the_bucketing_sampler(N, global_batch):
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        batches = data.bucket_batches(durations(N), global_batch, data.DEFAULT.num_buckets, rng)
+        batches = data.bucket_batches(durations(N), global_batch, features.DEFAULT.num_buckets, rng)
         assert batches.shape == (N // global_batch, global_batch)
         check_order(batches, durations(N), global_batch)
 
@@ -573,7 +574,7 @@ def test_collate_adds_nothing_to_exact_multiples():
 
 
 def test_collate_rounding_is_a_setting():
-    batch = data.collate(items((33, 9)), data.FeatureConfig(round_frames=10, round_labels=1))
+    batch = data.collate(items((33, 9)), features.FeatureConfig(round_frames=10, round_labels=1))
     assert batch.feats.shape == (1, 40, 256)
     assert batch.targets.shape == (1, 9)
 
@@ -616,20 +617,20 @@ def utterances(tmp_path_factory) -> list[Utterance]:
 
 
 def test_dataset_has_features_labels_and_utterance(utterances, tokenizer):
-    dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT)
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT)
     assert len(dataset) == 6
     feats, labels, utterance = dataset[2]
-    assert torch.equal(feats, data.features(data.load_audio(utterances[2].path)))
+    assert torch.equal(feats, features.features(features.load_audio(utterances[2].path)))
     assert tokenizer.decode(labels) == TEXTS[2]
     assert utterance == utterances[2]
 
 
 def test_dataset_without_tokenizer_has_no_labels(utterances):
-    assert data.SpeechDataset(utterances, None, data.DEFAULT)[2][1] == []
+    assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1] == []
 
 
 def feats_of(utterances, seed, epoch, index) -> bytes:
-    dataset = data.SpeechDataset(utterances, None, data.DEFAULT, seed, epoch)
+    dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed, epoch)
     return dataset[index][0].numpy().tobytes()
 
 
@@ -647,17 +648,17 @@ def test_seed_0_augments_too(utterances):
 
 
 def test_order_of_reading_does_not_change_the_augmentation(utterances):
-    dataset = data.SpeechDataset(utterances, None, data.DEFAULT, seed=1)
+    dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed=1)
     forwards = [dataset[i][0] for i in range(6)]
     backwards = [dataset[i][0] for i in reversed(range(6))]
     assert all(map(torch.equal, forwards, reversed(backwards)))
 
 
 def test_durations_are_those_after_speed_perturbation(utterances):
-    plain = data.SpeechDataset(utterances, None, data.DEFAULT)
+    plain = data.SpeechDataset(utterances, None, features.DEFAULT)
     assert plain.durations_s() == [u.duration_s for u in utterances]
     # Nothing trimmed: as many frames of 30 ms as the duration says, and one that is not full.
-    cfg = data.FeatureConfig(trim_db=-200.0)
+    cfg = features.FeatureConfig(trim_db=-200.0)
     for epoch in (1, 2):
         dataset = data.SpeechDataset(utterances, None, cfg, seed=1, epoch=epoch)
         ratios = np.divide(dataset.durations_s(), plain.durations_s())
@@ -670,7 +671,7 @@ def test_durations_are_those_after_speed_perturbation(utterances):
 
 
 def test_number_of_workers_does_not_change_the_batches(utterances, tokenizer):
-    dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT, seed=1, epoch=3)
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT, seed=1, epoch=3)
     order = [[4, 0], [1, 5], [3, 2]]
     here, elsewhere = (list(data.batch_loader(dataset, order, n)) for n in (0, 1))
     assert [batch.ids for batch in here] == [[utterances[i].id for i in row] for row in order]
@@ -682,7 +683,7 @@ def test_number_of_workers_does_not_change_the_batches(utterances, tokenizer):
 
 
 def test_loader_pads_with_the_settings_of_the_dataset(utterances, tokenizer):
-    cfg = data.FeatureConfig(round_frames=1, round_labels=1)
+    cfg = features.FeatureConfig(round_frames=1, round_labels=1)
     [batch] = data.batch_loader(data.SpeechDataset(utterances, tokenizer, cfg), [[5]], 0)
     assert batch.feats.shape[1] == batch.feat_lens.item()
     assert batch.targets.shape[1] == batch.target_lens.item()
@@ -690,7 +691,7 @@ def test_loader_pads_with_the_settings_of_the_dataset(utterances, tokenizer):
 
 def test_a_killed_worker_is_an_error_in_words_at_the_next_batch(utterances, tokenizer):
     batches = data.batch_loader(
-        data.SpeechDataset(utterances, tokenizer, data.DEFAULT), [[0]] * 500, 1
+        data.SpeechDataset(utterances, tokenizer, features.DEFAULT), [[0]] * 500, 1
     )
     next(batches)
     for worker in multiprocessing.active_children():
@@ -709,7 +710,7 @@ def test_a_lost_batch_is_an_error_in_words(utterances, tokenizer, monkeypatch):
 
     monkeypatch.setattr(data, "collate", collate_late)
     monkeypatch.setattr(data, "LOOK_EVERY_S", 0.2)
-    dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT)
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT)
     batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=1.0)
     assert next(batches).ids == [utterances[0].id]  # late, but in time
     with pytest.raises(OSError, match="no batch: none for 1 s: .*/dev/shm is full"):
@@ -722,7 +723,7 @@ def test_other_errors_of_the_loader_are_passed_on(utterances, tokenizer, monkeyp
         raise RuntimeError("a mistake in the front end")
 
     monkeypatch.setattr(data, "features", fail)
-    dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT)
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT)
     with pytest.raises(RuntimeError, match="a mistake in the front end"):
         next(data.batch_loader(dataset, [[0]], workers))
 
@@ -730,6 +731,6 @@ def test_other_errors_of_the_loader_are_passed_on(utterances, tokenizer, monkeyp
 def test_loader_accepts_the_sampler_order(utterances, tokenizer):
     seconds = [u.duration_s for u in utterances]
     order = data.bucket_batches(seconds, 4, 2, np.random.default_rng(1))
-    dataset = data.SpeechDataset(utterances, tokenizer, data.DEFAULT, seed=1)
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT, seed=1)
     batches = list(data.batch_loader(dataset, order[:, 1::2], 0))
     assert [b.ids for b in batches] == [[utterances[i].id for i in row[1::2]] for row in order]

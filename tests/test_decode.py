@@ -30,8 +30,11 @@ from torch import nn
 
 import data
 import decode
+import features
 import train
-from data import FeatureConfig, Tokenizer
+from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
+from data import Tokenizer
+from features import FeatureConfig
 from model import ModelConfig, Transducer
 
 MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
@@ -466,21 +469,20 @@ class Scene:
         self.checkpoint.parent.mkdir()
         self.audio = write_tones(root, "dev", TEXTS, [0.25, 0.44, 0.63, 0.81])
         tokenizer = Tokenizer(data.train_tokenizer(TEXTS, 16))
-        features = FeatureConfig()
         model = random_model(
             3, feature_size=256, vocab_size=tokenizer.vocab_size, normalization=False
         )
         torch.manual_seed(4)
         other = Transducer(model.cfg)  # the weights that training goes on with
         self.contents = {
-            "format": decode.CHECKPOINT_FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "model": other.state_dict(), "ema": model.state_dict(),
-            "model_config": asdict(model.cfg), "feature_config": asdict(features),
+            "model_config": asdict(model.cfg), "feature_config": asdict(FeatureConfig()),
             "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
         }  # fmt: skip
-        train.save_checkpoint(self.checkpoint, self.contents)
+        save_checkpoint(self.checkpoint, self.contents)
         self.model, self.tokenizer = model, tokenizer
-        self.feats = [data.features(data.load_audio(path)) for path in self.audio]
+        self.feats = [features.features(features.load_audio(path)) for path in self.audio]
         alone = [(f[None], torch.tensor([len(f)])) for f in self.feats]
         self.texts = [
             tokenizer.decode(decode.greedy_decode(model, *x, max_symbols=10**9)[0]) for x in alone
@@ -798,7 +800,7 @@ def test_names_in_ctm_have_no_white_space_and_differ(scene, main, tmp_path):
 
 def test_times_count_from_the_start_of_the_file(scene, main, tmp_path):
     """Silence is cut off before decoding; it is in the times all the same."""
-    sound, starts = data.load_audio(scene.audio[0]), []
+    sound, starts = features.load_audio(scene.audio[0]), []
     for silence in (4_000, 12_345):  # longer than trimming leaves
         path = tmp_path / f"{silence}.wav"
         soundfile.write(path, np.concatenate([np.zeros(silence), sound]), 16000, "FLOAT")
@@ -863,7 +865,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_the_code_not_run(scene, tmp
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
-        decode.load_checkpoint(tmp_path / "none.pt")
+        load_checkpoint(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("what", ["text", "half", "other"])
@@ -877,11 +879,11 @@ def test_what_is_not_a_checkpoint_is_named(scene, tmp_path, what):
     else:
         torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="bad.pt: not .* checkpoint"):
-        decode.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_a_checkpoint_restores_configs_and_tokenizer(scene):
-    model, tokenizer, features = decode.restore(decode.load_checkpoint(scene.checkpoint))
+    model, tokenizer, features = decode.restore(load_checkpoint(scene.checkpoint))
     assert asdict(model.cfg) == scene.contents["model_config"]
     assert asdict(features) == scene.contents["feature_config"]
     assert tokenizer.decode(tokenizer.encode("TWO THREE")) == "TWO THREE"

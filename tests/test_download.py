@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import prepare
+from tools import prepare
 
 TRAIN, DEV = "train-tiny", "dev-tiny"
 UTTERANCES = {TRAIN: 6, DEV: 2}

@@ -21,7 +21,7 @@ import torch
 from tones import REPO
 from torch import nn
 
-import data
+import features
 from loss import joint_transducer_loss, transducer_loss
 from model import (
     PRESETS,
@@ -706,10 +706,10 @@ def test_stack_time_is_the_originals():
 
 @seedrun.needs_seedrun
 def test_splice_is_the_originals():
-    cfg = data.FeatureConfig(num_mels=4, freq_mask_max=1, align=1)
+    cfg = features.FeatureConfig(num_mels=4, freq_mask_max=1, align=1)
     mels, expected = seedrun.arrays()["splice_in"], seedrun.arrays()["splice_out"]  # bins first
     for b, (n, frames) in enumerate(zip([8, 5], seedrun.facts()["splice_lens"], strict=True)):
-        spliced = data.splice(mels[b, :, :n].T, cfg)
+        spliced = features.splice(mels[b, :, :n].T, cfg)
         assert len(spliced) == frames
         assert torch.equal(spliced, expected[b, :, :frames].T)
 

@@ -15,7 +15,7 @@ import signal
 import pytest
 from launched import PATH, Run, processes
 
-import decode
+from checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
     checkpoints = list((run.folder / "out/demo").glob("checkpoint-*.pt"))
     assert checkpoints
     for checkpoint in checkpoints:
-        decode.load_checkpoint(checkpoint)
+        load_checkpoint(checkpoint)
     if (launcher, rank) == ("torchrun", 1):
         before = run.steps()
         run.start(LAUNCHER=launcher).wait_for_steps(before + 3)

@@ -19,9 +19,9 @@ import soundfile
 import soxr
 import torch
 
-import data
+import features
 import model
-from data import FeatureConfig
+from features import FeatureConfig
 
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
 DALI = ORACLES / "dali"
@@ -49,7 +49,7 @@ def test_int16_is_scaled_by_exactly_one_in_32768(tmp_path, suffix):
     pcm = np.arange(-32768, 32768).astype(np.int16)  # every value there is
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, pcm, 16000, subtype="PCM_16")
-    samples = data.load_audio(path)
+    samples = features.load_audio(path)
     assert samples.dtype == np.float32
     assert np.array_equal(samples * 32768, pcm)
 
@@ -57,7 +57,7 @@ def test_int16_is_scaled_by_exactly_one_in_32768(tmp_path, suffix):
 def test_ogg_is_readable(tmp_path):
     # Vorbis is lossy: this tone of 0.5 comes back within 0.017.
     soundfile.write(tmp_path / "a.ogg", tone(16000, 440), 16000)
-    samples = data.load_audio(tmp_path / "a.ogg")
+    samples = features.load_audio(tmp_path / "a.ogg")
     assert samples.shape == (16000,)
     assert np.abs(samples - tone(16000, 440))[100:-100].max() < 0.03
 
@@ -66,12 +66,12 @@ def test_16_khz_mono_gives_no_warning(tmp_path):
     soundfile.write(tmp_path / "a.flac", noise(100), 16000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.load_audio(str(tmp_path / "a.flac"))
+        features.load_audio(str(tmp_path / "a.flac"))
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    data.warn_once.cache_clear()
+    features.warn_once.cache_clear()
 
 
 def load_all(paths: list) -> tuple[list[np.ndarray], list[str]]:
@@ -81,7 +81,7 @@ def load_all(paths: list) -> tuple[list[np.ndarray], list[str]]:
         for path in paths:
             # Makes the warnings module forget what it has shown, as some imports do.
             warnings.simplefilter("default")
-            loaded.append(data.load_audio(path))
+            loaded.append(features.load_audio(path))
     return loaded, [str(w.message) for w in caught]
 
 
@@ -123,7 +123,7 @@ def test_8_khz_stereo_gives_both_warnings(tmp_path):
 )
 def test_missing_audio_is_an_error_that_names_the_file(tmp_path, name, reason):
     with pytest.raises(OSError, match=reason) as error:
-        data.load_audio(tmp_path / name)
+        features.load_audio(tmp_path / name)
     assert str(error.value) == f"{tmp_path / name}: {reason}"
 
 
@@ -131,7 +131,7 @@ def test_text_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "a.flac"
     path.write_text("this is not audio\n" * 100)
     with pytest.raises(ValueError, match="not readable as audio") as error:
-        data.load_audio(path)
+        features.load_audio(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
@@ -140,14 +140,14 @@ def test_half_a_flac_is_an_error(tmp_path):
     soundfile.write(path, noise(32000), 16000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="truncated"):
-        data.load_audio(path)
+        features.load_audio(path)
 
 
 def test_no_samples_are_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(0), 16000)
     with pytest.raises(ValueError, match="no samples") as error:
-        data.load_audio(path)
+        features.load_audio(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
@@ -159,7 +159,7 @@ def test_samples_that_are_no_numbers_are_an_error_that_names_the_file(tmp_path, 
     samples[2500] = value
     soundfile.write(path, samples, 16000, subtype="FLOAT")
     with pytest.raises(ValueError, match="a.wav: ") as error:
-        data.features(data.load_audio(path))
+        features.features(features.load_audio(path))
     assert str(error.value).startswith(f"{path}: ")
 
 
@@ -193,25 +193,25 @@ TRIM_SIGNALS = {
 
 @pytest.mark.parametrize("samples", TRIM_SIGNALS.values(), ids=TRIM_SIGNALS)
 def test_trim_is_the_brute_force_rule(samples):
-    assert np.array_equal(data.trim_silence(samples), brute_force_trim(samples))
+    assert np.array_equal(features.trim_silence(samples), brute_force_trim(samples))
 
 
 def test_trim_keeps_a_window_on_both_sides_less_one_sample():
     # The first window that reaches the sound ends with its first sample.
     sound = np.concatenate([np.zeros(6000), np.ones(12000), np.zeros(5000)]).astype(np.float32)
     sound += 1e-9 * np.arange(23000, dtype=np.float32)  # tells where the result begins
-    trimmed = data.trim_silence(sound)
+    trimmed = features.trim_silence(sound)
     assert np.array_equal(trimmed, sound[6000 - 2047 : 18000 + 2047])
 
 
 def test_all_zero_audio_is_kept():
-    assert len(data.trim_silence(np.zeros(4000, np.float32))) == 4000
+    assert len(features.trim_silence(np.zeros(4000, np.float32))) == 4000
 
 
 def test_trim_threshold_is_a_setting():
     samples = TRIM_SIGNALS["noise_below_the_threshold_around"]
-    assert len(data.trim_silence(samples, FeatureConfig(trim_db=-62))) == len(samples)
-    assert len(data.trim_silence(samples, FeatureConfig(trim_window=1))) < 5001
+    assert len(features.trim_silence(samples, FeatureConfig(trim_db=-62))) == len(samples)
+    assert len(features.trim_silence(samples, FeatureConfig(trim_window=1))) < 5001
 
 
 # ------------------------------------------------------------------------- window and filterbank
@@ -225,7 +225,7 @@ def slaney_mel(frequency_hz: float) -> float:
 
 
 def test_filterbank_is_triangles_of_area_one_on_slaneys_scale():
-    _, mel = data.mel_filters(data.DEFAULT)
+    _, mel = features.mel_filters(features.DEFAULT)
     top = slaney_mel(8000)
     steps = np.interp(
         np.linspace(0, top, 82), [slaney_mel(f) for f in range(8001)], np.arange(8001)
@@ -238,7 +238,7 @@ def test_filterbank_is_triangles_of_area_one_on_slaneys_scale():
 
 
 def test_filterbank_has_80_filters_that_cover_the_band():
-    _, mel = data.mel_filters(data.DEFAULT)
+    _, mel = features.mel_filters(features.DEFAULT)
     assert mel.shape == (257, 80)
     assert (mel >= 0).all()
     assert (mel.sum(0) > 0).all()
@@ -247,7 +247,7 @@ def test_filterbank_has_80_filters_that_cover_the_band():
 
 
 def test_window_is_a_hann_window_between_the_integers():
-    window, _ = data.mel_filters(data.DEFAULT)
+    window, _ = features.mel_filters(features.DEFAULT)
     expected = [0.5 * (1 - math.cos(2 * math.pi * (k + 0.5) / 320)) for k in range(320)]
     assert torch.equal(window, torch.tensor(expected))
     assert torch.equal(window, window.flip(0))
@@ -255,7 +255,7 @@ def test_window_is_a_hann_window_between_the_integers():
 
 @pytest.mark.parametrize("frequency_hz", [250, 1000, 3000, 7000])
 def test_tone_lands_in_the_filter_around_its_frequency(frequency_hz):
-    mels = data.log_mel(tone(16000, frequency_hz))
+    mels = features.log_mel(tone(16000, frequency_hz))
     centres = np.array([slaney_mel(f) for f in range(8001)])
     step = slaney_mel(8000) / 81  # filter i has its peak at (i + 1) steps
     nearest = round(float(centres[frequency_hz] / step)) - 1
@@ -275,7 +275,7 @@ def float64_log_mel(samples: np.ndarray) -> np.ndarray:
     frames = y[np.where(at < n, at, 2 * n - 2 - at)]  # (frames, 320)
     frames *= 0.5 * (1 - np.cos(2 * np.pi * (np.arange(320) + 0.5) / 320))
     spectrum = frames @ np.exp(-2j * np.pi * np.outer(np.arange(320), np.arange(257)) / 512)
-    mel = data.mel_filters(data.DEFAULT)[1].numpy().astype(np.float64)
+    mel = features.mel_filters(features.DEFAULT)[1].numpy().astype(np.float64)
     return np.log(np.maximum(np.abs(spectrum) ** 2 @ mel, 1e-20))
 
 
@@ -283,7 +283,7 @@ def float64_log_mel(samples: np.ndarray) -> np.ndarray:
 def test_log_mel_is_the_float64_transform(n):
     # float32 gives power to 1e-6 of the frame's largest; very short ones are so smooth that
     # their upper filters hold less. Another Hann window would change the power by 10 %.
-    mels = data.log_mel(noise(n))
+    mels = features.log_mel(noise(n))
     assert mels.dtype == torch.float32
     power, expected = mels.double().exp().numpy(), np.exp(float64_log_mel(noise(n)))
     limit = 1e-6 * expected.max(1, keepdims=True) + 1e-4 * expected
@@ -293,17 +293,17 @@ def test_log_mel_is_the_float64_transform(n):
 def replace_filters(monkeypatch, mel: torch.Tensor) -> None:
     """Gives log_mel another filterbank, so that exp(log_mel) shows what comes before it."""
     window = 0.5 * (1 - torch.cos(2 * math.pi * (torch.arange(320) + 0.5).double() / 320))
-    monkeypatch.setattr(data, "mel_filters", lambda cfg: (window.float(), mel))
+    monkeypatch.setattr(features, "mel_filters", lambda cfg: (window.float(), mel))
 
 
 def logarithms_of(monkeypatch, mel_power) -> list[float]:
     """What log_mel makes of mel filters with these outputs, from the power of one frame at 0 Hz."""
     replace_filters(monkeypatch, torch.eye(257))
-    power = data.log_mel(np.ones(1, np.float32)).exp()[0, 0]
+    power = features.log_mel(np.ones(1, np.float32)).exp()[0, 0]
     mel = torch.zeros(257, len(mel_power))
     mel[0] = torch.as_tensor(mel_power) / power
     replace_filters(monkeypatch, mel)
-    return data.log_mel(np.ones(1, np.float32))[0].tolist()
+    return features.log_mel(np.ones(1, np.float32))[0].tolist()
 
 
 def test_logarithm_is_natural_with_a_floor_and_without_an_offset(monkeypatch):
@@ -317,7 +317,7 @@ def test_logarithm_is_natural_with_a_floor_and_without_an_offset(monkeypatch):
 
 
 def test_log_mel_of_silence_is_the_logarithm_of_1e_20():
-    assert data.log_mel(np.zeros(800, np.float32)).unique().tolist() == [
+    assert features.log_mel(np.zeros(800, np.float32)).unique().tolist() == [
         pytest.approx(-46.051704, abs=1e-5)
     ]
 
@@ -331,14 +331,14 @@ FRAME_CHAIN = [
 
 @pytest.mark.parametrize(("samples", "frames", "spliced"), FRAME_CHAIN)
 def test_number_of_frames(samples, frames, spliced):
-    mels = data.log_mel(noise(samples))
+    mels = features.log_mel(noise(samples))
     assert mels.shape == (frames, 80)
-    assert data.splice(mels).shape == (spliced, 256)
+    assert features.splice(mels).shape == (spliced, 256)
 
 
 @pytest.mark.parametrize("n", [159, 160, 319, 320, 321])
 def test_a_frame_begins_at_every_160th_sample(n):
-    assert len(data.log_mel(noise(n))) == n // 160 + 1
+    assert len(features.log_mel(noise(n))) == n // 160 + 1
 
 
 # ------------------------------------------------------------------------- normalise and splice
@@ -358,7 +358,7 @@ def test_a_frame_begins_at_every_160th_sample(n):
 def test_normalize_known_vectors(values, expected):
     # Computed by DALI's Normalize with ddof 0 and epsilon 0.
     other = torch.arange(len(values)) ** 2.0  # another bin does not matter
-    result = data.normalize(torch.stack([torch.tensor(values).float(), other], 1))
+    result = features.normalize(torch.stack([torch.tensor(values).float(), other], 1))
     assert result[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -366,7 +366,7 @@ def test_normalize_gives_every_bin_mean_0_and_deviation_1():
     mels = torch.from_numpy(noise(101 * 80, deviation=3).reshape(101, 80)) - 1000
     expected = mels.double() - mels.double().mean(0)
     expected /= expected.square().mean(0).sqrt()
-    result = data.normalize(mels)
+    result = features.normalize(mels)
     assert result.dtype == torch.float32
     # Rounded once, to float32. Sums in float32 would be off by 1e-4 at an offset of 1000.
     assert (result - expected).abs().max() < 1e-6
@@ -374,7 +374,7 @@ def test_normalize_gives_every_bin_mean_0_and_deviation_1():
 
 def test_splice_puts_three_frames_beside_each_other():
     mels = torch.arange(4 * 80.0).view(4, 80) + 1
-    spliced = data.splice(mels)
+    spliced = features.splice(mels)
     assert spliced.shape == (2, 256)
     assert torch.equal(spliced[0, :240], mels[:3].flatten())
     assert torch.equal(spliced[1, :80], mels[3])
@@ -385,7 +385,7 @@ def test_splice_puts_three_frames_beside_each_other():
 @pytest.mark.parametrize("frames", [1, 2, 3, 6, 7])
 def test_splice_keeps_every_value(frames):
     mels = torch.arange(frames * 80.0).view(frames, 80) + 1
-    spliced = data.splice(mels)
+    spliced = features.splice(mels)
     assert len(spliced) == math.ceil(frames / 3)
     assert torch.equal(spliced[:, :240].reshape(-1, 80)[:frames], mels)
 
@@ -396,7 +396,7 @@ def test_splice_keeps_every_value(frames):
 def test_feature_size_is_rounded_up(mels, splice, align, size):
     cfg = FeatureConfig(num_mels=mels, freq_mask_max=0, splice=splice, align=align)
     assert cfg.feature_size == size
-    assert data.splice(torch.ones(5, mels), cfg).shape == (math.ceil(5 / splice), size)
+    assert features.splice(torch.ones(5, mels), cfg).shape == (math.ceil(5 / splice), size)
 
 
 # ------------------------------------------------------------------------------------ SpecAugment
@@ -407,7 +407,7 @@ def masks(frames: int, seeds: int, **settings) -> torch.Tensor:
     drawn = []
     for seed in range(seeds):
         mels = torch.ones(frames, 80)
-        result = data.spec_augment(mels, np.random.default_rng(seed), FeatureConfig(**settings))
+        result = features.spec_augment(mels, np.random.default_rng(seed), FeatureConfig(**settings))
         drawn.append(result == 0)
     return torch.stack(drawn)
 
@@ -441,7 +441,7 @@ def test_time_masks_reach_the_first_and_the_last_frame():
 
 def test_masks_leave_other_values_alone():
     mels = torch.from_numpy(noise(200 * 80)).view(200, 80)
-    result = data.spec_augment(mels.clone(), np.random.default_rng(3))
+    result = features.spec_augment(mels.clone(), np.random.default_rng(3))
     assert ((result == mels) | (result == 0)).all()
     assert (result == 0).any()
     assert (result != 0).any()
@@ -475,14 +475,14 @@ def test_masked_share_is_near_that_of_the_original(frames, expected):
     ],
 )  # fmt: skip
 def test_speed_changes_the_number_of_samples(n, factor, length):
-    changed = data.change_speed(noise(n), factor)
+    changed = features.change_speed(noise(n), factor)
     assert changed.shape == (length,)
     assert changed.dtype == np.float32
 
 
 @pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
 def test_a_factor_above_one_lowers_the_pitch(factor):
-    changed = data.change_speed(tone(16000, 1000), factor)
+    changed = features.change_speed(tone(16000, 1000), factor)
     spectrum = np.abs(np.fft.rfft(changed * np.hanning(len(changed)), 16000))
     assert spectrum.argmax() == pytest.approx(1000 / factor, abs=1)  # Hz
 
@@ -491,28 +491,30 @@ def test_a_factor_above_one_lowers_the_pitch(factor):
 def test_speed_changes_nothing_but_the_pitch_of_a_tone(frequency_hz):
     # Within 1e-4 up to 0.9 of the band; soxr's high quality is 4e-4 off there, interpolation by
     # cubics 0.1.
-    changed = data.change_speed(tone(16000, frequency_hz), 1.1)
+    changed = features.change_speed(tone(16000, frequency_hz), 1.1)
     expected = tone(17600, frequency_hz / 1.1)
     assert np.abs(changed - expected)[500:-500].max() < 1e-4
 
 
 def test_faster_speech_has_no_mirror_images():
     """What lies above the new band of 6800 Hz must not come back below it."""
-    changed = data.change_speed(tone(16000, 7600), 0.85)
+    changed = features.change_speed(tone(16000, 7600), 0.85)
     assert np.abs(changed)[500:-500].max() < 1e-4
 
 
 def test_speed_is_in_steps_of_a_hundredth_and_1_changes_nothing():
     samples = noise(5000)
-    assert np.array_equal(data.change_speed(samples, 1.0), samples)
-    assert np.array_equal(data.change_speed(samples, 1.004), samples)
-    assert np.array_equal(data.change_speed(samples, 0.906), data.change_speed(samples, 0.91))
+    assert np.array_equal(features.change_speed(samples, 1.0), samples)
+    assert np.array_equal(features.change_speed(samples, 1.004), samples)
+    assert np.array_equal(
+        features.change_speed(samples, 0.906), features.change_speed(samples, 0.91)
+    )
 
 
 def test_speed_takes_samples_of_any_precision():
     samples = noise(500)
-    changed = data.change_speed(samples.astype(np.float64), 1.1)
-    assert np.array_equal(changed, data.change_speed(samples, 1.1))
+    changed = features.change_speed(samples.astype(np.float64), 1.1)
+    assert np.array_equal(changed, features.change_speed(samples, 1.1))
 
 
 def test_a_speed_that_leaves_no_samples_is_an_error():
@@ -522,7 +524,7 @@ def test_a_speed_that_leaves_no_samples_is_an_error():
 
 def test_long_recordings_are_dithered_to_their_end():
     samples = np.zeros(2**20 + 5000, np.float32)
-    added = data.dither(samples, np.random.default_rng(1))
+    added = features.dither(samples, np.random.default_rng(1))
     assert len(added) == len(samples)
     assert added[-5000:].std() == pytest.approx(1e-5, rel=0.05)
 
@@ -534,7 +536,7 @@ def test_speed_is_that_of_another_resampler(factor):
     spectrum[6500:] = 0
     samples = np.fft.irfft(spectrum, 20000).astype(np.float32)
     expected = soxr.resample(samples, 16000, 16000 * factor, quality="VHQ")
-    changed = data.change_speed(samples, factor)[: len(expected)]
+    changed = features.change_speed(samples, factor)[: len(expected)]
     assert np.abs(changed - expected)[500:-500].max() < 1e-3 * np.abs(samples).max()
 
 
@@ -550,7 +552,7 @@ def test_impossible_speeds_are_an_error():
 @pytest.mark.parametrize("n", [1, 2, 159, 160])
 def test_very_short_recordings_have_features(n, seed):
     rng = None if seed is None else np.random.default_rng(seed)
-    feats = data.features(noise(n), rng=rng)
+    feats = features.features(noise(n), rng=rng)
     assert feats.shape == (1, 256)
     assert feats.dtype == torch.float32
     assert feats.isfinite().all()
@@ -558,20 +560,20 @@ def test_very_short_recordings_have_features(n, seed):
 
 def test_evaluation_is_trim_log_mel_normalize_splice():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
-    expected = data.splice(data.normalize(data.log_mel(brute_force_trim(samples))))
-    assert torch.equal(data.features(samples), expected)
+    expected = features.splice(features.normalize(features.log_mel(brute_force_trim(samples))))
+    assert torch.equal(features.features(samples), expected)
 
 
 def test_training_without_augmentation_is_evaluation():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     cfg = FeatureConfig(**PLAIN)
-    augmented = data.features(samples, cfg, np.random.default_rng(1))
-    assert torch.equal(augmented, data.features(samples))
+    augmented = features.features(samples, cfg, np.random.default_rng(1))
+    assert torch.equal(augmented, features.features(samples))
 
 
 def test_augmentation_is_a_function_of_the_seed():
     one, again, other = (
-        data.features(noise(16000), rng=np.random.default_rng(seed)) for seed in (1, 1, 2)
+        features.features(noise(16000), rng=np.random.default_rng(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(one, again)
     assert one.shape != other.shape or not torch.equal(one, other)
@@ -579,7 +581,9 @@ def test_augmentation_is_a_function_of_the_seed():
 
 def test_speeds_fill_the_range_of_the_configuration():
     # 34 input frames at factor 1: 29 at 0.85, 39 at 1.15.
-    lengths = [len(data.features(noise(16000), rng=np.random.default_rng(s))) for s in range(60)]
+    lengths = [
+        len(features.features(noise(16000), rng=np.random.default_rng(s))) for s in range(60)
+    ]
     assert set(lengths) <= set(range(29, 40))
     assert len(set(lengths)) > 8
 
@@ -587,10 +591,10 @@ def test_speeds_fill_the_range_of_the_configuration():
 def log_mel_input(monkeypatch, samples: np.ndarray, seed: int | None, **settings) -> np.ndarray:
     """What `features` hands to log_mel."""
     seen = []
-    log_mel = data.log_mel
-    monkeypatch.setattr(data, "log_mel", lambda x, cfg: (seen.append(x), log_mel(x, cfg))[1])
+    log_mel = features.log_mel
+    monkeypatch.setattr(features, "log_mel", lambda x, cfg: (seen.append(x), log_mel(x, cfg))[1])
     rng = None if seed is None else np.random.default_rng(seed)
-    data.features(samples, FeatureConfig(**PLAIN | settings), rng)
+    features.features(samples, FeatureConfig(**PLAIN | settings), rng)
     return seen[0]
 
 
@@ -622,8 +626,8 @@ def test_masks_are_zero_after_normalisation():
     cfg = FeatureConfig(**PLAIN | {"freq_masks": 2})
     hidden = 0
     for seed in range(5):
-        feats = data.features(noise(16000), cfg, np.random.default_rng(seed))
-        untouched = data.features(noise(16000))
+        feats = features.features(noise(16000), cfg, np.random.default_rng(seed))
+        untouched = features.features(noise(16000))
         changed = feats != untouched
         assert not feats[changed].any()
         hidden += changed.sum()
@@ -674,7 +678,7 @@ def test_dali_covers_these_cases(golden, meta):
 @each_case
 @pytest.mark.filterwarnings("ignore:audio of")
 def test_dali_decode(golden, audio, case):
-    samples = data.load_audio(audio(case))
+    samples = features.load_audio(audio(case))
     expected = golden[f"{case}/decoded"]
     assert samples.shape == expected.shape
     if case == "G_8kHz":
@@ -690,13 +694,13 @@ def test_dali_decode(golden, audio, case):
 def test_dali_trim(golden, meta, case):
     decoded = golden[f"{case}/decoded"]
     begin, length = (meta["cases"][case][f"nonsilent_{x}"] for x in ("begin", "length"))
-    trimmed = data.trim_silence(decoded)
+    trimmed = features.trim_silence(decoded)
     assert np.array_equal(trimmed, decoded[begin : begin + length])
 
 
 @each_case
 def test_dali_log_mel(golden, meta, case):
-    mels = data.log_mel(data.trim_silence(golden[f"{case}/decoded"])).T.numpy()
+    mels = features.log_mel(features.trim_silence(golden[f"{case}/decoded"])).T.numpy()
     assert mels.shape == tuple(meta["cases"][case]["shape"])
     assert mels.shape[1] == meta["cases"][case]["n_frames"]
     # DALI adds up power in float32: A_16000 is 1.47e-4 away from float64, ours 5e-5. 8 kHz audio
@@ -709,7 +713,7 @@ def test_dali_log_mel(golden, meta, case):
 def test_dali_features(golden, case):
     decoded, expected = golden[f"{case}/decoded"], golden[f"{case}/norm"]
     frames = expected.shape[1]
-    feats = data.features(decoded)[:, :240].reshape(-1, 80)[:frames].T.numpy()
+    feats = features.features(decoded)[:, :240].reshape(-1, 80)[:frames].T.numpy()
     if case == "I_zeros":
         # All bins are constant: 0, as DALI's definition says. DALI itself divides one rounding
         # error by another and gives 1.
@@ -725,14 +729,14 @@ def test_dali_features(golden, case):
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("G_8kHz", "I_zeros")])
 def test_dali_from_file_to_features(golden, audio, case):
     expected = torch.from_numpy(golden[f"{case}/norm"].T.copy())
-    feats = data.features(data.load_audio(audio(case)))
-    assert (feats - data.splice(expected)).abs().max() < 1e-4
+    feats = features.features(features.load_audio(audio(case)))
+    assert (feats - features.splice(expected)).abs().max() < 1e-4
 
 
 @each_case
 def test_dali_normalize(golden, case):
     # From DALI's own log-mel. F_short_200 has two frames that differ little: DALI rounds more.
-    result = data.normalize(torch.from_numpy(golden[f"{case}/logmel"].T.copy())).T.numpy()
+    result = features.normalize(torch.from_numpy(golden[f"{case}/logmel"].T.copy())).T.numpy()
     if case == "I_zeros":  # as above
         assert not result.any()
     else:
@@ -740,14 +744,14 @@ def test_dali_normalize(golden, case):
 
 
 def test_dali_normalize_vectors(golden):
-    result = data.normalize(torch.from_numpy(golden["norm_of"].T.copy())).T.numpy()
+    result = features.normalize(torch.from_numpy(golden["norm_of"].T.copy())).T.numpy()
     assert np.abs(result - golden["norm_is"]).max() < 1e-6
-    column = data.normalize(torch.tensor([[1.0, 7.0]])).T.numpy()
+    column = features.normalize(torch.tensor([[1.0, 7.0]])).T.numpy()
     assert np.array_equal(column, golden["norm_onecol_is"])
 
 
 def test_dali_window_and_filterbank(golden):
-    window, mel = data.mel_filters(data.DEFAULT)
+    window, mel = features.mel_filters(features.DEFAULT)
     assert np.abs(window.numpy() - golden["stft_window_320"]).max() < 1e-7
     assert np.abs(mel.T.numpy() - golden["mel_matrix_80x257"]).max() < 1e-7
 
@@ -755,8 +759,8 @@ def test_dali_window_and_filterbank(golden):
 def emphasised_squares(monkeypatch, samples: np.ndarray) -> np.ndarray:
     """Squares of the pre-emphasised samples: log_mel with frames of one sample and one filter."""
     cfg = FeatureConfig(window=1, hop=1, fft_size=1, num_mels=1, freq_mask_max=0)
-    monkeypatch.setattr(data, "mel_filters", lambda cfg: (torch.ones(1), torch.ones(1, 1)))
-    return data.log_mel(samples, cfg).exp()[:, 0].numpy()
+    monkeypatch.setattr(features, "mel_filters", lambda cfg: (torch.ones(1), torch.ones(1, 1)))
+    return features.log_mel(samples, cfg).exp()[:, 0].numpy()
 
 
 @each_case_with_steps
@@ -776,7 +780,7 @@ def test_dali_preemphasis_vector(monkeypatch, golden):
 @each_case_with_steps
 def test_dali_power_spectrum(monkeypatch, golden, case):
     replace_filters(monkeypatch, torch.eye(257))
-    power = data.log_mel(golden[f"{case}/decoded"]).exp().T.numpy()
+    power = features.log_mel(golden[f"{case}/decoded"]).exp().T.numpy()
     expected = golden[f"{case}/power_spec"]
     # 4e-7 of the frame's largest bin is the transform in float32, 3e-6 exp(log(x)).
     assert (np.abs(power - expected) < 1e-6 * expected.max(0) + 1e-5 * expected).all()
@@ -784,7 +788,7 @@ def test_dali_power_spectrum(monkeypatch, golden, case):
 
 @each_case_with_steps
 def test_dali_mel(golden, case):
-    mels = data.log_mel(golden[f"{case}/decoded"]).exp().T.numpy()
+    mels = features.log_mel(golden[f"{case}/decoded"]).exp().T.numpy()
     assert mels == pytest.approx(golden[f"{case}/mel"], rel=2e-4)  # as for the logarithm
 
 
@@ -796,7 +800,7 @@ def test_dali_logarithm(monkeypatch, golden):
 @pytest.mark.parametrize("factor", ["0.85", "0.90", "0.95", "1.00", "1.05", "1.10", "1.15"])
 def test_dali_speed(golden, meta, factor):
     samples = golden["speed/pcm"] / np.float32(32768)
-    changed, expected = data.change_speed(samples, float(factor)), golden[f"speed/{factor}"]
+    changed, expected = features.change_speed(samples, float(factor)), golden[f"speed/{factor}"]
     assert len(changed) == len(expected) == meta["speed_len"][factor]
     # DALI's sinc has 16 lobes and passes what lies above the new band, which ours removes: measured
     # rms 1.0e-3 (2 % of the deviation of 0.059) at 0.85, 1.0e-4 above 1. A shift by half a sample
@@ -810,7 +814,7 @@ def test_dali_speed(golden, meta, factor):
 def test_dali_speed_lengths(meta):
     for n, lengths in meta["speed_len_n"].items():
         for factor, length in lengths.items():
-            assert len(data.change_speed(noise(int(n)), float(factor))) == length, (n, factor)
+            assert len(features.change_speed(noise(int(n)), float(factor))) == length, (n, factor)
 
 
 # ------------------------------------------------------------------------------ the original itself
@@ -821,7 +825,7 @@ def test_frame_chain_of_the_oracles():
     vectors = json.loads((ORACLES / "misc_oracles.json").read_text())["frame_chain"]["vectors"]
     assert [(v["samples"], v["frames"], v["spliced"]) for v in vectors] == FRAME_CHAIN
     for v in vectors:
-        lens = torch.tensor([len(data.features(noise(v["samples"])))])
+        lens = torch.tensor([len(features.features(noise(v["samples"])))])
         for factor in (2, 8):
             feats = torch.zeros(1, int(lens), 4)
             stacked, stacked_lens = model.StackTime(factor)(feats, lens)
@@ -850,7 +854,7 @@ def test_splice_and_padding_of_the_original(seed_run):
     arrays, values = seed_run
     cfg = FeatureConfig(num_mels=4, freq_mask_max=1)
     for b, mels in enumerate(torch.from_numpy(arrays["splice_in"])):
-        spliced = data.splice(mels.T, cfg)  # (3, 32)
+        spliced = features.splice(mels.T, cfg)  # (3, 32)
         assert torch.equal(spliced[:, :12], torch.from_numpy(arrays["splice_out"][b].T))
         assert torch.equal(spliced, torch.from_numpy(arrays["padalign_out"][b].T))
     assert len(spliced) == values["splice_lens"][0]

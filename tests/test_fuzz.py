@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from tones import REPO
 
 import data
-import decode
-from data import FeatureConfig, Problem
+import features
+from checkpoint import CHECKPOINT_FORMAT, load_checkpoint
+from data import Problem
+from features import FeatureConfig
 
 COUNTS = [pytest.param(100, id="quick"), pytest.param(4000, id="long", marks=pytest.mark.slow)]
 
@@ -85,7 +87,7 @@ def test_spoilt_audio_is_read_or_refused(tmp_path, count):
         path = tmp_path / f"1-2-0000.{suffix}"
         path.write_bytes(contents)
         try:
-            samples, rate = data.read_audio(path)
+            samples, rate = features.read_audio(path)
         except (OSError, ValueError) as error:
             expected = Problem("error", "audio not readable", "1-2-0000", str(error))
             found = data.probe_audio("1-2-0000", path, FeatureConfig(), decode=True)
@@ -107,7 +109,7 @@ def test_any_samples_have_finite_features(count):
     def check(drawn):
         samples, seed = drawn
         rng = None if seed is None else np.random.default_rng(seed)
-        feats = data.features(samples, FeatureConfig(), rng)
+        feats = features.features(samples, FeatureConfig(), rng)
         assert feats.shape[1] == 256
         assert torch.isfinite(feats).all()
 
@@ -186,13 +188,13 @@ def test_any_transcript_gives_good_lines_and_problems(tmp_path, count):
 @pytest.mark.parametrize("count", COUNTS)
 def test_what_is_no_checkpoint_is_refused(tmp_path, count):
     buffer = io.BytesIO()
-    torch.save({"format": decode.CHECKPOINT_FORMAT, "x": torch.arange(40)}, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, "x": torch.arange(40)}, buffer)
     good, path = buffer.getvalue(), tmp_path / "a.pt"
 
     def check(drawn):
         place, patch = drawn
         path.write_bytes(good[:place] + patch + good[place + len(patch) :])
         with pytest.raises(ValueError, match="a.pt"):  # there is no checksum in it
-            decode.load_checkpoint(path)
+            load_checkpoint(path)
 
     fuzz(count, st.tuples(st.integers(0, len(good)), st.binary(max_size=30)), check)

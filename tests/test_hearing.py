@@ -17,7 +17,7 @@ import soxr
 from test_mllog import judge, read
 from tones import run_script
 
-import prepare
+from tools import prepare
 
 RATE_HZ = prepare.SAMPLE_RATE_HZ
 WORDS = ("ONE", "TWO", "THREE", "SEVEN", "MONDAY", "KITCHEN", "OFFICE", "RADIO", "MARCH", "EVENING")

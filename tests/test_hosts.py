@@ -16,13 +16,13 @@ import sys
 import pytest
 from launched import PATH, WORDS, Run
 
-import bench
+from tools import ladder
 
 pytestmark = pytest.mark.slow
 
 SYSTEM = f"{PATH}:/usr/sbin:/sbin"
 HOSTS = 4
-ADDRESS = f"{bench.SUBNET}{{}}"
+ADDRESS = f"{ladder.SUBNET}{{}}"
 
 
 def why_not():
@@ -30,7 +30,7 @@ def why_not():
     for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
         if shutil.which(program, path=SYSTEM) is None:
             return f"there is no {program}"
-    return "" if bench.can_make_hosts() else "no right to make network namespaces here"
+    return "" if ladder.can_make_hosts() else "no right to make network namespaces here"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def cluster(tmp_path):
         ' -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
     (folder / "ssh").chmod(0o755)
-    with bench.made_hosts(HOSTS, gbit=10) as hosts:
+    with ladder.made_hosts(HOSTS, gbit=10) as hosts:
         sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
         daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
         yield folder, hosts[0]

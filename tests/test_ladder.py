@@ -13,9 +13,10 @@ import pytest
 import torch
 from tones import REPO
 
-import bench
 import data
+import features
 from loss import joint_transducer_loss
+from tools import bench, ladder
 
 TRAIN_CLEAN_100 = REPO.parent / "shared/librispeech/train-clean-100.tsv.gz"
 
@@ -29,11 +30,11 @@ def random_batch(batch: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
     return inputs, (torch.randint(0, 4, (batch, 4)), *lens)
 
 
-@pytest.mark.parametrize("batch", [1, bench.PLAIN_ROWS, 2 * bench.PLAIN_ROWS + 1])
+@pytest.mark.parametrize("batch", [1, ladder.PLAIN_ROWS, 2 * ladder.PLAIN_ROWS + 1])
 def test_plain_loss_of_the_first_rungs_has_the_fused_value_and_gradient(batch):
     inputs, lattice = random_batch(batch, torch.float64)
     results = []
-    for function in (joint_transducer_loss, bench.plain_joint_loss):
+    for function in (joint_transducer_loss, ladder.plain_joint_loss):
         costs = function(*inputs, *lattice, 4, 0.0, "none")
         grads = torch.autograd.grad(costs.sum() / batch, inputs)
         results.append((costs, *grads))
@@ -42,25 +43,25 @@ def test_plain_loss_of_the_first_rungs_has_the_fused_value_and_gradient(batch):
 
 
 def test_each_rung_adds_one_idea_and_alone_is_on_top_of_the_originals():
-    ladder, alone = bench.make_rungs(2)
-    rungs = list(ladder.values())
+    steps, alone = ladder.make_rungs(2)
+    rungs = list(steps.values())
     for before, after in zip(rungs, rungs[1:], strict=False):
         assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-    assert rungs[-1] == bench.Rung(("--preset", "democratized"), 2, True, "bf16", 1)
-    assert list(alone) == list(ladder)[bench.THEIRS :]
+    assert rungs[-1] == ladder.Rung(("--preset", "democratized"), 2, True, "bf16", 1)
+    assert list(alone) == list(steps)[ladder.THEIRS :]
     for rung in alone.values():
         assert sum(a != b for a, b in zip(rungs[3], rung, strict=True)) == 1
 
 
 def test_speedups():
     seconds = [100.0, 50.0, 50.0, 40.0, 20.0, 5.0]
-    ladder = [{"name": str(i), "epoch_s": s} for i, s in enumerate(seconds)]
-    ladder[3]["name"] = "normalisation"
-    bench.add_speedups(ladder, [{"epoch_s": 16.0}, {"epoch_s": 10.0}])
-    assert [row["speedup"] for row in ladder] == [1, 2, 1, 1.25, 2, 4]
-    assert [row["cumulative"] for row in ladder] == [1, 2, 2, 2.5, 5, 20]
-    assert [row["alone"] for row in ladder] == [None, None, None, None, 2.5, 4]
-    assert ladder[3]["original"] == pytest.approx(1.0703, abs=1e-4)
+    rows = [{"name": str(i), "epoch_s": s} for i, s in enumerate(seconds)]
+    rows[3]["name"] = "normalisation"
+    ladder.add_speedups(rows, [{"epoch_s": 16.0}, {"epoch_s": 10.0}])
+    assert [row["speedup"] for row in rows] == [1, 2, 1, 1.25, 2, 4]
+    assert [row["cumulative"] for row in rows] == [1, 2, 2, 2.5, 5, 20]
+    assert [row["alone"] for row in rows] == [None, None, None, None, 2.5, 4]
+    assert rows[3]["original"] == pytest.approx(1.0703, abs=1e-4)
 
 
 def test_projected_hours():
@@ -71,9 +72,9 @@ def test_projected_hours():
     scaling = {"latency_s": 0.05, "slope": 2.0, "cases": {"2 ranks": pair}}
     # 48 s on 4 cores are 12 s on 16. Of four ranks each passes on 3/2 of 4 GB, of two 1 GB in
     # 0.5 s: ten times 3 s.
-    assert bench.project_hours(row, 1, scaling, args) == pytest.approx(49 * (12 + 30) / 3600)
+    assert ladder.project_hours(row, 1, scaling, args) == pytest.approx(49 * (12 + 30) / 3600)
     # 16 ranks: 3 s, and ten times twice the seconds for 15/8 of 32 Gbit, and 30 turns.
-    assert bench.project_hours(row, 4, scaling, args) == pytest.approx(49 * (3 + 52.5) / 3600)
+    assert ladder.project_hours(row, 4, scaling, args) == pytest.approx(49 * (3 + 52.5) / 3600)
 
 
 def write_run(folder: Path, wers: list[float]) -> Path:
@@ -91,12 +92,12 @@ def test_epochs_to_a_target(tmp_path):
     run = write_run(tmp_path / "run", [1.0, 0.1, 0.05])
     expected = {"epochs": 2, "ran": 3, "best_wer": 0.05, "normalization": False, "preset": "demo",
                 "seed": 3}  # fmt: skip
-    assert bench.epochs_to(run, 0.1) == expected
-    assert bench.epochs_to(run, 0.01) == expected | {"epochs": None}
+    assert ladder.epochs_to(run, 0.1) == expected
+    assert ladder.epochs_to(run, 0.01) == expected | {"epochs": None}
 
 
 def test_steps_that_build_kernels_do_not_count():
-    assert bench.steady([[9.0, 1.0, 1.5, 1.2], [8.0, 2.0]]) == {
+    assert ladder.steady([[9.0, 1.0, 1.5, 1.2], [8.0, 2.0]]) == {
         "step_s": [1.2, 2.0], "least_s": [1.0, 2.0], "most_s": [1.5, 2.0]
     }  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_stored_shapes_are_those_of_six_buckets():
     assert [len(bucket) for bucket in buckets] == [32] * 6
     seconds = [s for bucket in buckets for s, _ in bucket]
     assert seconds == sorted(seconds)
-    assert max(seconds) <= data.DEFAULT.max_utterance_s
+    assert max(seconds) <= features.DEFAULT.max_utterance_s
     assert np.mean(seconds) == pytest.approx(12.65, abs=0.01)
     assert np.mean([n for bucket in buckets for _, n in bucket]) == pytest.approx(58.1, abs=0.5)
 
@@ -130,7 +131,7 @@ def test_stored_shapes_are_drawn_from_train_clean_100():
     lines = gzip.decompress(TRAIN_CLEAN_100.read_bytes()).decode().splitlines()
     rows = [line.split("\t") for line in lines[1:]]
     tokenizer = data.Tokenizer(data.train_tokenizer((text for _, _, text in rows), 1024))
-    rows = [row for row in rows if float(row[1]) <= data.DEFAULT.max_utterance_s]
+    rows = [row for row in rows if float(row[1]) <= features.DEFAULT.max_utterance_s]
     seconds = np.array([float(row[1]) for row in rows])
     labels = np.array([len(tokenizer.encode(row[2])) for row in rows])
     buckets = []
@@ -149,7 +150,8 @@ SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vo
 
 
 def run_bench(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "bench.py", *map(str, words)], cwd=REPO, text=True,
+    return subprocess.run([sys.executable, "-m", "tools.bench", *map(str, words)], cwd=REPO,
+                          text=True,
                           capture_output=True, timeout=900, check=False)  # fmt: skip
 
 
@@ -174,15 +176,15 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     """Steps of known seconds: table, JSON, projection and picture."""
     asked = []
 
-    def measure(rung: bench.Rung, batch: int, threads: int, words: list) -> dict:
+    def measure(rung: ladder.Rung, batch: int, threads: int, words: list) -> dict:
         asked.append(rung)
-        seconds = 8.0 if rung == bench.Rung() else 4.0
+        seconds = 8.0 if rung == ladder.Rung() else 4.0
         seconds /= rung.ranks * (1 + rung.fused) * (1 + (rung.precision == "bf16"))
         if rung.ranks == 1 and rung.precision == "bf16":  # 20 % more in the second round
             seconds *= 0.9 if asked.count(rung) == 1 else 1.1
         return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6, "threads": 1}
 
-    monkeypatch.setattr(bench, "measure_rung", measure)
+    monkeypatch.setattr(ladder, "measure_rung", measure)
     run = write_run(tmp_path / "run", [1 / e for e in range(1, 12)])
     words = [*needed(tmp_path), "--png", tmp_path / "ladder.png", "--runs", run]
     monkeypatch.setattr(sys, "argv", ["bench.py", "ladder", *map(str, words)])
@@ -217,9 +219,9 @@ def test_ladder_of_a_tiny_model(tmp_path):
                        "--png", tmp_path / "ladder.png", *SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "ladder.json").read_text())
-    assert [row["name"] for row in stored["ladder"]] == list(bench.make_rungs(2)[0])
+    assert [row["name"] for row in stored["ladder"]] == list(ladder.make_rungs(2)[0])
     assert len(stored["alone"]) == 4
-    assert stored["alone"][0]["step_s"] == stored["ladder"][bench.THEIRS]["step_s"]
+    assert stored["alone"][0]["step_s"] == stored["ladder"][ladder.THEIRS]["step_s"]
     for row in stored["ladder"] + stored["alone"]:
         assert len(row["step_s"]) == 2
         assert row["steps"] == 4
@@ -252,10 +254,10 @@ def test_a_rung_that_fails_fails_the_ladder_with_its_reason(tmp_path):
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     args = Namespace(runs=[], png=tmp_path / "nowhere" / "ladder.png")
     with pytest.raises(ValueError, match="--png: .*/nowhere cannot be written"):
-        bench.bench_ladder(args, [])
+        ladder.bench_ladder(args, [])
 
 
 def test_ranks_that_do_not_divide_the_batch_are_an_error(tmp_path):
     shapes = write_shapes(tmp_path / "shapes.json")
     with pytest.raises(ValueError, match="--ranks 3 does not divide the batch of 2"):
-        bench.bench_ladder(Namespace(shapes=shapes, ranks=3, runs=[], png=tmp_path / "x.png"), [])
+        ladder.bench_ladder(Namespace(shapes=shapes, ranks=3, runs=[], png=tmp_path / "x.png"), [])

@@ -129,7 +129,7 @@ def test_help_among_the_words_is_for_the_reader(checkout):
 def test_steps_run_in_order_and_scoring_takes_every_core(checkout):
     assert checkout.run(RANKS="2").returncode == 0
     prepare, train, score, transcribe = checkout.calls()
-    assert prepare.startswith("prepare.py|demo|data/demo|")
+    assert prepare.startswith("-m|tools.prepare|demo|data/demo|")
     assert train.startswith("-m|torch.distributed.run|--nnodes|1|--nproc-per-node|2|--master-addr|")
     assert train.endswith("|threads=2")
     checkpoint = "decode.py|--checkpoint|out/demo/best.pt|"
@@ -173,7 +173,7 @@ def test_out_among_the_words_is_where_scoring_looks(checkout, words):
 
 def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
     assert checkout.run("--dev-split", "dev-other", "--data", "corpus").returncode == 0
-    assert checkout.calls("prepare.py")[0].startswith("prepare.py|demo|corpus|")
+    assert checkout.calls("-m|tools.prepare")[0].startswith("-m|tools.prepare|demo|corpus|")
     assert "|--data|corpus|--split|dev-other|" in checkout.calls("decode.py")[0]
 
 
@@ -192,14 +192,14 @@ def test_a_corpus_that_is_there_is_not_prepared(checkout, there, words, is_prepa
     for name in there:
         (checkout.root / "corpus" / name).mkdir(parents=True)
     assert checkout.run("--data", "corpus", *words).returncode == 0
-    assert len(checkout.calls("prepare.py")) == is_prepared
+    assert len(checkout.calls("-m|tools.prepare")) == is_prepared
 
 
 def test_a_corpus_that_may_be_incomplete_is_looked_at(checkout):
     for name in ("train-clean-5", "dev-clean-2"):
         (checkout.root / "libri" / name).mkdir(parents=True)
     assert checkout.run(CORPUS="mini-librispeech", DATA="libri").returncode == 0
-    assert len(checkout.calls("prepare.py")) == 1
+    assert len(checkout.calls("-m|tools.prepare")) == 1
 
 
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])
@@ -226,7 +226,7 @@ def make_dev_split(checkout):
 
 
 @pytest.mark.parametrize(
-    ("step", "calls"), [("prepare.py", 1), ("train.py", 2), ("--split", 3), ("best.pt data", 4)]
+    ("step", "calls"), [("tools.prepare", 1), ("train.py", 2), ("--split", 3), ("best.pt data", 4)]
 )
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_status_of_a_failing_step_is_ours_and_ends_the_run(checkout, step, calls, ranks):
@@ -244,7 +244,7 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
         f"if os.environ['RANK'] == '{failing_rank}': sys.exit('lost')\n"
         "time.sleep(60)\n",
     )
-    launcher = f'case "$1" in -m) exec "{sys.executable}" "$@" ;; esac\n'
+    launcher = f'case "$2" in torch*) exec "{sys.executable}" "$@" ;; esac\n'
     checkout.script(".venv/bin/python", PYTHON + launcher)
     result = checkout.run(RANKS="2")
     assert result.returncode == 1, result.stderr
@@ -256,7 +256,7 @@ def test_one_failing_rank_fails_the_run(checkout, failing_rank):
     ("step", "number", "status"),
     [
         ("-m pip install", signal.SIGINT, 130),
-        ("prepare.py", signal.SIGTERM, 143),
+        ("tools.prepare", signal.SIGTERM, 143),
         ("train.py", signal.SIGINT, 130),
         ("train.py", signal.SIGTERM, 143),
         ("train.py", signal.SIGHUP, 129),
@@ -330,7 +330,7 @@ def test_changed_requirements_are_installed_into_the_same_environment(checkout):
 def test_failed_installation_ends_the_run_and_is_repeated(checkout):
     (checkout.root / ".venv/requirements.txt").unlink()
     assert checkout.run(FAIL="pip install").returncode == 3
-    assert checkout.calls("prepare.py") == []
+    assert checkout.calls("-m|tools.prepare") == []
     assert checkout.run().returncode == 0
     assert pip_installs(checkout) == 2
 
@@ -357,4 +357,4 @@ def test_test_sets_up_and_returns_the_status_of_pytest(checkout):
 @pytest.mark.parametrize("corpus", ["mini-librispeech", "librispeech-100", "librispeech-960"])
 def test_every_corpus_is_prepared_by_its_name(checkout, corpus):
     assert checkout.run(CORPUS=corpus, DATA="libri").returncode == 0
-    assert checkout.calls("prepare.py") == [f"prepare.py|{corpus}|libri|threads="]
+    assert checkout.calls("-m|tools.prepare") == [f"-m|tools.prepare|{corpus}|libri|threads="]

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from tones import REPO
 
-import prepare
+from tools import prepare
 
 SIZES = {"num_train": 70, "num_dev": 6, "seed": 3}  # 64 voices: six of them speak twice
 
@@ -211,8 +211,9 @@ def test_same_seed_same_bytes(spoken, tmp_path):
 
 
 def test_same_bytes_in_a_process_with_another_hash_seed(spoken, tmp_path):
-    code = f"import prepare, pathlib; prepare.make_demo(pathlib.Path('again'), **{SIZES})"
-    path = str(Path(prepare.__file__).parent)
+    code = ("import pathlib; from tools import prepare; "
+            f"prepare.make_demo(pathlib.Path('again'), **{SIZES})")
+    path = str(Path(prepare.__file__).parents[1])
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from tones import REPO, write_tones
 
+import ranks
 import train
-from train import Pulse, Ranks
+from ranks import Pulse, Ranks
 
 WORDS = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
 LAUNCHERS = {
@@ -42,7 +43,7 @@ def environment(monkeypatch):
 
 
 def init_ranks(*words):
-    return train.init_ranks(train.parse_configs([*WORDS, *words])[0])
+    return ranks.init_ranks(train.parse_configs([*WORDS, *words])[0])
 
 
 # ---- who and where ----------------------------------------------------------------------------
@@ -52,14 +53,14 @@ def init_ranks(*words):
 def test_ranks_are_those_that_the_launcher_says(environment, launcher):
     for name, value in zip(LAUNCHERS[launcher], "351", strict=True):
         environment.setenv(name, value)
-    assert train.read_ranks() == Ranks(rank=3, world=5, local_rank=1)
+    assert ranks.read_ranks() == Ranks(rank=3, world=5, local_rank=1)
 
 
 def test_torchrun_inside_an_mpi_job_wins(environment):
     for launcher, values in (("Intel MPI", "010"), ("torchrun", "120")):
         for name, value in zip(LAUNCHERS[launcher], values, strict=True):
             environment.setenv(name, value)
-    assert train.read_ranks() == Ranks(1, 2, 0)
+    assert ranks.read_ranks() == Ranks(1, 2, 0)
 
 
 def test_one_process_needs_no_group(environment):
@@ -94,7 +95,7 @@ def affinity(environment):
 @pytest.mark.parametrize(("local_rank", "expected"), [(0, range(4, 52)), (1, range(56, 104))])
 def test_rank_binds_itself_to_its_mask(environment, affinity, local_rank, expected):
     environment.setenv("I_MPI_PIN_DOMAIN", "[0xffffffffffff0,0xffffffffffff00000000000000,]")
-    train.bind(Ranks(2 + local_rank, 4, local_rank))
+    ranks.bind(Ranks(2 + local_rank, 4, local_rank))
     assert affinity == set(expected)
 
 
@@ -102,7 +103,7 @@ def test_rank_binds_itself_to_its_mask(environment, affinity, local_rank, expect
 def test_what_is_no_mask_is_left_to_intel_mpi(environment, affinity, domain):
     if domain is not None:
         environment.setenv("I_MPI_PIN_DOMAIN", domain)
-    train.bind(Ranks(1, 2, 1))
+    ranks.bind(Ranks(1, 2, 1))
     assert affinity == set(range(104))
 
 
@@ -115,14 +116,14 @@ def test_rank_without_cpus_is_an_error(environment, affinity, domains):
     environment.setattr(os, "sched_setaffinity", refuse)
     environment.setenv("I_MPI_PIN_DOMAIN", domains)
     with pytest.raises(ValueError, match="I_MPI_PIN_DOMAIN: .* has no CPUs .* local rank 2"):
-        train.bind(Ranks(2, 3, 2))
+        ranks.bind(Ranks(2, 3, 2))
 
 
 def test_a_rank_that_is_no_number_is_an_error(environment):
     environment.setenv("RANK", "")
     environment.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK: '', expected a number"):
-        train.read_ranks()
+        ranks.read_ranks()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_one_thread_on_many_cpus_is_warned_of(
 ):
     environment.setattr(torch, "get_num_threads", lambda: threads)
     environment.setenv("I_MPI_PIN_DOMAIN", domain)
-    train.bind(Ranks(5, world, 0))
+    ranks.bind(Ranks(5, world, 0))
     assert ("rank 5 computes with one thread on" in capsys.readouterr().err) == warns
 
 
@@ -166,29 +167,29 @@ def test_loader_worker_may_use_every_cpu_of_its_rank():
 
 
 def test_backend_is_gloo_without_the_bindings_of_oneccl():
-    if train.load_backend("auto") == "ccl":
+    if ranks.load_backend("auto") == "ccl":
         pytest.skip("oneccl_bindings_for_pytorch is installed")
-    assert train.load_backend("gloo") == "gloo"
+    assert ranks.load_backend("gloo") == "gloo"
     with pytest.raises(ValueError, match="backend: ccl needs oneccl_bindings_for_pytorch: "):
-        train.load_backend("ccl")
+        ranks.load_backend("ccl")
 
 
 def test_backend_is_ccl_with_the_bindings(environment):
     module = types.ModuleType("oneccl_bindings_for_pytorch")
     environment.setitem(sys.modules, module.__name__, module)
-    assert [train.load_backend(name) for name in ("auto", "ccl", "gloo")] == ["ccl", "ccl", "gloo"]
+    assert [ranks.load_backend(name) for name in ("auto", "ccl", "gloo")] == ["ccl", "ccl", "gloo"]
 
 
 def test_backend_mpi_needs_a_torch_with_mpi(environment):
     environment.setattr(dist, "is_mpi_available", lambda: False)
     with pytest.raises(ValueError, match="a torch that was built with MPI"):
-        train.load_backend("mpi")
+        ranks.load_backend("mpi")
     environment.setattr(dist, "is_mpi_available", lambda: True)
-    assert train.load_backend("mpi") == "mpi"
+    assert ranks.load_backend("mpi") == "mpi"
 
 
 def test_interface_to_this_machine_is_the_loopback():
-    assert train.interface_to("127.0.0.1") == "lo"
+    assert ranks.interface_to("127.0.0.1") == "lo"
 
 
 def test_taken_port_is_named(environment):
@@ -202,16 +203,16 @@ def test_taken_port_is_named(environment):
 
 
 def test_no_interface_is_told_by_an_address_that_is_not_ipv4():
-    assert train.interface_to("127.0.0.1") == "lo"
-    assert train.interface_to("::1") is None
+    assert ranks.interface_to("127.0.0.1") == "lo"
+    assert ranks.interface_to("::1") is None
     with pytest.raises(OSError):  # noqa: PT011 - the system's words differ
-        train.interface_to("no-such-host.invalid")
+        ranks.interface_to("no-such-host.invalid")
 
 
 def test_without_affinity_a_rank_is_not_bound(environment):
     environment.setenv("I_MPI_PIN_DOMAIN", "[0x1,]")
     environment.delattr(os, "sched_setaffinity")  # macOS
-    train.bind(train.Ranks(0, 1, 0))
+    ranks.bind(ranks.Ranks(0, 1, 0))
 
 
 @pytest.mark.parametrize(("rank", "address"), [("0", "127.0.0.1"), ("1", "127.0.0.1"),
@@ -322,7 +323,7 @@ def ends(environment):
     """Statuses of processes that would have ended."""
     statuses = []
     environment.setattr(os, "_exit", statuses.append)
-    environment.setattr(train.faulthandler, "dump_traceback_later", lambda *a, **k: None)
+    environment.setattr(ranks.faulthandler, "dump_traceback_later", lambda *a, **k: None)
     yield statuses
     # Their threads have to end while os._exit is the stand-in.
     for pulse in PULSES:

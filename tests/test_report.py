@@ -19,9 +19,10 @@ import pytest
 import torch
 from tones import TINY, run_here, run_train, tiny_corpus
 
-import bench
 import data
+import features
 import report
+from tools import bench
 
 
 def step(number, epoch, **changes):
@@ -286,7 +287,7 @@ def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys, tmp_path)
 def test_a_run_that_waits_for_its_data_says_so_while_it_runs(tmp_path, monkeypatch, capsys):
     """Epochs of large corpora last for hours."""
     root = tiny_corpus(tmp_path)
-    real = data.load_audio
+    real = features.load_audio
     monkeypatch.setattr(data, "load_audio", lambda *a: time.sleep(0.1) or real(*a))
     run_here("--data", root, "--out", root / "run", *TINY, "--train-splits", *["train"] * 6,
              "--batch-size", 2, "--epochs", 1)  # fmt: skip

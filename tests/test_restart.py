@@ -24,8 +24,14 @@ import soundfile
 import torch
 from tones import REPO, TINY, checkpoints, events, live, run_train, tiny_corpus
 
-import decode
 import train
+from checkpoint import (
+    CHECKPOINT_FORMAT,
+    DamagedCheckpoint,
+    digest,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 LAST = "checkpoint-00000012.pt"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -96,13 +102,13 @@ def assert_same_run(out, expected):
                        ("epoch", ("epoch", "loss")), ("eval", ("epoch", "errors"))):  # fmt: skip
         ours, theirs = ([[e[k] for k in keys] for e in events(d, kind)] for d in (out, expected))
         assert ours == theirs, kind
-    ours, theirs = (decode.load_checkpoint(d / LAST) for d in (out, expected))
+    ours, theirs = (load_checkpoint(d / LAST) for d in (out, expected))
     for part in ("model", "ema", "optimizer"):
-        assert decode.digest(ours[part]) == decode.digest(theirs[part]), part
+        assert digest(ours[part]) == digest(theirs[part]), part
     for name in ("epoch", "batch", "step", "loss_sum", "best_wer", "evaluated"):
         assert ours["progress"][name] == theirs["progress"][name]
-    ours, theirs = (decode.load_checkpoint(d / "best.pt") for d in (out, expected))
-    assert decode.digest(ours["ema"]) == decode.digest(theirs["ema"])
+    ours, theirs = (load_checkpoint(d / "best.pt") for d in (out, expected))
+    assert digest(ours["ema"]) == digest(theirs["ema"])
 
 
 # ------------------------------------------------------------------------------ stops and restarts
@@ -153,9 +159,9 @@ def test_two_ranks_resume_exactly(corpus, whole, tmp_path, precision):
     assert losses[0] == losses[1]
     kept = [e for e in events(tmp_path, "eval") if e["step"] % 4 == 0]  # one more at the stop
     assert [e["errors"] for e in kept] == [e["errors"] for e in events(expected, "eval")]
-    ours, theirs = (decode.load_checkpoint(d / LAST) for d in (tmp_path, expected))
+    ours, theirs = (load_checkpoint(d / LAST) for d in (tmp_path, expected))
     for part in ("model", "ema", "optimizer"):
-        assert decode.digest(ours[part]) == decode.digest(theirs[part]), part
+        assert digest(ours[part]) == digest(theirs[part]), part
 
 
 @pytest.mark.parametrize("number", train.STOP_SIGNALS)
@@ -191,7 +197,7 @@ def test_a_run_killed_while_it_evaluates_evaluates_again(run, whole, tmp_path, m
 
 def test_killed_between_best_and_checkpoint_there_is_one_best(run, whole, tmp_path, monkeypatch):
     """The evaluation is repeated; its result is found best again."""
-    real, saved = train.save_checkpoint, []
+    real, saved = save_checkpoint, []
 
     def save(path, checkpoint):
         saved.append(path.name)
@@ -240,8 +246,9 @@ def test_a_run_looks_for_all_bad_signs_and_computes_without_denormal_numbers(
 
 def test_a_run_directory_has_one_run_at_a_time(run, tmp_path):
     program = (
-        "import sys, train\nfrom pathlib import Path\n"
-        "lock = train.lock_run(Path(sys.argv[1]))\nprint('locked', flush=True)\nsys.stdin.read()\n"
+        "import sys, checkpoint\nfrom pathlib import Path\n"
+        "lock = checkpoint.lock_run(Path(sys.argv[1]))\n"
+        "print('locked', flush=True)\nsys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, cwd=REPO, text=True, stdin=subprocess.PIPE,
@@ -274,9 +281,9 @@ def test_what_was_half_written_goes_at_the_next_start(run, tmp_path):
 def test_checkpoints_that_do_not_name_their_dev_split_are_resumed(run, whole, tmp_path):
     assert run(tmp_path, at={7: send(signal.SIGTERM)}) == 143
     path = tmp_path / checkpoints(tmp_path)[-1]
-    stored = decode.load_checkpoint(path)
+    stored = load_checkpoint(path)
     del stored["dev"]
-    train.save_checkpoint(path, stored)
+    save_checkpoint(path, stored)
     assert run(tmp_path, "--resume") == 0
     assert_same_run(tmp_path, whole())
 
@@ -301,7 +308,7 @@ def test_another_dev_split_is_scored_before_anything_is_said_of_it(run, tmp_path
     assert first["wer"] == best
     assert second["words"] != first["words"]
     assert events(tmp_path, "end")[-1]["best_wer"] == second["wer"]
-    stored = decode.load_checkpoint(tmp_path / "best.pt")["progress"]
+    stored = load_checkpoint(tmp_path / "best.pt")["progress"]
     assert stored["best_wer"] == second["wer"]
 
 
@@ -351,7 +358,7 @@ def test_copies_of_checkpoints_are_the_users(run, tmp_path):
 def test_a_resumed_run_heeds_its_own_flags_of_the_optimiser(run, tmp_path, flag, name, value):
     run(tmp_path, "--epochs", 1)
     assert run(tmp_path, "--resume", flag, value[0] if name == "betas" else value) == 0
-    (group,) = decode.load_checkpoint(tmp_path / LAST)["optimizer"]["param_groups"]
+    (group,) = load_checkpoint(tmp_path / LAST)["optimizer"]["param_groups"]
     assert group[name] == value
     assert group["step"] == 12
 
@@ -407,9 +414,9 @@ def test_a_run_of_buckets_by_recorded_length_goes_on_at_the_next_epoch(run, tmp_
     """Its checkpoints do not say so, for there was nothing else."""
     run(tmp_path, at={6: send(signal.SIGTERM)})
     path = tmp_path / "checkpoint-00000006.pt"
-    checkpoint = decode.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     del checkpoint["order"]["length in buckets"]
-    train.save_checkpoint(path, checkpoint)
+    save_checkpoint(path, checkpoint)
     assert run(tmp_path, "--resume") == 0
     assert "length in buckets was as recorded, now after speed" in capsys.readouterr().out
     assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
@@ -493,19 +500,19 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
         spoilt[place] ^= 1 << place % 8
         path.write_bytes(spoilt)
         try:
-            found = decode.load_checkpoint(path)
-        except decode.DamagedCheckpoint:
+            found = load_checkpoint(path)
+        except DamagedCheckpoint:
             noticed += 1
         else:  # a bit of the archive's own bookkeeping that no value depends on
-            assert decode.digest(found) == decode.digest(decode.load_checkpoint(whole() / LAST))
+            assert digest(found) == digest(load_checkpoint(whole() / LAST))
     assert noticed > 30
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, whole, tmp_path):
     run(tmp_path, "--time-limit-s", 1e-6)
     path = tmp_path / "checkpoint-00000001.pt"
-    checkpoint = decode.load_checkpoint(path)
-    train.save_checkpoint(path, checkpoint | {"format": 1})
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, checkpoint | {"format": 1})
     with pytest.raises(ValueError, match="00000001.pt: format 1, this version reads"):
         run(tmp_path, "--resume")
 
@@ -676,7 +683,7 @@ def test_fifty_kills_at_random_moments_lose_nothing(corpus, tmp_path):
             steps = done
         torn += bool(list(out.glob("*.partial")))
         for path in (*out.glob("checkpoint-*.pt"), *out.glob("best.pt")):
-            decode.load_checkpoint(path)  # never torn
+            load_checkpoint(path)  # never torn
     assert torn > 0, "no kill hit a checkpoint while it was written"
     assert steps > 50, "the lives were too short to get on"
 
@@ -689,9 +696,9 @@ def test_fifty_kills_at_random_moments_lose_nothing(corpus, tmp_path):
         ours, theirs = ([[e[k] for k in keys] for e in events(d, kind)] for d in (out, undisturbed))
         assert ours == theirs
     for name in (f"checkpoint-{4 * last:08d}.pt", "best.pt"):
-        ours, theirs = (decode.load_checkpoint(d / name) for d in (out, undisturbed))
+        ours, theirs = (load_checkpoint(d / name) for d in (out, undisturbed))
         for part in ("model", "ema", "optimizer"):
-            assert decode.digest(ours[part]) == decode.digest(theirs[part])
+            assert digest(ours[part]) == digest(theirs[part])
 
 
 def test_a_torn_line_of_the_log_is_removed(run, whole, tmp_path):
@@ -704,6 +711,10 @@ def test_a_torn_line_of_the_log_is_removed(run, whole, tmp_path):
 
 
 def test_loading_finds_what_was_saved(tmp_path):
-    checkpoint = {"format": decode.CHECKPOINT_FORMAT, "x": torch.arange(3), "y": (1, [2.5, None])}
-    train.save_checkpoint(tmp_path / "a.pt", checkpoint)
-    assert decode.digest(decode.load_checkpoint(tmp_path / "a.pt")) == decode.digest(checkpoint)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "x": torch.arange(3),
+        "y": (1, [2.5, None]),
+    }
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    assert digest(load_checkpoint(tmp_path / "a.pt")) == digest(checkpoint)

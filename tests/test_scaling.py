@@ -9,13 +9,14 @@ import pytest
 import torch
 from tones import run_script
 
-import bench
 import data
-from bench import Case
+import features
+from tools import bench, ladder
+from tools.ladder import Case
 
 BYTES = 4 * 10**8
 # A turn takes 10 ms and half as long again as its bytes; a step hides half of all behind computing.
-REDUCE_S = {case: 2 * (case.ranks - 1) * 0.01 + 1.5 * bench.ring_s(case.ranks, BYTES, case.gbit)
+REDUCE_S = {case: 2 * (case.ranks - 1) * 0.01 + 1.5 * ladder.ring_s(case.ranks, BYTES, case.gbit)
             for case in (Case(2, 10), Case(2, 1), Case(4, 10), Case(4, 1))}  # fmt: skip
 
 
@@ -32,8 +33,8 @@ def measured(case, words):
 
 @pytest.mark.parametrize("has_hosts", [True, False])
 def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
-    monkeypatch.setattr(bench, "measure_case", measured)
-    monkeypatch.setattr(bench, "can_make_hosts", lambda: has_hosts)
+    monkeypatch.setattr(ladder, "measure_case", measured)
+    monkeypatch.setattr(ladder, "can_make_hosts", lambda: has_hosts)
     path = tmp_path / "scaling.json"
     monkeypatch.setattr(sys, "argv", ["bench.py", "scaling", "--json", str(path)])
     bench.main()
@@ -48,7 +49,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
         assert set(result["cases"]) == {"1 ranks", "2 ranks"}
         assert "projected_speedup" not in result
         with pytest.raises(ValueError, match="without hosts"):
-            bench.read_scaling(path)
+            ladder.read_scaling(path)
         return
     assert len(result["cases"]) == 10
     assert result["slope"] == pytest.approx(1.5)
@@ -62,10 +63,10 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
 
 def test_oneccl_is_measured_with_1_2_and_4_workers_where_it_is(monkeypatch, capsys, tmp_path):
     asked = []
-    monkeypatch.setattr(bench, "measure_case", lambda case, words: (
+    monkeypatch.setattr(ladder, "measure_case", lambda case, words: (
         asked.append(case), measured(case, words))[1])  # fmt: skip
-    monkeypatch.setattr(bench, "can_make_hosts", lambda: False)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ladder, "can_make_hosts", lambda: False)
+    monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
         sys, "argv", ["bench.py", "scaling", "--json", str(tmp_path / "scaling.json")]
     )
@@ -101,7 +102,7 @@ def test_exchanged_gradients_are_the_mean_of_all_ranks(monkeypatch, dtype, mean)
     monkeypatch.setattr(bench.dist, "all_reduce", lambda tensor, async_op: Work(tensor))
     bucket = Bucket()
     state = {"dtype": dtype}
-    assert bench.exchange(state, bucket).wait().tolist() == pytest.approx(mean)
+    assert ladder.exchange(state, bucket).wait().tolist() == pytest.approx(mean)
     assert bucket.flat.tolist() == pytest.approx(mean)
     assert state["began"] > 0
 
@@ -112,7 +113,7 @@ def test_the_first_recordings_are_the_same_for_any_number_of_ranks(tmp_path):
     for count in (4, 8):
         bench.synthesize(tmp_path / str(count), bench.draw_shapes(count))
         utterances = data.read_split(tmp_path / str(count), "noise")[:4]
-        made.append([(u.id, u.text, data.load_audio(u.path).tolist()) for u in utterances])
+        made.append([(u.id, u.text, features.load_audio(u.path).tolist()) for u in utterances])
     assert made[0] == made[1]
 
 
@@ -120,7 +121,7 @@ def test_the_first_recordings_are_the_same_for_any_number_of_ranks(tmp_path):
 def test_ranks_and_hosts_are_really_measured(tmp_path):
     words = ["--json", str(tmp_path / "scaling.json"), "--turns", "1", "--preset", "demo",
              "--batch-size", "1", "--vocab-size", "24"]  # fmt: skip
-    *lines, last = run_script("bench.py", "scaling", *words).splitlines()
+    *lines, last = run_script("tools.bench", "scaling", *words).splitlines()
     cases = json.loads(last)["cases"]
     if os.geteuid() != 0 or any("no hosts made" in line for line in lines):
         assert len(cases) == 2
@@ -128,7 +129,7 @@ def test_ranks_and_hosts_are_really_measured(tmp_path):
         assert len(cases) == 10
         slow, fast = (cases[f"2 hosts, {gbit} Gbit/s"]["all_reduce"] for gbit in (1, 10))
         num_bytes = cases["2 ranks"]["gradient_bytes"]
-        assert slow > 0.5 * bench.ring_s(2, num_bytes, 1)  # the rate holds, but for its burst
+        assert slow > 0.5 * ladder.ring_s(2, num_bytes, 1)  # the rate holds, but for its burst
         assert slow > fast
     pair = cases["2 ranks"]
     assert pair["step"] > pair["waits"] > 0

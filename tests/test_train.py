@@ -40,10 +40,12 @@ from torch import nn
 import data
 import decode
 import train
-from data import FeatureConfig
+from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
+from features import FeatureConfig
 from loss import transducer_loss
 from model import PRESETS, ModelConfig
-from train import Ranks, TrainConfig, lr_at
+from ranks import Ranks, init_ranks
+from train import TrainConfig, lr_at
 
 ORACLES = REPO.parent / "shared" / "oracles"
 needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="../shared/oracles is not here")
@@ -690,7 +692,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weights():
 def rank_main(folder):
     """What each of two processes does; its results are in <folder>/rank<r>.pt."""
     torch.set_default_dtype(torch.float64)
-    ranks, _ = train.init_ranks(parse("--timeout-s", "60")[0])
+    ranks, _ = init_ranks(parse("--timeout-s", "60")[0])
     assert ranks == (int(os.environ["RANK"]), 2, int(os.environ["LOCAL_RANK"]))
     results = {"ranks": tuple(ranks)}
     for name, split in (
@@ -1077,7 +1079,7 @@ def score(model, tokenizer, corpus, features):
 def test_best_is_the_averaged_model_of_the_first_lowest_wer(finished, corpus):
     out, _ = finished
     lowest = min(events(out, "eval"), key=lambda e: e["wer"])
-    checkpoint = decode.load_checkpoint(out / "best.pt")
+    checkpoint = load_checkpoint(out / "best.pt")
     assert checkpoint["progress"]["step"] == lowest["step"]
     model, tokenizer, features = decode.restore(checkpoint)
     assert score(model, tokenizer, corpus, features) == lowest["wer"]
@@ -1098,7 +1100,7 @@ def test_a_resumed_run_logs_the_same_steps_as_an_uninterrupted_one(finished, res
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_optimiser(finished, resumed):
-    ours, expected = (decode.load_checkpoint(out / "checkpoint-00000012.pt")
+    ours, expected = (load_checkpoint(out / "checkpoint-00000012.pt")
                       for out in (resumed[0], finished[0]))  # fmt: skip
     for owner in ("model", "ema"):
         assert ours[owner].keys() == expected[owner].keys()
@@ -1123,7 +1125,7 @@ def test_a_run_directory_with_a_checkpoint_is_refused_without_resume(finished, c
 def test_resuming_another_model_is_refused_with_field_and_values(finished):
     out, _ = finished
     path = out / "checkpoint-00000012.pt"
-    checkpoint = decode.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     asked = checkpoint["asked_vocab_size"]
     model_cfg = replace(ModelConfig(**checkpoint["model_config"]), vocab_size=asked)
     features = FeatureConfig(**checkpoint["feature_config"])
@@ -1277,8 +1279,8 @@ def test_evaluation_scores_the_averaged_weights(corpus):
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-00000001.pt"
-    checkpoint = {"format": decode.CHECKPOINT_FORMAT, "model": torch.ones(3)}
-    train.save_checkpoint(path, checkpoint)
+    checkpoint = {"format": CHECKPOINT_FORMAT, "model": torch.ones(3)}
+    save_checkpoint(path, checkpoint)
 
     def break_off(_, file):
         file.write(b"half")
@@ -1286,6 +1288,6 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.torch, "save", break_off)
     with pytest.raises(OSError, match="disk full"):
-        train.save_checkpoint(path, {**checkpoint, "model": torch.zeros(3)})
-    assert torch.equal(decode.load_checkpoint(path)["model"], torch.ones(3))
+        save_checkpoint(path, {**checkpoint, "model": torch.zeros(3)})
+    assert torch.equal(load_checkpoint(path)["model"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from tones import REPO
 
 import train
-import tune
+from tools import tune
 
 # Three epochs of 10 s by its log. The WER falls to 100 times the distance of lr from 0.004 and a
 # tenth. Above lr 0.02 it fails. Trials from number HOPELESS on have a bad WER and, unless somebody

@@ -66,8 +66,11 @@ def run_train(corpus, out, *words, launcher=()):
 
 def run_script(script, *words):
     """Standard output of a script of ours that succeeds."""
-    command = [sys.executable, str(REPO / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    command = [sys.executable, *(["-m"] if script.startswith("tools.") else []), script]
+    command += map(str, words)
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=1800, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search hyper-parameters: each trial is one call of run.sh, judged by its time and its WER.
 
-    python tune.py --config tune.yaml                            # CORPUS, RANKS ... as for run.sh
-    python tune.py --config tune.yaml --out out/a --epochs 6     # other words go to every trial
+    python -m tools.tune --config tune.yaml  # CORPUS, RANKS ... as for run.sh
+    python -m tools.tune --config tune.yaml --out out/a --epochs 6  # other words go to every trial
 
 The file is that of Intel's e2eAIOK; names are fields of train.py's configs (or learning_rate):
 
@@ -61,7 +61,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import train
 
-REPO = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parent.parent
 CONFIGS = (train.TrainConfig, train.ModelConfig, train.FeatureConfig)
 FIELDS = {f.name: f.type for config in CONFIGS for f in fields(config)}
 PLACES = ("data", "out", "resume", "restart")  # say where, and may differ between hosts

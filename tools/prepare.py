@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora: speak the demo corpus, download LibriSpeech, check any corpus.
 
-    python prepare.py demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
-    python prepare.py mini-librispeech ROOT     # or librispeech-100, librispeech-960
-    python prepare.py check ROOT [SPLIT ...]    # exit status 1 if an error was found
+    python -m tools.prepare demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
+    python -m tools.prepare mini-librispeech ROOT     # or librispeech-100, librispeech-960
+    python -m tools.prepare check ROOT [SPLIT ...]    # exit status 1 if an error was found
 
 After an interruption the same call goes on where it stopped. From a mirror, or without internet:
-    python prepare.py mini-librispeech ROOT --mirror https://openslr.elda.org/resources
-    python prepare.py mini-librispeech ROOT --archive train-clean-5.tar.gz dev-clean-2.tar.gz
+    python -m tools.prepare mini-librispeech ROOT --mirror https://openslr.elda.org/resources
+    python -m tools.prepare mini-librispeech ROOT --archive train-clean-5.tar.gz dev-clean-2.tar.gz
 
 Every corpus has LibriSpeech's form (Panayotov et al. 2015, doi:10.1109/ICASSP.2015.7178964):
     <ROOT>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac    16 kHz, mono, int16

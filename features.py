@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an audio file to input frames: decode, trim, log-mel, normalise, splice, augment.
+
+    samples = load_audio("1272-128104-0000.flac")        # float32, 16 kHz
+    feats = features(samples)                            # (T_in, 256) float32
+    feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
+
+Stands alone: copy this file into another project and it works (numpy, torch, soundfile, soxr).
+
+The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of intel/e2eAIOK,
+modelzoo/rnnt/pytorch/common/data/dali/pipeline.py).
+"""
+
+import functools
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = "") -> None:
+    """Rules are (names of fields, whether a value is valid, what is expected instead).
+
+    Raises:
+        ValueError: names the field, its value and what is expected.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value) and name != may_be_infinite:
+            raise ValueError(f"{name}: {value}, expected a finite number")
+    for names, is_valid, expected in rules:
+        for name in names:
+            value = getattr(config, name)
+            if not is_valid(value):
+                raise ValueError(f"{name}: {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The front end. Origin of the values: configs/baseline_v3-1023sp.yaml of the original."""
+
+    sample_rate_hz: int = 16000
+    preemphasis: float = 0.97
+    window: int = 320  # samples, 20 ms
+    hop: int = 160  # samples, 10 ms
+    fft_size: int = 512
+    num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
+    splice: int = 3  # log-mel frames beside each other in one input frame
+    align: int = 32  # input frames are filled with zeros to a multiple: 240 -> 256
+    trim_db: float = -60.0  # silence at both ends: below this, relative to the loudest window
+    trim_window: int = 2048  # samples of the moving mean square
+    dither: float = 1e-5  # standard deviation; training only
+    speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
+    speed_max: float = 1.15
+    freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
+    freq_mask_max: int = 20  # mel bins
+    time_masks: int = 10
+    time_mask_max: float = 0.03  # of the utterance's own length
+    max_utterance_s: float = 16.7  # longer ones leave the training set
+    num_buckets: int = 6  # by perturbed duration; batches are drawn inside a bucket
+    round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
+    round_labels: int = 8  # padded U likewise
+
+    @property
+    def feature_size(self) -> int:
+        return -(-self.num_mels * self.splice // self.align) * self.align
+
+    def __post_init__(self) -> None:
+        check_ranges(self, (
+            (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
+              "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
+            (("dither", "freq_masks", "freq_mask_max", "time_masks"),
+             lambda x: x >= 0, "at least 0"),
+            (("preemphasis", "time_mask_max"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("max_utterance_s",), lambda x: x > 0, "more than 0"),
+            (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
+            (("trim_db",), lambda x: x <= 0, "at most 0"),
+            (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
+            (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
+            (("speed_max",), lambda x: x >= self.speed_min, f"at least {self.speed_min}"),
+        ))  # fmt: skip
+
+
+DEFAULT = FeatureConfig()
+
+
+# Samples are from -1 to 1, or integers as floats. Squares of much larger ones overflow.
+LOUDEST = 1e10
+
+
+# --------------------------------------------------------------------------- audio file to samples
+
+
+FORMATS = {  # by the names' ends, as libsndfile calls them
+    ".flac": ("FLAC",),
+    ".wav": ("WAV", "WAVEX", "RF64"),
+    ".ogg": ("OGG",),
+}
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning once in a process. The warnings module's own memory is shorter: it forgets
+    whenever any library touches the filters."""
+    warnings.warn(message, stacklevel=3)
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file's name says so; `._a.flac` is what macOS leaves beside a.flac."""
+    return Path(name).suffix.lower() in FORMATS and not name.startswith("._")
+
+
+def is_whole(audio: soundfile.SoundFile) -> bool:
+    """Whether the last sample is there, and all that a WAV file's header has promised."""
+    if audio.seekable():  # compressed WAV is not
+        try:
+            audio.seek(audio.frames - 1)
+            last = audio.read(1)
+            audio.seek(0)
+        except soundfile.LibsndfileError:
+            return False
+        if len(last) == 0:
+            return False
+    # Of WAV and RF64 libsndfile counts what is there, and says in its log what the header promised.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:
+        return False
+    # What was written to a pipe promises the most that there can be.
+    promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
+    return promised is None or int(promised[1]) >= 0x7FFF_F000
+
+
+def open_audio(path: str | Path) -> soundfile.SoundFile:
+    """An audio file whose header is right: its format is the one that its name says, it holds
+    samples, and the last of them is there.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not what it should be.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror}") from error
+    if not head:
+        raise ValueError(f"{path}: empty file")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a pointer of git-LFS, not the audio; `git lfs pull` fetches it")
+    try:
+        audio = soundfile.SoundFile(os.fsencode(path))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: not readable as audio: {error.error_string}") from error
+    except TypeError as error:  # of .raw it wants to be told rate and channels
+        raise ValueError(f"{path}: not readable as audio: {error}") from error
+    expected = FORMATS.get(path.suffix.lower())
+    if expected and audio.format not in expected:
+        raise ValueError(f"{path}: holds {audio.format}, not {expected[0]}")
+    if audio.frames == 0:
+        raise ValueError(f"{path}: no samples")
+    if not is_whole(audio):
+        raise ValueError(f"{path}: truncated: its end is missing")
+    return audio
+
+
+def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
+    """Samples as they are, float32 (n,) or (n, channels), and their rate; int16 is scaled by
+    1/32768.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not audio, truncated, damaged, or holds NaN or what is past LOUDEST.
+    """
+    with open_audio(path) as audio:
+        try:
+            samples = audio.read(audio.frames, dtype="float32")
+        except soundfile.LibsndfileError as error:
+            reason = error.error_string or f"libsndfile error {error.code}"
+            raise ValueError(f"{path}: damaged audio: {reason}") from error
+    # Integers are scaled; floating-point WAV can hold NaN, infinity and what overflows.
+    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
+        bad = np.count_nonzero(~good)
+        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
+    return samples, audio.samplerate
+
+
+def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """(n,) samples of a FLAC, WAV or OGG file, float32 at 16 kHz; errors as of `read_audio`.
+
+    Channels are averaged and other rates resampled, each with a warning.
+    """
+    samples, rate = read_audio(path)
+    if samples.ndim == 2:
+        warn_once(f"audio of {samples.shape[1]} channels is averaged to one")
+        samples = samples.mean(1)
+    if rate != cfg.sample_rate_hz:
+        warn_once(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz")
+        samples = resample(samples, rate, cfg.sample_rate_hz)
+    return samples
+
+
+def resample(samples: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
+    """(n,) -> (ceil(n * to_hz / from_hz),), the missing last sample 0."""
+    # In this order 1.1 * 1600 samples are 1760, not the 1761 that rounding up 1760.0000000000002
+    # gives.
+    size = math.ceil(len(samples) * to_hz / from_hz)
+    resampled = soxr.resample(samples, from_hz, to_hz)[:size]
+    return np.pad(resampled, (0, size - len(resampled)))
+
+
+@functools.cache
+def speed_filters(new: int) -> tuple[Tensor, int]:
+    """Low-pass filters (rows, 100, new) that give `new` samples in the place of a row of 100, and
+    how many samples they reach back. They reach ahead as far, into the `rows - 1` next rows.
+
+    Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
+    within 1e-4 up to 0.9 of the narrower band.
+    """
+    cutoff = min(1.0, new / 100)
+    reach = math.ceil(32 / cutoff)
+    rows = -(-(100 + 2 * reach) // 100)
+    taps = np.arange(100 * rows)[:, None] - reach
+    at = np.arange(new) * 100 / new - taps  # (taps, new) distances
+    window = np.i0(9 * np.sqrt(np.clip(1 - (at / reach) ** 2, 0, None))) / np.i0(9)
+    filters = cutoff * np.sinc(cutoff * at) * window * (np.abs(at) < reach)
+    return torch.from_numpy(filters).float().view(rows, 100, new), reach
+
+
+def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+    """(n,) -> (ceil(factor * n),) samples, to be played at the old rate. Factors are rounded to
+    hundredths.
+
+    Written as matrix products, which takes less than half the time of soxr, which makes its
+    filters anew for every rate, and of a convolution: oneDNN builds a kernel for every length.
+    """
+    new = round(100 * factor)
+    filters, reach = speed_filters(new)
+    size = -(-len(samples) * new // 100)
+    count = -(-size // new)
+    end = 100 * (count + len(filters) - 1) - reach - len(samples)
+    rows = F.pad(torch.from_numpy(samples).float(), (reach, end)).view(-1, 100)
+    changed = rows[:count] @ filters[0]  # (count, new)
+    for i, taps in enumerate(filters[1:], start=1):
+        changed.addmm_(rows[i : i + count], taps)
+    return changed.view(-1)[:size].numpy()
+
+
+def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple[int, int]:
+    """Start and end, in samples, of what is less than `trim_db` below the loudest window.
+
+    The rule is DALI's NonsilentRegion: from the first to the last window of `trim_window`
+    samples whose mean square reaches the threshold, the last one whole. All-zero audio stays.
+    """
+    window = min(cfg.trim_window, len(samples))
+    # torch adds up four times as fast as numpy.
+    squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
+    energy = squares.cumsum(0).numpy()
+    sums = energy[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
+    sums[1:] -= energy[:-window]
+    loud = sums >= sums.max() * 10 ** (cfg.trim_db / 10)
+    return int(loud.argmax()), len(loud) - 1 - int(loud[::-1].argmax()) + window
+
+
+def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """Without its silent ends: see nonsilent_region."""
+    start, end = nonsilent_region(samples, cfg)
+    return samples[start:end]
+
+
+# ----------------------------------------------------------------------------- samples to features
+
+
+@functools.cache
+def mel_filters(cfg: FeatureConfig) -> tuple[Tensor, Tensor]:
+    """Window (320,) and mel filterbank (257, 80): triangles of area 1 Hz on Slaney's mel scale.
+
+    Slaney (1998), Auditory Toolbox, the default of librosa.filters.mel: 200/3 Hz a mel up to
+    1000 Hz (15 mel), from there on 27 mel for every factor of 6.4.
+    """
+    # DALI samples the Hann window between the integers, unlike torch (periodic or symmetric).
+    phase = 2 * math.pi * (torch.arange(cfg.window, dtype=torch.float64) + 0.5) / cfg.window
+    window = (0.5 * (1 - torch.cos(phase))).float()
+    nyquist_hz = cfg.sample_rate_hz / 2
+    top = 15 + 27 * math.log(nyquist_hz / 1000, 6.4) if nyquist_hz > 1000 else nyquist_hz * 3 / 200
+    mels = np.linspace(0, top, cfg.num_mels + 2)  # filter m: rises from mels[m], ends at [m + 2]
+    corners_hz = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    low, peak, high = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
+    bins_hz = np.arange(cfg.fft_size // 2 + 1)[:, None] * cfg.sample_rate_hz / cfg.fft_size
+    triangles = np.minimum((bins_hz - low) / (peak - low), (high - bins_hz) / (high - peak))
+    return window, torch.from_numpy(triangles.clip(0) * 2 / (high - low)).float()
+
+
+FRAMES_AT_ONCE = 128
+
+
+def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """(n,) -> (n // 160 + 1, 80) natural logarithm of mel power, at least ln(1e-20).
+
+    Pre-emphasis with the first sample as its own predecessor; frame t is centred on sample
+    160*t, the signal mirrored at both ends (also when shorter than a window).
+    """
+    emphasised = np.empty(len(samples), np.float32)
+    np.multiply(samples[:-1], -cfg.preemphasis, out=emphasised[1:], casting="same_kind")
+    emphasised[0] = -cfg.preemphasis * samples[0]
+    emphasised += samples
+    padded = np.pad(emphasised, cfg.window // 2, mode="reflect")
+    window, mel = mel_filters(cfg)
+    frames = torch.from_numpy(padded).unfold(0, cfg.window, cfg.hop)  # (frames, 320)
+    mels = torch.empty(len(frames), mel.shape[1])
+    windowed = torch.zeros(FRAMES_AT_ONCE, cfg.fft_size)
+    # Some frames at a time: what is made of them on the way fits the cache.
+    for block, out in zip(frames.split(FRAMES_AT_ONCE), mels.split(FRAMES_AT_ONCE), strict=True):
+        torch.mul(block, window, out=windowed[: len(block), : cfg.window])
+        parts = torch.view_as_real(torch.fft.rfft(windowed[: len(block)]))
+        squares = parts * parts  # (frames, 257, 2), of real and imaginary part
+        # Their sum(-1) takes three times as long.
+        torch.mm(squares[..., 0] + squares[..., 1], mel, out=out)
+    return mels.clamp_min_(1e-20).log_()
+
+
+@functools.cache
+def normal_numbers() -> np.ndarray:
+    """2^20 numbers of the standard normal distribution; drawn once, since each takes 5 ns."""
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def dither(samples: np.ndarray, rng: np.random.Generator,
+           cfg: FeatureConfig = DEFAULT) -> np.ndarray:  # fmt: skip
+    """(n,) samples plus noise: `normal_numbers` from a random place on, which last for 33 s or
+    more and then come again."""
+    start = int(rng.integers(2**19))
+    numbers = normal_numbers()[start : start + len(samples)]
+    if len(numbers) < len(samples):
+        numbers = np.resize(numbers, len(samples))
+    noise = cfg.dither * numbers
+    noise += samples
+    return noise
+
+
+def normalize(mels: Tensor) -> Tensor:
+    """(frames, 80): each bin to mean 0 and population deviation 1; constant bins to 0."""
+    x = mels.to(torch.float64, copy=True)
+    x -= x.mean(0)
+    constant = mels.amax(0) == mels.amin(0)
+    x /= x.square().mean(0).sqrt().masked_fill(constant, torch.inf)
+    return x.float()
+
+
+def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """Zeroes bands of mel bins and of frames, in place; any bin and frame can be hit.
+
+    Widths are uniform from 0 to the maximum, which for frames is a share of this utterance's
+    length, so that short utterances are not wiped out ("adaptive", arXiv:1912.05533).
+    """
+    frames, bins = mels.shape
+    for _ in range(cfg.freq_masks):
+        width = rng.integers(0, cfg.freq_mask_max, endpoint=True)
+        start = rng.integers(0, bins - width, endpoint=True)
+        mels[:, start : start + width] = 0
+    longest = round(frames * cfg.time_mask_max)
+    for _ in range(cfg.time_masks):
+        width = rng.integers(0, longest, endpoint=True)
+        start = rng.integers(0, frames - width, endpoint=True)
+        mels[start : start + width] = 0
+    return mels
+
+
+def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
+    """(frames, 80) -> (ceil(frames / 3), 256): three frames in a row, filled up with zeros."""
+    frames, bins = mels.shape
+    mels = F.pad(mels, (0, 0, 0, -frames % cfg.splice)).view(-1, bins * cfg.splice)
+    return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
+
+
+def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
+    """Factor on the number of samples: the first number that `features` draws."""
+    return rng.uniform(cfg.speed_min, cfg.speed_max)
+
+
+def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
+             rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
+    """(n,) samples -> (T_in, 256) input frames of 30 ms.
+
+    With `rng`, augmented for training: speed perturbation, dither and SpecAugment.
+    """
+    if rng is not None:
+        samples = change_speed(samples, draw_speed(rng, cfg))
+    samples = trim_silence(samples, cfg)
+    if rng is not None:
+        samples = dither(samples, rng, cfg)
+    mels = normalize(log_mel(samples, cfg))
+    if rng is not None:
+        mels = spec_augment(mels, rng, cfg)
+    return splice(mels, cfg)
