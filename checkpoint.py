@@ -111,7 +111,7 @@ def lock_run(out: Path) -> TextIO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # POSIX allows both
         raise ValueError(f"{out}: another run writes there: give this one another --out; if its "
-                         f"host is gone, delete {lock.name}") from error  # fmt: skip
+                         f"host is gone, delete {lock.name}") from error
     except OSError as error:
         print(f"warning: {out} cannot be locked: {error}", file=sys.stderr)
     return lock

@@ -73,7 +73,7 @@ class Tokenizer:
         ids = self.pieces.encode(text)
         if self.pieces.unk_id() in ids:
             unknown = [p for p, i in zip(self.pieces.encode(text, out_type=str), ids, strict=True)
-                       if i == self.pieces.unk_id()]  # fmt: skip
+                       if i == self.pieces.unk_id()]
             raise ValueError(f"{text!r}: the tokenizer has no piece for {''.join(unknown)!r}")
         return ids
 
@@ -99,7 +99,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2,
             normalization_rule_name="identity",  # pieces of a text spell that text
             max_sentence_length=max(10, *(len(t.encode()) + 1 for t in texts)),
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         raise ValueError(f"vocab_size: {vocab_size}, blank included: {error}") from error
     return model.getvalue()
@@ -167,7 +167,7 @@ def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str,
 
 
 def probe_audio(utterance_id: str, path: Path, cfg: FeatureConfig,
-                decode: bool) -> tuple[float, list[Problem]]:  # fmt: skip
+                decode: bool) -> tuple[float, list[Problem]]:
     """Duration in seconds, 0 if the file cannot be used, and what is wrong with it.
 
     Reads the header and the last sample; with `decode`, every sample.
@@ -234,7 +234,7 @@ def find_audio(files: Sequence[Path], problems: list[Problem]) -> dict[Path, Pat
 
 
 def find_texts(files: Sequence[Path], audio: dict[Path, Path],
-               problems: list[Problem]) -> dict[str, tuple[Path, str]]:  # fmt: skip
+               problems: list[Problem]) -> dict[str, tuple[Path, str]]:
     """Utterance id -> audio file and text, in the order of the ids."""
     texts: dict[str, tuple[Path, str]] = {}
     transcripts = [path for path in files if is_transcript(path.name)]
@@ -260,7 +260,7 @@ def find_texts(files: Sequence[Path], audio: dict[Path, Path],
 
 
 def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
-               decode: bool = False) -> tuple[list[Utterance], list[Problem]]:  # fmt: skip
+               decode: bool = False) -> tuple[list[Utterance], list[Problem]]:
     """Good utterances of one split by id, and all problems.
 
     Reads transcripts and audio headers; with `decode`, all audio. Nothing is remembered from
@@ -303,7 +303,7 @@ def describe(problems: Sequence[Problem], most: int = 10) -> list[str]:
 
 
 def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
-               skip_bad: bool = False) -> list[Utterance]:  # fmt: skip
+               skip_bad: bool = False) -> list[Utterance]:
     """Utterances of a split that has no errors; warnings are passed on as such.
 
     With `skip_bad` errors are warnings too, and what they concern is left out.
@@ -317,14 +317,14 @@ def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
         raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe(errors)]))
     if errors:
         warnings.warn(f"{split}: {len(errors)} problems, what they concern is left out",
-                      stacklevel=2)  # fmt: skip
+                      stacklevel=2)
     for line in describe(problems, most=1):
         warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
     return utterances
 
 
 def drop_long(utterances: Sequence[Utterance],
-              cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], str]:  # fmt: skip
+              cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], str]:
     """Those of at most `max_utterance_s`, and a line that counts the others."""
     kept = [u for u in utterances if u.duration_s <= cfg.max_utterance_s]
     hours = (sum(u.duration_s for u in utterances) - sum(u.duration_s for u in kept)) / 3600
@@ -351,7 +351,7 @@ class Batch(NamedTuple):
 
 
 def bucket_batches(durations_s: Sequence[float], global_batch: int, num_buckets: int,
-                   rng: np.random.Generator) -> np.ndarray:  # fmt: skip
+                   rng: np.random.Generator) -> np.ndarray:
     """One epoch's order: (batches, global_batch) indices, none twice.
 
     Utterances are sorted by duration, split into buckets and shuffled inside; what is left over
@@ -377,7 +377,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer | None,
                  cfg: FeatureConfig, seed: int | None = None, epoch: int = 0,
-                 skip_bad: bool = False) -> None:  # fmt: skip
+                 skip_bad: bool = False) -> None:
         self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
 
@@ -398,7 +398,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if self.seed is None:
             return [u.duration_s for u in self.utterances]
         return [draw_speed(self.rng(i), self.cfg) * u.duration_s
-                for i, u in enumerate(self.utterances)]  # fmt: skip
+                for i, u in enumerate(self.utterances)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
         """None, with a warning, for a file that went bad, if `skip_bad`."""
@@ -505,13 +505,13 @@ def next_batch(loader: Iterator[Batch], timeout_s: float) -> Batch:
                 continue
             else:
                 why = (f"none for {timeout_s:g} s: the disk of the recordings does not answer, or "
-                       "/dev/shm is full (docker run --shm-size)")  # fmt: skip
+                       "/dev/shm is full (docker run --shm-size)")
             raise OSError(f"no batch: {why}; train.py --loader-workers 0 prepares batches "
-                          "without worker processes") from error  # fmt: skip
+                          "without worker processes") from error
 
 
 def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_workers: int,
-                 timeout_s: float = 600.0) -> Iterator[Batch]:  # fmt: skip
+                 timeout_s: float = 600.0) -> Iterator[Batch]:
     """Batches in the given order, prepared ahead of time by worker processes.
 
     Raises:
@@ -528,7 +528,7 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
         timeout=LOOK_EVERY_S if num_workers else 0,
         collate_fn=functools.partial(collate, cfg=dataset.cfg),
         worker_init_fn=start_worker,
-    ))  # fmt: skip
+    ))
     if threading.current_thread() is threading.main_thread():
         # Torch's own handler raises in the middle of whatever is done when a worker is killed.
         signal.signal(signal.SIGCHLD, on_child)

@@ -63,7 +63,7 @@ class Arc(NamedTuple):
 def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
                   max_symbols_per_frame: int = MAX_SYMBOLS_PER_FRAME,
                   max_symbols: int = MAX_SYMBOLS,
-                  arcs: list[list[Arc]] | None = None) -> list[list[int]]:  # fmt: skip
+                  arcs: list[list[Arc]] | None = None) -> list[list[int]]:
     """Most likely class at every lattice node on one path: (B, T_in, D) -> B label lists.
 
     At its frame t an utterance emits labels until blank is the most likely class or
@@ -124,7 +124,7 @@ class Word(NamedTuple):
 
 
 def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
-             start_s: float) -> list[Word]:  # fmt: skip
+             start_s: float) -> list[Word]:
     """Words of one path; its frame 0 is at `start_s`. A frame is as exact as times can be.
 
     An emission is no boundary: a transducer may wait with a piece until it has heard enough.
@@ -202,7 +202,7 @@ def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
 
 
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
-                   counts: Counter | None = None) -> dict[str, str]:  # fmt: skip
+                   counts: Counter | None = None) -> dict[str, str]:
     """Utterance id -> hypothesis. Adds up encoder frames, emitted labels and utterances that ended
     at MAX_SYMBOLS in `counts`."""
     texts = {}
@@ -223,7 +223,7 @@ def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) ->
 
 
 def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
-                    most: int = 10) -> list[str]:  # fmt: skip
+                    most: int = 10) -> list[str]:
     """A line for each kind of word error: its number, and the most frequent ones."""
     kinds = {"substitutions": Counter(), "insertions": Counter(), "deletions": Counter()}
     for hypothesis, reference in zip(hypotheses, references, strict=True):
@@ -274,12 +274,12 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     out.write_text("".join(["id\thypothesis\treference\n", *rows]), encoding="utf-8")
     wer = 100 * word_error_rate(errors, words)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
-          f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")  # fmt: skip
+          f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
     lines = describe_errors(hypotheses, references)
     lines += describe_blanks(counts["frames"], counts["labels"], words)
     if counts["cut"]:
         lines.append(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
-                     "evaluation allows")  # fmt: skip
+                     "evaluation allows")
     print("\n".join(lines))
 
 
@@ -318,13 +318,13 @@ def write_ctm(path: str, heard: Sequence[Heard], frame_s: float) -> None:
         name = re.sub(r"\s", "_", stem if names[stem] == 1 else h.path)
         for w in h.words:
             lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
-                         f"{w.text} {w.confidence:.3f}\n")  # fmt: skip
+                         f"{w.text} {w.confidence:.3f}\n")
     Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str, heard: Sequence[Heard], frame_s: float) -> None:
     files = [{"path": h.path, "text": h.text, "words": [w._asdict() for w in h.words]}
-             for h in heard]  # fmt: skip
+             for h in heard]
     text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -354,7 +354,7 @@ def plot(png: str, heard: Heard, cfg: FeatureConfig, frame_s: float) -> None:
     figure = Figure(figsize=(max(8.0, seconds), 5), dpi=100, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.imshow(log_mel(samples, cfg).T, origin="lower", aspect="auto",
-                 extent=(start_s, start_s + seconds, 0, cfg.num_mels))  # fmt: skip
+                 extent=(start_s, start_s + seconds, 0, cfg.num_mels))
     x = -math.inf
     for time_s, label, colour in label_words(heard, find_reference(heard.path)):
         x = max(time_s, x + seconds / 40)  # one frame may emit several words
@@ -382,7 +382,7 @@ def padded_groups(feats: Sequence[Tensor], most_frames: int = 2**15) -> Iterator
 
 
 def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
-         cfg: FeatureConfig) -> tuple[list[Heard], int]:  # fmt: skip
+         cfg: FeatureConfig) -> tuple[list[Heard], int]:
     """One batch of files: those that can be read, and how many could not.
 
     Long files are decoded in smaller batches, and to their end, however many labels they have.
@@ -403,7 +403,7 @@ def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
         labels += greedy_decode(
             model, padded, torch.tensor([len(f) for f in feats]), max_symbols=sys.maxsize,
             arcs=arcs,
-        )  # fmt: skip
+        )
     heard = []
     for (path, x), ids, taken in zip(samples, labels, arcs, strict=True):
         start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz

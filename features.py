@@ -87,7 +87,7 @@ class FeatureConfig:
             (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
             (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
             (("speed_max",), lambda x: x >= self.speed_min, f"at least {self.speed_min}"),
-        ))  # fmt: skip
+        ))
 
 
 DEFAULT = FeatureConfig()
@@ -334,7 +334,7 @@ def normal_numbers() -> np.ndarray:
 
 
 def dither(samples: np.ndarray, rng: np.random.Generator,
-           cfg: FeatureConfig = DEFAULT) -> np.ndarray:  # fmt: skip
+           cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     """(n,) samples plus noise: `normal_numbers` from a random place on, which last for 33 s or
     more and then come again."""
     start = int(rng.integers(2**19))
@@ -387,7 +387,7 @@ def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
 
 
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
-             rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
+             rng: np.random.Generator | None = None) -> Tensor:
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
 
     With `rng`, augmented for training: speed perturbation, dither and SpecAugment.

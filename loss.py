@@ -64,7 +64,7 @@ class Lattice:
 
     @record_function("lattice")
     def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor,
-                 target_lens: Tensor) -> None:  # fmt: skip
+                 target_lens: Tensor) -> None:
         B, T, U1 = blank.shape
         inside = inside_lattice(T, U1, enc_lens, target_lens)
         is_label = inside_lattice(T, U1, enc_lens, target_lens - 1)
@@ -113,7 +113,7 @@ class Lattice:
 
 
 def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[str, Tensor],
-                blank: int) -> None:  # fmt: skip
+                blank: int) -> None:
     """Raises ValueError with the argument's name and value for whatever cannot be a batch.
 
     Args:
@@ -125,7 +125,7 @@ def check_batch(sizes: tuple[int, int, int, int], targets: Tensor, lens: dict[st
         raise ValueError("a batch of 0 utterances, expected at least 1")
     if targets.shape != (B, U1 - 1) or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets: {tuple(targets.shape)} {targets.dtype}, expected int32 or "
-                         f"int64 {(B, U1 - 1)}")  # fmt: skip
+                         f"int64 {(B, U1 - 1)}")
     if not 0 <= blank < V:
         raise ValueError(f"blank: {blank}, expected 0 <= blank < {V}")
     for (name, values), low, high in zip(lens.items(), (1, 0), (T, U1 - 1), strict=True):
@@ -166,7 +166,7 @@ class LatticeCosts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, blank: Tensor, label: Tensor, enc_lens: Tensor,
-                target_lens: Tensor) -> Tensor:  # fmt: skip
+                target_lens: Tensor) -> Tensor:
         ctx.lattice = Lattice(blank, label, enc_lens, target_lens)
         ctx.dtype = blank.dtype
         # A copy: what is returned refers to ctx, and in float64 ctx would refer to it.
@@ -181,7 +181,7 @@ class LatticeCosts(torch.autograd.Function):
 
 
 def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: Tensor,
-                    blank: int, reduction: str = "mean") -> Tensor:  # fmt: skip
+                    blank: int, reduction: str = "mean") -> Tensor:
     """Negative log-likelihood of `targets`, summed over all alignments.
 
     Graves (2012), arXiv:1211.3711, sec. 2.4; arguments in the order of torchaudio's rnnt_loss.
@@ -294,7 +294,7 @@ def lattice_sizes(enc_lens: Tensor, target_lens: Tensor) -> list[tuple[int, int,
 
 
 def joint_hidden(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int, int]],
-                 dropout: float) -> Tensor:  # fmt: skip
+                 dropout: float) -> Tensor:
     """(B, T, J), (B, U+1, J) -> dropout(relu(sum)) / scale of all nodes, then rows of 0: (rows, J).
 
     Nodes are in the order of (b, t, u). Dropout's scale is left to the output layer's weight.
@@ -323,10 +323,10 @@ class JointCosts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - autograd's form
+    def forward(ctx: Any, encoded: Tensor, predicted: Tensor,
                 weight: Tensor, bias: Tensor,
                 labels: Tensor, lens: tuple[Tensor, Tensor], blank: int, dropout: float,
-                dtype: torch.dtype) -> Tensor:  # fmt: skip
+                dtype: torch.dtype) -> Tensor:
         scale = kept_scale(dropout)
         enc, pred, w, c = (x.to(dtype) for x in (encoded, predicted, weight * scale, bias))
         stat_dtype = torch.promote_types(dtype, torch.float32)
@@ -339,7 +339,7 @@ class JointCosts(torch.autograd.Function):
         for h, i, s in zip(
             hidden.split(BLOCK_ROWS), ids.split(BLOCK_ROWS), scores.split(BLOCK_ROWS, 1),
             strict=True,
-        ):  # fmt: skip
+        ):
             log_probs = F.log_softmax(F.linear(h, w, c), -1, dtype=stat_dtype)
             s[0] = log_probs[:, blank]
             s[1] = log_probs.gather(1, i[:, None])[:, 0]
@@ -387,8 +387,8 @@ class JointCosts(torch.autograd.Function):
         return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), *[None] * 5
 
 
-def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor,  # noqa: PLR0913
-                   output: tuple, grads: list[Tensor]) -> Tensor:  # fmt: skip
+def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor,
+                   output: tuple, grads: list[Tensor]) -> Tensor:
     """Adds the output layer's gradient to `grads` (weight, bias); returns that of some rows of
     `hidden` before relu and dropout, (count, J).
 
@@ -407,7 +407,7 @@ def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor,  
     for chosen, p, out in zip(
         rows.split(BLOCK_ROWS), arcs.split(BLOCK_ROWS, 1), grad_hidden.split(BLOCK_ROWS),
         strict=True,
-    ):  # fmt: skip
+    ):
         h = hidden[chosen]
         g = F.softmax(F.linear(h, weight, bias), -1, dtype=arcs.dtype)  # (rows, V)
         g *= p.sum(0)[:, None]
@@ -422,10 +422,10 @@ def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor,  
     return grad_hidden
 
 
-def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - see Args
+def joint_transducer_loss(encoded: Tensor, predicted: Tensor,
                           weight: Tensor, bias: Tensor,
                           targets: Tensor, encoded_lens: Tensor, target_lens: Tensor, blank: int,
-                          dropout: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip
+                          dropout: float = 0.0, reduction: str = "mean") -> Tensor:
     """The same value and gradients as `transducer_loss` on the joint network's logits.
 
     Those logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight,
@@ -465,5 +465,5 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 -
     costs = JointCosts.apply(
         encoded, predicted, weight, bias, labels, (encoded_lens, target_lens), blank, dropout,
         compute_dtype(encoded),
-    )  # fmt: skip
+    )
     return reduce_costs(costs, reduction)

@@ -50,7 +50,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("feature_size", "enc_hidden", "pre_layers", "stack", "post_layers",
-                     "pred_hidden", "pred_layers", "joint_hidden"):  # fmt: skip
+                     "pred_hidden", "pred_layers", "joint_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
         if self.vocab_size < 2:
@@ -238,7 +238,7 @@ class LstmStack(nn.Module):
     """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
-                 cfg: ModelConfig, first: type[nn.LSTM] = nn.LSTM) -> None:  # fmt: skip
+                 cfg: ModelConfig, first: type[nn.LSTM] = nn.LSTM) -> None:
         super().__init__()
         self.layers = nn.ModuleList([first(input_size, hidden)])
         self.layers.extend(nn.LSTM(hidden, hidden) for _ in range(1, layers))
@@ -298,7 +298,7 @@ class Encoder(nn.Module):
         self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg, WideLstm)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
-                moments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T_in, D), (B,) -> (B, T, H), (B,)."""
         x = feats
         if self.feature_norm is not None:
@@ -373,7 +373,7 @@ class Transducer(nn.Module):
         self.joint_network = Joint(cfg)
 
     def encode(self, feats: Tensor, feat_lens: Tensor,
-               moments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+               moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T_in, D), (B,) -> (B, T, J), (B,). For `moments` see FeatureNorm."""
         assert feats.dim() == 3, feats.shape
         assert feats.shape[2] == self.cfg.feature_size, feats.shape
@@ -390,7 +390,7 @@ class Transducer(nn.Module):
         return self.joint_network(encoded[:, :, None], predicted[:, None])
 
     def forward(self, feats: Tensor, feat_lens: Tensor, targets: Tensor,
-                moments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                moments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder and predictor outputs for the loss: (B, T, J), (B,), (B, U+1, J)."""
         encoded, enc_lens = self.encode(feats, feat_lens, moments)
         return encoded, enc_lens, self.predict(targets)

@@ -63,13 +63,13 @@ def bind(ranks: Ranks) -> None:
             os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
         except (IndexError, ValueError, OSError) as error:
             raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
-                             f"{ranks.local_rank}") from error  # fmt: skip
+                             f"{ranks.local_rank}") from error
         sharing = 1
     # Asked before torch: OpenMP may bind this thread to one CPU.
     cpus = len(os.sched_getaffinity(0)) // sharing
     if torch.get_num_threads() == 1 and cpus > 2:  # two may be hyper-threads of one core
         print(f"warning: rank {ranks.rank} computes with one thread on {cpus} CPUs; set "
-              "OMP_NUM_THREADS", file=sys.stderr)  # fmt: skip
+              "OMP_NUM_THREADS", file=sys.stderr)
 
 
 def load_backend(name: str) -> str:
@@ -151,7 +151,7 @@ def init_ranks(cfg: Any) -> tuple[Ranks, "Pulse"]:
     except RuntimeError as error:
         used = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE")}
         raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks, with "
-                              f"{used}: {error}") from error  # fmt: skip
+                              f"{used}: {error}") from error
     return ranks, pulse
 
 
@@ -230,12 +230,12 @@ class Pulse:
                 theirs = json.loads(self.store.get(f"{key}/{rank}"))
             except RuntimeError as error:
                 raise ConnectionError(f"rank {self.ranks.rank}: nothing of its {key} from rank "
-                                      f"{rank}: {error}") from error  # fmt: skip
+                                      f"{rank}: {error}") from error
             for name, value in json.loads(mine).items():
                 if theirs.get(name) != value:
                     time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
                     raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
-                                     f"rank {rank} {theirs.get(name)!r}")  # fmt: skip
+                                     f"rank {rank} {theirs.get(name)!r}")
 
 
 def all_sum(x: Tensor, ranks: Ranks) -> Tensor:

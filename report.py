@@ -65,7 +65,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     # A layout engine would draw everything twice, and this runs in every epoch.
     figure.subplots_adjust(0.1, 0.05, 0.985, 0.985, wspace=0.04, hspace=0.08)
     panels = {"loss": "training loss, nats", "wer": "dev WER, %", "lr": "learning rate",
-              "utts_per_s": "utterances/s"}  # fmt: skip
+              "utts_per_s": "utterances/s"}
     for name, (steps, evals) in runs.items():
         size = -(-len(steps) // 100) or 1  # a hundred means can be read, all steps cannot
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
@@ -135,7 +135,7 @@ class Log:
                 self.board.flush()
 
     def mllog(self, key: str, value: object = None, at_s: float | None = None,
-              **metadata: object) -> None:  # fmt: skip
+              **metadata: object) -> None:
         """An event in the form of the package mlperf_logging, with the line of the caller.
 
         Args:
@@ -151,7 +151,7 @@ class Log:
             "key": key, "value": value,
             "metadata": {"file": Path(caller.f_code.co_filename).name, "lineno": caller.f_lineno,
                          **metadata},
-        }  # fmt: skip
+        }
         self.append("mllog.log", f":::MLLOG {json.dumps(event)}")
 
     def say(self, line: str) -> None:
@@ -200,7 +200,7 @@ def warn_of_epoch(log: Log, loss: float, previous_loss: float, best_wer: float) 
     # At a low WER a flat loss is the end that every training comes to.
     log.warn("flat", best_wer > 0.5 and loss > 0.99 * previous_loss,
              f"the loss is flat, {loss:.2f} after {previous_loss:.2f} an epoch ago: look at --lr "
-             "and --warmup-epochs, then at the corpus (python -m tools.prepare check)")  # fmt: skip
+             "and --warmup-epochs, then at the corpus (python -m tools.prepare check)")
 
 
 def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:
@@ -209,10 +209,10 @@ def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:
     log.warn("blank", blank,
              f"(almost) all hypotheses are blank, {result['labels']:,} symbols for "
              f"{result['words']:,} words: usual for some epochs while the loss falls; if it does "
-             "not, look at --lr and at the transcripts")  # fmt: skip
+             "not, look at --lr and at the transcripts")
     log.warn("wer", is_warm and not blank and result["wer"] >= 1,
              "WER is 100 % or more after the warm-up: usual for some epochs while the loss falls; "
-             "if it does not, look at --lr, --vocab-size and the transcripts")  # fmt: skip
+             "if it does not, look at --lr, --vocab-size and the transcripts")
 
 
 def warn_of_waiting(log: Log, waits: Sequence[float]) -> None:
@@ -222,7 +222,7 @@ def warn_of_waiting(log: Log, waits: Sequence[float]) -> None:
     # Shares near a third would come and go: the sign stays until it is half of that.
     log.warn("wait", usual > (1 / 6 if "wait" in log.signs else 1 / 3),
              f"{100 * usual:.0f} % of a step goes by waiting for data: more --loader-workers if "
-             "there are cores, or a faster disk")  # fmt: skip
+             "there are cores, or a faster disk")
 
 
 def warn_of_gradient(log: Log, grad_norm: float, norms: Sequence[float]) -> None:
@@ -230,7 +230,7 @@ def warn_of_gradient(log: Log, grad_norm: float, norms: Sequence[float]) -> None
     usual = statistics.median(norms) if len(norms) >= 20 else math.inf
     log.warn("gradient", grad_norm > 10 * usual,
              f"the gradient norm is {grad_norm:.1f} where {usual:.1f} was usual: if it stays, look "
-             "at --lr and --warmup-epochs, and at this step's recordings")  # fmt: skip
+             "at --lr and --warmup-epochs, and at this step's recordings")
 
 
 # ----------------------------------------------------------------------------------------- profile
@@ -244,10 +244,10 @@ PROFILE_PARTS = {
     "optimiser": ("Optimizer.step#Lamb.step", "clip_gradients", "update_ema"),
     "waiting for data": ("enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__",
                          "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"),
-}  # fmt: skip
+}
 # These run on threads of their own, gradients' behind the backward pass.
 PROFILE_ALL_REDUCES = ("gloo:all_reduce", "mpi:all_reduce",
-                       "oneccl_bindings_for_pytorch::allreduce")  # fmt: skip
+                       "oneccl_bindings_for_pytorch::allreduce")
 PROFILE_SKIP, PROFILE_STEPS = 10, 5  # first steps build oneDNN's kernels
 
 
@@ -274,7 +274,7 @@ def report_profile(result: profile, seconds: float, log: Log) -> None:
     log.say(operators.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
     total = {e.key: e.cpu_time_total / 1e6 for e in operators}
     parts = {part: sum(total.get(name, 0.0) for name in names)
-             for part, names in PROFILE_PARTS.items()}  # fmt: skip
+             for part, names in PROFILE_PARTS.items()}
     lattice = total.get("lattice", 0.0)
     parts["joint network"] = parts.pop("joint network and loss") - lattice
     parts["lattice of the loss"] = lattice
@@ -283,4 +283,4 @@ def report_profile(result: profile, seconds: float, log: Log) -> None:
     travel = sum(total.get(name, 0.0) for name in PROFILE_ALL_REDUCES) / seconds
     log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.3f} s: {shares}. The largest part "
             f"is {max(parts, key=parts.get)}. Communication was under way {100 * travel:.1f} % of "
-            f"the time. {trace} is for ui.perfetto.dev.")  # fmt: skip
+            f"the time. {trace} is for ui.perfetto.dev.")

@@ -119,7 +119,7 @@ class TrainConfig:
             raise ValueError(f"precision: {self.precision!r}, expected auto, bf16 or fp32")
         if self.submission_division not in ("open", "closed"):
             raise ValueError(f"submission_division: {self.submission_division!r}, "
-                             "expected open or closed")  # fmt: skip
+                             "expected open or closed")
         if self.backend not in ("auto", "ccl", "gloo", "mpi"):
             raise ValueError(f"backend: {self.backend!r}, expected auto, ccl, gloo or mpi")
         check_ranges(self, (
@@ -132,7 +132,7 @@ class TrainConfig:
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
             (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
-        ), may_be_infinite="clip_norm")  # fmt: skip
+        ), may_be_infinite="clip_norm")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.resume and self.restart:
@@ -150,7 +150,7 @@ RECIPES = {
                  num_buckets=12),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12),
-}  # fmt: skip
+}
 
 
 # Ctrl-C, and what batch systems send before they kill.
@@ -243,9 +243,9 @@ def matrix_dtype(precision: str) -> torch.dtype:
 # ------------------------------------------------------------------------------------ optimiser
 
 
-def lr_at(step: int, epoch: int, lr: float,  # noqa: PLR0913 - the schedule's own parameters
+def lr_at(step: int, epoch: int, lr: float,
           warmup_epochs: float, hold_epochs: float, steps_per_epoch: int, gamma: float,
-          lr_min: float) -> float:  # fmt: skip
+          lr_min: float) -> float:
     """Learning rate of a step; step and epoch count from 1.
 
     Linear warm-up, hold, then a factor `gamma` per epoch (constant inside an epoch), never less
@@ -285,7 +285,7 @@ class Lamb(torch.optim.Optimizer):
     PART = 2**17  # values; of five tensors 2.5 MB, in the caches of two cores
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float],
-                 epsilon: float, weight_decay: float) -> None:  # fmt: skip
+                 epsilon: float, weight_decay: float) -> None:
         defaults = dict(lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, step=0)
         super().__init__(parameters, defaults)
 
@@ -320,8 +320,8 @@ class Lamb(torch.optim.Optimizer):
         p.add_(update.view_as(p), alpha=-rate)
 
     @staticmethod
-    def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor,  # noqa: PLR0913
-                    square: Tensor, group: dict) -> None:  # fmt: skip
+    def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor,
+                    square: Tensor, group: dict) -> None:
         """Moves the moments and writes Adam's update plus weight decay to `update`."""
         beta1, beta2 = group["betas"]
         mean.lerp_(grad, 1 - beta1)
@@ -405,7 +405,7 @@ def batch_loss(trainer: Trainer, batch: Batch, moments: Tensor | None) -> Tensor
         return joint_transducer_loss(
             encoded, predicted, output.weight, output.bias, batch.targets, enc_lens,
             batch.target_lens, model.cfg.blank, model.cfg.joint_dropout, reduction="none",
-        )  # fmt: skip
+        )
 
 
 def sum_costs(costs: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[float, int]:
@@ -452,7 +452,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.Utterance],
-             features: FeatureConfig) -> dict:  # fmt: skip
+             features: FeatureConfig) -> dict:
     """WER of the averaged weights; every rank decodes its share of the batches, in float32."""
     started = time.perf_counter()
     cfg, ranks = trainer.cfg, trainer.ranks
@@ -465,7 +465,7 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
     )
     counts = Counter()
     bar = tqdm(loader, desc="dev", unit="batch", leave=False, total=len(mine),
-               disable=report.hide_bar(ranks.rank))  # fmt: skip
+               disable=report.hide_bar(ranks.rank))
     texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts)
     decoded = [u for u in utterances if u.id in texts]
     errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
@@ -476,7 +476,7 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
         "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
         "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
         "frames": frames, "labels": labels,
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -507,7 +507,7 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
         return None
     if not cfg.resume:
         raise ValueError(f"{there[-1]} exists: give --resume to go on, --restart to delete it, "
-                         "or another --out")  # fmt: skip
+                         "or another --out")
     for path in reversed(present):
         try:
             return path, load_checkpoint(path)
@@ -554,7 +554,7 @@ def describe_start(trainer: Trainer, features: FeatureConfig) -> dict:
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "train_config": asdict(trainer.cfg), "model_config": asdict(trainer.model.cfg),
         "feature_config": asdict(features),
-    }  # fmt: skip
+    }
 
 
 def groups(items: Iterable, size: int) -> Iterator[list]:
@@ -568,7 +568,7 @@ class Run:
 
     def __init__(self, trainer: Trainer, features: FeatureConfig, tokenizer: Tokenizer,
                  train: Sequence[data.Utterance], dev: Sequence[data.Utterance],
-                 log: Log) -> None:  # fmt: skip
+                 log: Log) -> None:
         self.trainer, self.features, self.tokenizer, self.log = trainer, features, tokenizer, log
         self.train, self.dev, self.dev_facts = train, dev, describe_corpus(dev)
         self.progress = Progress()
@@ -587,16 +587,16 @@ class Run:
         self.steps_per_epoch = len(train) // self.global_batch
         if self.steps_per_epoch == 0:
             raise ValueError(f"{len(train)} training utterances, fewer than a batch of "
-                             f"{self.global_batch}")  # fmt: skip
+                             f"{self.global_batch}")
         if cfg.profile and self.steps_per_epoch <= report.PROFILE_STEPS:
             raise ValueError(f"--profile: {self.steps_per_epoch} steps in an epoch, expected at "
-                             f"least {report.PROFILE_STEPS + 1}")  # fmt: skip
+                             f"least {report.PROFILE_STEPS + 1}")
         self.order = {  # all that decides which utterances a step has
             "ranks x batch x accumulation":
                 f"{trainer.ranks.world} x {cfg.batch_size} x {cfg.accumulation}",
             "seed": cfg.seed, "training set": describe_corpus(train),
             "length in buckets": "after speed perturbation",  # as recorded where it is missing
-        }  # fmt: skip
+        }
 
     def epoch_loader(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current epoch that are not done yet."""
@@ -607,12 +607,12 @@ class Run:
         order = data.bucket_batches(
             dataset.durations_s(), self.global_batch, self.features.num_buckets,
             np.random.default_rng((cfg.seed, epoch)),
-        )  # fmt: skip
+        )
         mine = order[self.progress.batch :, ranks.rank :: ranks.world]
         return data.batch_loader(
             dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers,
             cfg.timeout_s / 2,
-        )  # fmt: skip
+        )
 
     def epoch_steps(self) -> Iterator[list[Batch]]:
         """Micro-batches of every step that is left in the epoch."""
@@ -625,7 +625,7 @@ class Run:
             steps, desc=f"epoch {self.progress.epoch}", unit="step", leave=False,
             total=self.steps_per_epoch, initial=self.progress.batch,
             disable=report.hide_bar(self.trainer.ranks.rank),
-        ))  # fmt: skip
+        ))
 
     def heed(self, number: int, _frame: object) -> None:
         """Handler of STOP_SIGNALS: the run stops after the step, at a second Ctrl-C at once."""
@@ -686,7 +686,7 @@ class Run:
                 (progress.epoch - 1) * self.steps_per_epoch + progress.batch, progress.epoch,
                 cfg.lr, cfg.warmup_epochs, cfg.hold_epochs, self.steps_per_epoch, cfg.lr_gamma,
                 cfg.lr_min,
-            )  # fmt: skip
+            )
             loss, grad_norm = train_step(self.trainer, current, progress.step, lr)
             progress.loss_sum += loss
             left_out += sum(b.asked - len(b.ids) for b in current)
@@ -699,7 +699,7 @@ class Run:
         loss = progress.loss_sum / self.steps_per_epoch
         rate = (self.steps_per_epoch - first) * self.global_batch / seconds
         self.log.write("epoch", epoch=progress.epoch, step=progress.step, loss=loss,
-                       utts_per_s=rate, seconds=seconds)  # fmt: skip
+                       utts_per_s=rate, seconds=seconds)
         self.log.say(
             f"epoch {progress.epoch} | avg train utts/s {rate:.1f} | avg loss {loss:.2f} | "
             f"took {seconds:.1f} s"
@@ -712,13 +712,13 @@ class Run:
         return None
 
     def report_step(self, loss: float, lr: float, grad_norm: float, step_s: float,
-                    data_s: float) -> None:  # fmt: skip
+                    data_s: float) -> None:
         progress, cfg = self.progress, self.trainer.cfg
         rate = self.global_batch / step_s
         self.log.write(
             "step", step=progress.step, epoch=progress.epoch, loss=loss, lr=lr,
             grad_norm=grad_norm, utts_per_s=rate, step_s=step_s, data_s=data_s,
-        )  # fmt: skip
+        )
         if progress.batch % cfg.log_every == 1 or cfg.log_every == 1:
             self.log.say(
                 f"epoch {progress.epoch} | iter {progress.batch}/{self.steps_per_epoch} | "
@@ -798,7 +798,7 @@ class Run:
             old = checkpoint["order"].get(name, "as recorded")
             if old != now:
                 self.log.say(f"{name} was {old}, now {now}: goes on at epoch "
-                             f"{progress.epoch}")  # fmt: skip
+                             f"{progress.epoch}")
 
     def evaluate(self) -> None:
         """Scores the dev split and writes a checkpoint."""
@@ -812,10 +812,10 @@ class Run:
         progress.best_wer = min(result["wer"], progress.best_wer)
         progress.evaluated = progress.step
         self.log.write("eval", epoch=epoch, step=progress.step, hours=self.seconds() / 3600,
-                       **result)  # fmt: skip
+                       **result)
         self.log.say(f"epoch {epoch} | dev ema wer {100 * result['wer']:.2f} % | "
                      f"{result['errors']:,} errors in {result['words']:,} words | "
-                     f"rtf {result['rtf']:.4f} | took {result['seconds']:.1f} s")  # fmt: skip
+                     f"rtf {result['rtf']:.4f} | took {result['seconds']:.1f} s")
         report.warn_of_evaluation(self.log, result, epoch > self.trainer.cfg.warmup_epochs)
         self.save(is_best)
         self.log.draw()
@@ -874,7 +874,7 @@ def log_start(log: Log, cfg: TrainConfig, ranks: Ranks, started_s: float, readin
     log.mllog("init_stop", at_s=reading_s)
     log.mllog("run_start", at_s=reading_s)
     for tensor in ("pre_rnn", "post_rnn", "pred_embed", "dec_rnn", "joint_enc", "joint_pred",
-                   "joint_net"):  # fmt: skip
+                   "joint_net"):
         log.mllog("weights_initialization", tensor=tensor)
 
 
@@ -943,12 +943,12 @@ def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[li
     unheard = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
     if unheard:
         log.say(f"warning: no training text has the characters {''.join(sorted(unheard))!r} of "
-                "the dev texts: words with them will be errors")  # fmt: skip
+                "the dev texts: words with them will be errors")
     return train, dev
 
 
 def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: ModelConfig,
-                features: FeatureConfig, log: Log) -> None:  # fmt: skip
+                features: FeatureConfig, log: Log) -> None:
     """Every training text must have labels, and should have no more of them than frames.
 
     Raises:
@@ -965,7 +965,7 @@ def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: Mode
         raise ValueError("\n".join(["texts cannot be used:", *data.describe(wrong)]))
     if crowded:
         log.say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels "
-                f"than encoder frames of {1000 * frame_s:.0f} ms")  # fmt: skip
+                f"than encoder frames of {1000 * frame_s:.0f} ms")
 
 
 def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
@@ -975,7 +975,7 @@ def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
 
 
 def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
-              started_s: float) -> tuple[Run, Pulse]:  # fmt: skip
+              started_s: float) -> tuple[Run, Pulse]:
     """All that comes before the first step of a program that began at `started_s`."""
     # 1 ranks, and what is in the run directory
     ranks, pulse = init_ranks(cfg)
@@ -993,7 +993,7 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), asked_vocab_size))
         if tokenizer.vocab_size != asked_vocab_size:
             log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give "
-                    f"{asked_vocab_size}")  # fmt: skip
+                    f"{asked_vocab_size}")
     else:
         path, checkpoint = found
         tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
@@ -1006,7 +1006,7 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "checkpoint": f"step {step} in {out}",
         "dtype": matrix_dtype(cfg.precision),
-    })  # fmt: skip
+    })
 
     # 3 model and optimiser
     trainer = make_trainer(cfg, model_cfg, ranks)
@@ -1028,10 +1028,10 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
     log.say(f"model: {start['parameters']:,} parameters, {tokenizer.vocab_size} classes; "
             f"{ranks.world} ranks x {start['threads']} threads, {start['precision']}; "
             f"{run.steps_per_epoch} steps of {run.global_batch} utterances an epoch; "
-            f"torch {torch.__version__}, commit {start['commit']}")  # fmt: skip
+            f"torch {torch.__version__}, commit {start['commit']}")
     if run.global_batch < 64:
         log.say(f"warning: a global batch of {run.global_batch} is under 64: gradients are noisy; "
-                "raise --batch-size or --accumulation if the WER stays at 100 %")  # fmt: skip
+                "raise --batch-size or --accumulation if the WER stays at 100 %")
 
     return run, pulse
 
@@ -1056,7 +1056,7 @@ def main() -> int:
     log.mllog("run_stop", status="success" if reached else "aborted")
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
-            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))  # fmt: skip
+            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
     if run.trainer.ranks.world > 1:
         dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)

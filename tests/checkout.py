@@ -23,7 +23,7 @@ esac
 # What run.sh may take from the machine that tests; an mpirun there shall not decide.
 PROGRAMS = ("awk", "basename", "bash", "cat", "cksum", "cmp", "cp", "dirname", "env", "find",
             "grep", "mkdir", "mktemp", "paste", "realpath", "rm", "sed", "sh", "sleep", "sort",
-            "tail", "test", "timeout", "uniq")  # fmt: skip
+            "tail", "test", "timeout", "uniq")
 
 # FAIL names the script or module whose call ends with status 3.
 PYTHON = """#!/bin/sh
@@ -56,7 +56,7 @@ class Checkout:
         for name in ("run.sh", "requirements.txt", "hosts"):
             shutil.copy(REPO / name, root)
         stand_ins = {"lscpu": LSCPU, "taskset": TASKSET, "ldconfig": LDCONFIG, "getent": GETENT,
-                     "python3": PYTHON3, "python": PYTHON}  # fmt: skip
+                     "python3": PYTHON3, "python": PYTHON}
         for name, text in stand_ins.items():
             self.script(f"stand-ins/{name}", text)
         for name in PROGRAMS:

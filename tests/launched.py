@@ -12,7 +12,7 @@ import pytest
 from tones import REPO, heed_signals, write_tones
 
 WORDS = ("--preset", "demo", "--vocab-size", "24", "--batch-size", "2", "--loader-workers", "0",
-         "--epochs", "100000", "--checkpoint-every-s", "0")  # fmt: skip
+         "--epochs", "100000", "--checkpoint-every-s", "0")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -67,7 +67,7 @@ class Run:
             self.child = subprocess.Popen(
                 [*command, *WORDS, *words], cwd=self.folder, env=env, stdout=said,
                 stderr=subprocess.STDOUT, preexec_fn=heed_signals,
-            )  # fmt: skip
+            )
         return self
 
     def said(self):

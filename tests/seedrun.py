@@ -55,7 +55,7 @@ def our_name(original: str) -> str | None:
 def by_our_names(prefix: str) -> dict[str, torch.Tensor]:
     """All arrays `<prefix><original name>`, under our parameter names."""
     named = {our_name(key.removeprefix(prefix)): value for key, value in arrays().items()
-             if key.startswith(prefix)}  # fmt: skip
+             if key.startswith(prefix)}
     named.pop(None, None)
     return named
 
@@ -68,7 +68,7 @@ def config(**changes) -> ModelConfig:
         post_layers=cfg["enc_post_rnn_layers"], pred_hidden=cfg["pred_n_hid"],
         pred_layers=cfg["pred_rnn_layers"], joint_hidden=cfg["joint_n_hid"],
         normalization=cfg["normalization"], forget_gate_bias=cfg["forget_gate_bias"],
-    )  # fmt: skip
+    )
     return ModelConfig(**{**values, **changes})
 
 

@@ -167,7 +167,7 @@ BAD = {
         lambda f: flac(f, samples=np.zeros(999)), "warning", "constant audio", "is 0", False),
     "no transcript": (
         lambda f: flac(f, "7-9-0002"), "warning", "transcript missing", "7-9-0002.flac", True),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from model import PRESETS, ModelConfig, Transducer
 from tools import bench
 
 SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "16",
-         "--batch-size", "2", "--loader-workers", "0"]  # fmt: skip
+         "--batch-size", "2", "--loader-workers", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_report_of_steps(capsys):
     assert table[0] == "first 1 steps: 9.0 s, left out"
     assert [line.split() for line in table[2:]] == [
         ["encoder", "187.50", "75.0%"], ["rest", "62.50", "25.0%"], ["decode", "4.00", "apart"]
-    ]  # fmt: skip
+    ]
     said = json.loads(last)
     assert said["utts_per_s"] == 4  # 16 in 4 s
     assert said["mfu"] == pytest.approx(3 * 4e12 / 4 / 6e12)
@@ -84,7 +84,7 @@ def test_report_of_steps(capsys):
 def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
     monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: 0.5)
     words = ["--warmup", "1", "--steps", "2", "--preset", "democratized", *SMALL,
-             "--accumulation", str(accumulation)]  # fmt: skip
+             "--accumulation", str(accumulation)]
     monkeypatch.setattr(sys, "argv", ["bench.py", "step", *words])
     bench.main()
     *table, last = capsys.readouterr().out.splitlines()
@@ -94,7 +94,7 @@ def test_stages_of_a_step_add_up(capsys, monkeypatch, accumulation):
     assert set(stages) == {
         "wait for data", "encoder", "prediction", "joint+loss", "joint+loss backward",
         "other backward", "all-reduce of sums", "optimiser", "EMA", "rest",
-    }  # fmt: skip
+    }
     assert all(ms >= 0 for ms in stages.values())
     assert stages["rest"] < 0.2 * sum(stages.values())
     apart = {name for name, _, share in rows if share == "apart"}
@@ -147,7 +147,7 @@ def test_steps_go_on_over_epochs_and_no_further_than_asked():
             yield i
 
     run = Namespace(epoch_loader=loader, trainer=Namespace(cfg=Namespace(accumulation=1)),
-                    progress=Namespace(epoch=1))  # fmt: skip
+                    progress=Namespace(epoch=1))
     assert list(bench.iter_steps(run, 4)) == [[0], [1], [2], [0]]
     assert (taken, run.progress.epoch) == ([0, 1, 2, 0], 2)
 
@@ -156,12 +156,12 @@ def test_a_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
     write_tones(tmp_path, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
     tokenizer = data.Tokenizer(data.train_tokenizer(["ONE TWO"], 16))
     cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
-                  vocab_size=tokenizer.vocab_size)  # fmt: skip
+                  vocab_size=tokenizer.vocab_size)
     checkpoint = {
         "format": CHECKPOINT_FORMAT, "ema": Transducer(cfg).state_dict(),
         "model_config": asdict(cfg), "feature_config": asdict(features.FeatureConfig()),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
-    }  # fmt: skip
+    }
     save_checkpoint(tmp_path / "best.pt", checkpoint)
     words = ["--checkpoint", tmp_path / "best.pt", "--data", tmp_path, "--split", "dev"]
     monkeypatch.setattr(sys, "argv", ["bench.py", "decode", *map(str, words)])
@@ -228,7 +228,7 @@ def test_features_take_longer_with_augmentation(capsys, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_print_one_table_and_the_all_reduce():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", "-m", "tools.bench", "step", "--warmup", "1", "--steps", "1"]  # fmt: skip
+               "2", "-m", "tools.bench", "step", "--warmup", "1", "--steps", "1"]
     done = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -231,7 +231,7 @@ def test_workers_of_oneccl_need_cores(checkout):
         (["libiomp5.so", "libjemalloc.so.2", "libtcmalloc.so.4"],
          "/lib/libiomp5.so:/lib/libtcmalloc.so.4"),
     ],
-)  # fmt: skip
+)
 def test_openmp_and_one_allocator_are_preloaded(checkout, present, preloaded):
     lines = [f"\t{name} (libc6,x86-64) => /lib/{name}\n" for name in present]
     (checkout.root / "libraries").write_text("".join(lines))
@@ -328,7 +328,7 @@ def test_ipexrun(checkout, ranks, options):
 
 @pytest.mark.parametrize(("ends", "reason", "status"), [
     (1, "epochs", 0), (0, "epochs", 2), (1, "error: full", 1),
-])  # fmt: skip
+])
 def test_ipexrun_fails_if_no_run_ended_well(checkout, ends, reason, status):
     """ipexrun succeeds whatever becomes of its ranks."""
     log = "out/demo/log.jsonl"
@@ -343,7 +343,7 @@ def test_ipexrun_fails_if_no_run_ended_well(checkout, ends, reason, status):
 @pytest.mark.parametrize(("reason", "status"), [
     ("epochs", 7), ("time limit", 75), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGTERM", 143),
     ("error: full", 7),
-])  # fmt: skip
+])
 def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
     """torchrun makes 1 of whatever status its ranks ended with; here it is 7."""
     install(checkout, "Intel MPI")
@@ -351,11 +351,11 @@ def test_the_status_of_train_survives_its_launcher(checkout, reason, status):
     checkout.script(log, '{"event": "end", "reason": "SIGTERM", "step": 1}\n')  # of an earlier run
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
                     f""" echo '{{"event": "end", "reason": "{reason}", "step": 9}}' >> {log}\n"""
-                    "exit 7 ;; esac\n")  # fmt: skip
+                    "exit 7 ;; esac\n")
     assert checkout.run(RANKS="2").returncode == status
     os.utime(checkout.root / log, (2**31, 2**31))  # of a file server whose clock is ahead
     checkout.script("stand-ins/mpirun", "#!/bin/sh\ncase $1 in --version) echo 'Intel(R) MPI' ;; *)"
-                    " exit 5 ;; esac\n")  # fmt: skip
+                    " exit 5 ;; esac\n")
     assert checkout.run(RANKS="2").returncode == 5  # nothing new in the log
 
 

@@ -31,7 +31,7 @@ TRAIN_CLEAN_100 = SHARED / "librispeech" / "train-clean-100.tsv.gz"
 TEXTS = [
     "THE CAT SAT ON THE MAT", "A DOG RAN AFTER THE CAT", "IT'S RAINING ON THE HOUSE",
     "NOBODY SAW THE QUICK BROWN FOX", "HE JUMPED OVER A LAZY DOG", "WE GAVE UP AT TEN",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_decode_is_the_inverse_of_encode(tokenizer):
         "A\u2026 \u00bd \u2122 \ufb01\u200bX",
     ],
 )
-def test_decode_is_the_inverse_of_encode_in_any_script(text):  # fmt: skip
+def test_decode_is_the_inverse_of_encode_in_any_script(text):
     tokenizer = data.Tokenizer(data.train_tokenizer([text, "ABC"], 64))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -347,7 +347,7 @@ def test_problems_are_counted_by_kind_and_the_first_ten_shown():
     assert lines[1:11] == [f"    a:{i}: nothing" for i in range(10)]
     assert lines[11:] == [
         "    ... and 2 more", "warning: channels: 1", "    7-9-0000: 2 channels",
-    ]  # fmt: skip
+    ]
 
 
 def test_read_split_returns_the_utterances_of_a_good_split(corpus):

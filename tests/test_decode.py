@@ -138,7 +138,7 @@ def test_every_frame_has_the_whole_cap_whatever_earlier_frames_emitted():
 )
 def test_no_frame_starts_with_more_symbols_than_the_cap(per_frame, cap, lengths):
     hypotheses, _ = walk([never_blank(8)] * 3, [8, 5, 8], max_symbols_per_frame=per_frame,
-                         max_symbols=cap)  # fmt: skip
+                         max_symbols=cap)
     assert [len(h) for h in hypotheses] == lengths
 
 
@@ -176,7 +176,7 @@ def random_model(seed, **sizes):
     cfg = ModelConfig(**{**dict(
         feature_size=5, vocab_size=6, enc_hidden=8, pre_layers=1, stack=2, post_layers=1,
         pred_hidden=6, pred_layers=2, joint_hidden=8, normalization=seed % 2 == 0,
-    ), **sizes})  # fmt: skip
+    ), **sizes})
     generator = torch.Generator().manual_seed(seed)
     model = Transducer(cfg).eval()
     joint = model.joint_network
@@ -310,7 +310,7 @@ def test_never_blank_lengths_are_the_originals(case):
     hypotheses = decode.greedy_decode(
         model, *seedrun.features("dec/", 3), max_symbols_per_frame=entry["max_symbols_per_step"],
         max_symbols=entry["max_symbol_per_sample"],
-    )  # fmt: skip
+    )
     assert [len(h) for h in hypotheses] == entry["reference_lengths"]
 
 
@@ -319,7 +319,7 @@ def test_every_never_blank_vector_holds():
     for vector in json.loads(MISC.read_text(encoding="utf-8"))["decoder"]["never_blank_lengths"]:
         lens = vector["enc_lens"]
         hypotheses, _ = walk([never_blank(max(lens))] * len(lens), lens, max_symbols=vector["cap"],
-                             max_symbols_per_frame=vector["max_symbols_per_step"])  # fmt: skip
+                             max_symbols_per_frame=vector["max_symbols_per_step"])
         assert [len(h) for h in hypotheses] == vector["reference"]
 
 
@@ -336,7 +336,7 @@ PUBLISHED = [
     ("cat", "cot", 1.0), ("GPU", "G P U", 1.0), ("G P U", "GPU", 3.0),
     ("ducati motorcycle", "motorcycle", 1.0), ("ducati motorcycle", "ducuti motorcycle", 0.5),
     ("a B c", "a b c", 1 / 3), ("hello world", "hello world", 0.0), ("Firwww", "hello world", 1.0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("hypothesis", "reference", "expected"), PUBLISHED)
@@ -479,7 +479,7 @@ class Scene:
             "model": other.state_dict(), "ema": model.state_dict(),
             "model_config": asdict(model.cfg), "feature_config": asdict(FeatureConfig()),
             "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
-        }  # fmt: skip
+        }
         save_checkpoint(self.checkpoint, self.contents)
         self.model, self.tokenizer = model, tokenizer
         self.feats = [features.features(features.load_audio(path)) for path in self.audio]
@@ -497,7 +497,7 @@ class Scene:
 
     def run(self, *words, checkpoint=None):
         command = [sys.executable, str(REPO / "decode.py"), "--checkpoint",
-                   str(checkpoint or self.checkpoint), *map(str, words)]  # fmt: skip
+                   str(checkpoint or self.checkpoint), *map(str, words)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
@@ -551,7 +551,7 @@ def test_a_folder_of_good_and_bad_files_is_transcribed(scene, main, tmp_path):
     assert printed.splitlines() == expected
     assert [line.split(":")[0] for line in errors.splitlines()] == [
         f"{folder}/a.wav", f"{folder}/c.flac",
-    ]  # fmt: skip
+    ]
 
 
 def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
@@ -581,7 +581,7 @@ def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
     assert printed.splitlines() == expected
     assert [line.split(":")[0] for line in errors.splitlines()] == [
         f"{calls}/shut", f"{calls}/x.flac/c.wav", long,
-    ]  # fmt: skip
+    ]
 
 
 def test_long_files_are_decoded_in_smaller_batches_in_their_order():
@@ -604,7 +604,7 @@ def test_hypotheses_that_cannot_be_written_are_seen_before_anything_is_decoded(
 ):
     monkeypatch.setattr(decode, "greedy_decode", None)
     status, _, errors = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split",
-                             "dev/", "--hypotheses", tmp_path / "no" / "a.tsv")  # fmt: skip
+                             "dev/", "--hypotheses", tmp_path / "no" / "a.tsv")
     assert status == 1
     assert f"{tmp_path}/no/a.tsv" in errors
 
@@ -662,7 +662,7 @@ def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):
 def test_hypotheses_go_where_the_flag_says(scene, main, tmp_path):
     table = tmp_path / "elsewhere.tsv"
     status, out, _ = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "dev",
-                          "--hypotheses", table)  # fmt: skip
+                          "--hypotheses", table)
     assert status == 0
     assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(TEXTS)
     assert str(table) in out
@@ -756,7 +756,7 @@ def read_ctm(path):
 def heard(scene, main, tmp_path):
     """Words by ctm and by JSON of all files."""
     status, *_ = main("--checkpoint", scene.checkpoint, *scene.audio, "--batch-size", 3,
-                      "--ctm", tmp_path / "a.ctm", "--json", tmp_path / "a.json")  # fmt: skip
+                      "--ctm", tmp_path / "a.ctm", "--json", tmp_path / "a.json")
     assert status == 0
     return read_ctm(tmp_path / "a.ctm"), json.loads((tmp_path / "a.json").read_text())
 
@@ -783,7 +783,7 @@ def test_ctm_and_json_say_the_same(scene, heard):
          f"{w['confidence']:.3f}"]
         for path, file in zip(scene.audio, as_json["files"], strict=True)
         for w in file["words"]
-    ]  # fmt: skip
+    ]
     assert rows == expected
 
 
@@ -816,7 +816,7 @@ def test_words_of_a_picture_are_labelled_with_what_was_said():
     heard = decode.Heard("", "A X C D", words, [], -0.25)
     assert decode.label_words(heard, "A B C") == [
         (0, "A", "black"), (1, "X (B)", "red"), (2, "C", "black"), (3, "+D", "red"),
-    ]  # fmt: skip
+    ]
     assert decode.label_words(heard, "A M X C D")[1] == (0.5, "-M", "red")
     assert decode.label_words(heard, "M A X C D")[0] == (-0.25, "-M", "red")
     assert {colour for _, _, colour in decode.label_words(heard, None)} == {"black"}
@@ -833,7 +833,7 @@ def test_a_picture_is_drawn(scene, main, tmp_path):
     assert status == 0
     assert main("--checkpoint", scene.checkpoint, *scene.audio, "--plot", picture)[::2] == (
         1, f"--plot: {len(TEXTS)} audio files, expected 1\n"
-    )  # fmt: skip
+    )
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (500, 800)
     red = (pixels[..., 0] > 0.9) & (pixels[..., 1:3].max(-1) < 0.2)

@@ -41,7 +41,7 @@ TINY = ModelConfig(
     feature_size=6, vocab_size=9, enc_hidden=10, pre_layers=2, stack=3, post_layers=2,
     pred_hidden=7, pred_layers=2, joint_hidden=8, enc_dropout=0.0, pred_dropout=0.0,
     joint_dropout=0.0,
-)  # fmt: skip
+)
 NORMALIZED = replace(TINY, normalization=True)
 LENS = [13, 5, 9, 1]  # the last of their groups of 3 frames has one, two, three and one
 
@@ -151,7 +151,7 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
             joint_transducer_loss(
                 encoded, predicted, output.weight, output.bias, labels, enc_lens, target_lens[rows],
                 cfg.blank, reduction="sum",
-            ).backward()  # fmt: skip
+            ).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     together = gradients([(slice(None), feats.shape[1], 2)])
@@ -321,7 +321,7 @@ def test_layer_norm_acts_on_every_stack_in_training_and_in_evaluation():
     ("field", "part"),
     [("enc_dropout", "pre"), ("enc_dropout", "post"), ("pred_dropout", "predict"),
      ("joint_dropout", "joint")],
-)  # fmt: skip
+)
 def test_each_dropout_acts_in_its_network_in_training_only(field, part):
     model = make_model(replace(TINY, **{field: 0.5}))
     joint = torch.ones(1, 2, TINY.joint_hidden, dtype=torch.float64)
@@ -342,7 +342,7 @@ def test_each_dropout_acts_in_its_network_in_training_only(field, part):
 def test_dropout_acts_after_every_lstm_layer(field):
     model = Transducer(replace(TINY, **{field: 0.5}))
     stacks = {"enc_dropout": [model.encoder.pre, model.encoder.post],
-              "pred_dropout": [model.predictor.rnn]}[field]  # fmt: skip
+              "pred_dropout": [model.predictor.rnn]}[field]
     for stack in stacks:
         x = torch.randn(3, 9, stack.layers[0].input_size)
         torch.manual_seed(1)
@@ -419,7 +419,7 @@ def test_gradient_reaches_every_parameter(preset):
     joint_transducer_loss(
         encoded, predicted, output.weight, output.bias, targets, enc_lens, target_lens,
         model.cfg.blank,
-    ).backward()  # fmt: skip
+    ).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
@@ -473,7 +473,7 @@ def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs():
     with torch.autocast("cpu", torch.bfloat16):
         found = [run(lstm, torch.float32) for lstm in (wide, torchs)]
     errors = [[float((a - e).norm() / e.norm()) for a, e in zip(f, exact, strict=True)]
-              for f in found]  # fmt: skip
+              for f in found]
     # Roundings to bfloat16, as many as there: values, products, sums. Of the recurrent weight,
     # sums of 8 gradients are rounded too; sums of all 400 would be off by 0.02.
     assert all(a < 2 * b for a, b in zip(*errors, strict=True)), errors
@@ -494,7 +494,7 @@ def test_lstms_behind_stack_time_are_wide():
 def fresh(**changes):
     torch.manual_seed(0)
     return Transducer(ModelConfig(feature_size=32, vocab_size=200, enc_hidden=64, pred_hidden=48,
-                                  joint_hidden=40, normalization=True, **changes))  # fmt: skip
+                                  joint_hidden=40, normalization=True, **changes))
 
 
 def lstms(model):
@@ -583,7 +583,7 @@ def test_parameter_counts_are_those_of_the_oracle():
                             "pred_hidden", "pred_layers", "joint_hidden")]
     + [("vocab_size", 1), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
        ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
-)  # fmt: skip
+)
 def test_config_errors_name_field_and_value(field, value):
     with pytest.raises(ValueError, match=f"^{field}: {value}, expected "):
         ModelConfig(**{field: value})
@@ -628,7 +628,7 @@ def seedrun_cost(original, fused, reduction):
     if fused:
         layer = model.joint_network.output
         return joint_transducer_loss(encoded, predicted, layer.weight, layer.bias, targets,
-                                     enc_lens, target_lens, blank, reduction=reduction)  # fmt: skip
+                                     enc_lens, target_lens, blank, reduction=reduction)
     logits = model.joint(encoded, predicted)
     return transducer_loss(logits, targets, enc_lens, target_lens, blank, reduction)
 

@@ -326,7 +326,7 @@ FRAME_CHAIN = [
     # samples, log-mel frames, input frames; n // 160 + 1 and a third of that, rounded up
     (1, 1, 1), (200, 2, 1), (1500, 10, 4), (16000, 101, 34), (16123, 101, 34),
     (48000, 301, 101), (267200, 1671, 557),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("samples", "frames", "spliced"), FRAME_CHAIN)
@@ -473,7 +473,7 @@ def test_masked_share_is_near_that_of_the_original(frames, expected):
         (160, 1.15, 184), (161, 0.85, 137), (161, 1.15, 186), (1601, 0.85, 1361),
         (1601, 1.15, 1842), (1, 0.85, 1), (1, 1.15, 2),
     ],
-)  # fmt: skip
+)
 def test_speed_changes_the_number_of_samples(n, factor, length):
     changed = features.change_speed(noise(n), factor)
     assert changed.shape == (length,)
@@ -637,7 +637,7 @@ def test_masks_are_zero_after_normalisation():
 # -------------------------------------------------------------------- DALI, operator by operator
 
 CASES = ("A_16000", "B_16123", "C_lead_trail", "D_lead_trail_noisy", "E_short_1500", "F_short_200",
-         "G_8kHz", "H_stereo", "I_zeros")  # fmt: skip
+         "G_8kHz", "H_stereo", "I_zeros")
 WITH_STEPS = ("A_16000", "B_16123", "E_short_1500", "F_short_200")
 each_case = pytest.mark.parametrize("case", CASES)
 each_case_with_steps = pytest.mark.parametrize("case", WITH_STEPS)

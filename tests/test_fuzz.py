@@ -32,7 +32,7 @@ def fuzz(count, strategy, check):
     """Runs `check` on `count` inputs."""
     seen = []
     common = dict(max_examples=count, deadline=None, derandomize=True, database=None,
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
+                  suppress_health_check=list(HealthCheck))
 
     @settings(**common)
     @given(strategy)
@@ -54,7 +54,7 @@ TONE = 0.3 * np.sin(np.arange(2400) / 7)
 GOOD = {
     "flac": encode(TONE, "FLAC"), "wav": encode(TONE, "WAV", subtype="FLOAT"),
     "ogg": encode(TONE, "OGG"),
-}  # fmt: skip
+}
 
 
 @st.composite
@@ -144,7 +144,7 @@ def test_any_hosts_file_is_read_or_refused(tmp_path, count):
         r"^(?:die|read_hosts)\(\) \{\n.*?^\}\n", source, re.DOTALL | re.MULTILINE
     )
     done = subprocess.run(["bash", "-c", "".join(functions) + READ_ALL], cwd=tmp_path,
-                          capture_output=True, timeout=600, check=True)  # fmt: skip
+                          capture_output=True, timeout=600, check=True)
     said = re.findall(rb"(.*?)status (\d) of f(\d+)\n", done.stdout, re.DOTALL)
     assert [int(number) for *_, number in said] == list(range(len(texts)))
     for output, status, number in said:

@@ -27,7 +27,7 @@ FLAGS = [
     "--enc-dropout", "0", "--pred-dropout", "0", "--joint-dropout", "0", "--batch-size", "16",
     "--warmup-epochs", "1", "--hold-epochs", "8", "--epochs", "12", "--lr", "0.006",
     "--ema-decay", "0.95", "--precision", "fp32",
-]  # fmt: skip
+]
 
 pytestmark = pytest.mark.slow
 

@@ -69,7 +69,7 @@ def on_the_first(cluster, folder, addresses):
     ssh, first = cluster
     command = [*first, "bash", "run.sh"]
     env = {"PATH": SYSTEM, "RANKS": "", "SSH": str(ssh / "ssh"),
-           "I_MPI_HYDRA_IFACE": "eth0"}  # fmt: skip
+           "I_MPI_HYDRA_IFACE": "eth0"}
     return command, env
 
 
@@ -81,7 +81,7 @@ def test_four_hosts_compute_what_one_process_computes(cluster, tmp_path):
     run = Run(tmp_path)
     # Nothing may depend on the rank: no dropout; and float32, whose rounding is small.
     words = ["--epochs", "1", "--precision", "fp32", "--enc-dropout", "0", "--pred-dropout", "0",
-             "--joint-dropout", "0"]  # fmt: skip
+             "--joint-dropout", "0"]
     command, env = on_the_first(cluster, tmp_path, [ADDRESS.format(i + 1) for i in range(HOSTS)])
     run.start(*words, "--batch-size", "2", command=command, **env)
     assert run.expect_end(600) == 0, run.said()
@@ -90,13 +90,13 @@ def test_four_hosts_compute_what_one_process_computes(cluster, tmp_path):
     assert start["ranks"] == HOSTS
 
     alone = [sys.executable, "train.py", "--data", "data/demo", "--train-splits", "train-demo",
-             "--dev-split", "dev-demo", "--out", "out/alone", *WORDS, *words]  # fmt: skip
+             "--dev-split", "dev-demo", "--out", "out/alone", *WORDS, *words]
     subprocess.run(
         [*alone, "--batch-size", str(2 * HOSTS)], cwd=tmp_path, check=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     ours, expected = (events(tmp_path / "out" / name / "log.jsonl", "step")
-                      for name in ("demo", "alone"))  # fmt: skip
+                      for name in ("demo", "alone"))
     assert len(ours) == 4
     # Of the whole step; the terms are summed in another order, which later steps amplify.
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):

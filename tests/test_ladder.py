@@ -66,7 +66,7 @@ def test_speedups():
 
 def test_projected_hours():
     args = Namespace(utterances=10_240, global_batch=1024, server_cores=16, server_ranks=4,
-                     network_gbit=32)  # fmt: skip
+                     network_gbit=32)
     row = {"epoch_s": 48.0, "ranks": 2, "threads": 2, "parameters": 10**9}
     pair = {"gradient_bytes": 10**9, "all_reduce": 0.5}
     scaling = {"latency_s": 0.05, "slope": 2.0, "cases": {"2 ranks": pair}}
@@ -81,9 +81,9 @@ def write_run(folder: Path, wers: list[float]) -> Path:
     """A run of the demo preset without normalisation."""
     folder.mkdir()
     start = {"event": "start", "step": 0, "model_config": {"normalization": False},
-             "train_config": {"preset": "demo", "seed": 3}}  # fmt: skip
+             "train_config": {"preset": "demo", "seed": 3}}
     evals = [{"event": "eval", "epoch": e, "step": e, "wer": wer, "seconds": 1.0, "hours": 1.0}
-             for e, wer in enumerate(wers, 1)]  # fmt: skip
+             for e, wer in enumerate(wers, 1)]
     (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (start, *evals)))
     return folder
 
@@ -91,7 +91,7 @@ def write_run(folder: Path, wers: list[float]) -> Path:
 def test_epochs_to_a_target(tmp_path):
     run = write_run(tmp_path / "run", [1.0, 0.1, 0.05])
     expected = {"epochs": 2, "ran": 3, "best_wer": 0.05, "normalization": False, "preset": "demo",
-                "seed": 3}  # fmt: skip
+                "seed": 3}
     assert ladder.epochs_to(run, 0.1) == expected
     assert ladder.epochs_to(run, 0.01) == expected | {"epochs": None}
 
@@ -99,7 +99,7 @@ def test_epochs_to_a_target(tmp_path):
 def test_steps_that_build_kernels_do_not_count():
     assert ladder.steady([[9.0, 1.0, 1.5, 1.2], [8.0, 2.0]]) == {
         "step_s": [1.2, 2.0], "least_s": [1.0, 2.0], "most_s": [1.5, 2.0]
-    }  # fmt: skip
+    }
 
 
 def test_noise_has_the_asked_lengths_and_labels(tmp_path):
@@ -152,7 +152,7 @@ SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vo
 def run_bench(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "tools.bench", *map(str, words)], cwd=REPO,
                           text=True,
-                          capture_output=True, timeout=900, check=False)  # fmt: skip
+                          capture_output=True, timeout=900, check=False)
 
 
 def write_shapes(path: Path) -> Path:
@@ -208,7 +208,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert "apart by 0.0 % (median), 20.0 % at most" in "\n".join(said)
     assert [row["apart"] for row in stored["ladder"][:2]] == [None, None]
     assert any("from '2 ranks'; assumed of a server: 2 ranks, one a socket, 64 cores" in line
-               for line in said)  # fmt: skip
+               for line in said)
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
@@ -216,7 +216,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
 def test_ladder_of_a_tiny_model(tmp_path):
     """Twenty processes that measure two passes each."""
     result = run_bench("ladder", *needed(tmp_path), "--seconds", 0,
-                       "--png", tmp_path / "ladder.png", *SMALL)  # fmt: skip
+                       "--png", tmp_path / "ladder.png", *SMALL)
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "ladder.json").read_text())
     assert [row["name"] for row in stored["ladder"]] == list(ladder.make_rungs(2)[0])
@@ -237,7 +237,7 @@ def test_ladder_of_a_tiny_model(tmp_path):
 def test_a_rung_goes_round_the_buckets_until_its_time_is_up(tmp_path):
     bench.synthesize(tmp_path, [(0.4, 2), (0.5, 3), (0.8, 5), (1.0, 4)])
     result = run_bench("rung", "--data", tmp_path, "--split", "noise", "--batch", 2, "--batch-size",
-                       2, "--seconds", 15, "--loader-workers", 1, *SMALL)  # fmt: skip
+                       2, "--seconds", 15, "--loader-workers", 1, *SMALL)
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["steps"] > 4

@@ -96,7 +96,7 @@ def test_omp_num_threads_of_the_user_wins(checkout):
 @pytest.mark.parametrize(
     "knob", [{"CORPUS": "timit"}, {"RANKS": "0"}, {"RANKS": "two"}, {"LAUNCHER": "srun"},
              {"BACKEND": "nccl"}, {"HOSTS": "nowhere"}, {"DRY_RUN": "true"}],
-)  # fmt: skip
+)
 def test_unknown_value_of_a_knob_is_an_error(checkout, knob):
     result = checkout.run(**knob)
     name, value = next(iter(knob.items()))
@@ -113,7 +113,7 @@ def test_both_environments_differ_in_torch_and_intels_packages_alone():
     assert {line.split("==")[0] for line in plain - intel} == {"torch"}
     assert {line.split("==")[0].split(">=")[0] for line in intel - plain} == {
         "torch", "intel_extension_for_pytorch", "impi-rt", "intel-openmp"
-    }  # fmt: skip
+    }
 
 
 def test_help_among_the_words_is_for_the_reader(checkout):
@@ -289,7 +289,7 @@ def expect_end_by_signal(checkout, number, status, processes, **env):
         ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
         env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none", **env},
         preexec_fn=heed_signals,
-    )  # fmt: skip
+    )
     pids = checkout.root / "pids"
     while not (pids.exists() and len(pids.read_text().split()) == processes):
         assert child.poll() is None

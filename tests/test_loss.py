@@ -892,7 +892,7 @@ def test_utterances_of_a_batch_have_different_dropout_masks():
     costs = loss.joint_transducer_loss(
         encoded.repeat(2, 1, 1), predicted.repeat(2, 1, 1), weight, bias, targets, *lens, 0,
         dropout=0.5, reduction="none",
-    )  # fmt: skip
+    )
     assert abs(costs[0] - costs[1]) > 0.01
 
 
@@ -1023,7 +1023,7 @@ def test_all_oracle_cases_are_read():
         "published_costs": 10, "published_grad_logits": 4, "published_grad_log_probs": 5,
         "float64_costs": 19, "float64_grad_logits": 19, "float64_grad_log_probs": 19,
         "brute_force_costs": 17, "closed_form_costs": 3, "emissions": 3, "am": 1,
-    }  # fmt: skip
+    }
     assert {field: sum(field in c for c in CASES) for field in counts} == counts
 
 

@@ -26,7 +26,7 @@ CLOSED = [
     "--enc-hidden", "16", "--pred-hidden", "8", "--joint-hidden", "8", "--vocab-size", "20",
     "--loader-workers", "0", "--target-wer", "0.058", "--submission-division", "closed",
     "--submission-org", "Ours", "--seed", "2021",
-]  # fmt: skip
+]
 
 
 def write_links(root, split, count):
@@ -45,7 +45,7 @@ def run_main(words, wers):
 
     def evaluate(*_):
         return {"wer": next(scores), "errors": 1, "words": 20, "rtf": 0.1, "seconds": 0.1,
-                "frames": 99, "labels": 20}  # fmt: skip
+                "frames": 99, "labels": 20}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)
@@ -120,7 +120,7 @@ def test_events_come_in_mlperfs_order(opened):
     assert intervals == [
         "init_start", "init_stop", "run_start", "block_start", "epoch_start", "epoch_stop",
         "eval_start", "eval_stop", "block_stop", "run_stop",
-    ]  # fmt: skip
+    ]
     times = [line["time_ms"] for line in opened]
     assert times == sorted(times)
     kinds = {line["key"].rpartition("_")[2]: line["event_type"] for line in opened}
@@ -144,7 +144,7 @@ def test_settings_are_those_of_the_configs(opened):
         "opt_lamb_learning_rate_hold_epochs": train.RECIPES["demo"]["hold_epochs"],
         "train_samples": 8, "eval_samples": 3, "eval_accuracy": 0.2,
         "submission_division": "open",
-    }  # fmt: skip
+    }
     assert {key: values[key] for key in expected} == expected
 
 

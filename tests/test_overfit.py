@@ -33,7 +33,7 @@ FLAGS = [
     "--precision", "fp32", "--batch-size", "8", "--eval-batch-size", "8", "--lr", "0.007",
     "--warmup-epochs", "1", "--hold-epochs", "7", "--lr-gamma", "0.8", "--ema-decay", "0.95",
     "--epochs", "30",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_training_stops_at_the_default_target_of_no_error(memorised):
 
 def test_the_best_checkpoint_scores_no_error(memorised):
     printed = run_script("decode.py", "--checkpoint", memorised / "best.pt", "--data", SMOKE,
-                  "--split", SPLIT)  # fmt: skip
+                  "--split", SPLIT)
     assert "WER 0.00 % (0 errors in 266 words)" in printed
 
 

@@ -268,7 +268,7 @@ def test_what_an_interruption_leaves_is_made_again(spoken, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("interrupted", ["rename train-demo", "write_text recipe.txt",
-                                         "rmdir .unfinished", "mkdir .unfinished"])  # fmt: skip
+                                         "rmdir .unfinished", "mkdir .unfinished"])
 def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, interrupted):
     """Nothing may be renamed across the folder's border, which may be a mount point."""
     function, name = interrupted.split()

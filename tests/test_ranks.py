@@ -30,7 +30,7 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 VARIABLES = (*sum(LAUNCHERS.values(), ()), "MASTER_ADDR", "MASTER_PORT", "I_MPI_PIN_DOMAIN",
-             "GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+             "GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "TORCHELASTIC_USE_AGENT_STORE")
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_a_rank_that_is_no_number_is_an_error(environment):
     ("threads", "world", "domain", "warns"),
     [(1, 2, "", True), (1, 104, "", False), (2, 2, "", False), (1, 8, "[0xff]", True),
      (1, 8, "[0x1]", False), (1, 2, "[0x3]", False)],
-)  # fmt: skip
+)
 def test_one_thread_on_many_cpus_is_warned_of(
     environment, affinity, capsys, threads, world, domain, warns
 ):
@@ -216,7 +216,7 @@ def test_without_affinity_a_rank_is_not_bound(environment):
 
 
 @pytest.mark.parametrize(("rank", "address"), [("0", "127.0.0.1"), ("1", "127.0.0.1"),
-                                               ("1", "no-such-host.invalid")])  # fmt: skip
+                                               ("1", "no-such-host.invalid")])
 def test_ranks_that_do_not_come_end_the_wait(environment, rank, address):
     environment.setenv("RANK", rank)
     environment.setenv("WORLD_SIZE", "2")
@@ -249,12 +249,12 @@ def run_two(tmp_path):
         processes = []
         for rank, words in enumerate(words_of):
             env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+                   "OMP_NUM_THREADS": "1"}
             command = [sys.executable, REPO / "train.py", *WORDS, "--preset", "demo", *words]
             processes.append(
                 subprocess.Popen([*command, "--batch-size", "1"], cwd=tmp_path / str(rank), env=env,
                                  stderr=subprocess.PIPE, text=True)
-            )  # fmt: skip
+            )
         errors = [process.communicate(timeout=300)[1] for process in processes]
         assert [process.returncode for process in processes] == [1, 1], errors
         assert not (tmp_path / "0/run").exists()

@@ -27,13 +27,13 @@ from tools import bench
 
 def step(number, epoch, **changes):
     values = dict(loss=100.0 / number, lr=0.01, grad_norm=1.0, utts_per_s=4.0, step_s=36.0,
-                  data_s=1.0)  # fmt: skip
+                  data_s=1.0)
     return {"event": "step", "step": number, "epoch": epoch, **values, **changes}
 
 
 def evaluation(number, epoch, wer):
     return {"event": "eval", "step": number, "epoch": epoch, "wer": wer, "errors": 1, "words": 2,
-            "rtf": 0.1, "seconds": 18.0}  # fmt: skip
+            "rtf": 0.1, "seconds": 18.0}
 
 
 LOG = [
@@ -44,7 +44,7 @@ LOG = [
     {"event": "start"},  # resumed
     *[step(n, 2, loss=7.0) for n in (5, 6, 7)],
     evaluation(7, 2, 0.5),  # the time limit ended epoch 2 before its last step
-]  # fmt: skip
+]
 
 
 def write_log(folder, records=LOG):
@@ -208,7 +208,7 @@ def shown(tmp_path_factory):
     """Run directory, standard output and standard error of a run with --profile on a terminal."""
     root = tiny_corpus(tmp_path_factory.mktemp("shown"))
     words = ["--data", root, "--out", root / "run", *TINY, "--batch-size", 1, "--epochs", 2,
-             "--profile", "--log-every", 1]  # fmt: skip
+             "--profile", "--log-every", 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
         patch.setattr(sys, "stderr", Terminal())
@@ -244,11 +244,11 @@ def test_the_profile_has_table_trace_and_shares(shown):
     assert "Communication was under way 0.0 % of the time" in line  # one rank
     parts = line.split(". ")[0].split(": ")[2]
     shares = {part.strip(): float(share) for part, share in
-              re.findall(r"([a-zA-Z ]+) ([0-9.-]+) %", parts)}  # fmt: skip
+              re.findall(r"([a-zA-Z ]+) ([0-9.-]+) %", parts)}
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     seconds = float(line.split()[4])
     expected = {part: sum(sum(spent[name]) for name in names)
-                for part, names in report.PROFILE_PARTS.items()}  # fmt: skip
+                for part, names in report.PROFILE_PARTS.items()}
     expected["lattice of the loss"] = sum(spent["lattice"])
     expected["joint network"] = expected.pop("joint network and loss") - sum(spent["lattice"])
     expected = {part: pytest.approx(100 * s / seconds, abs=1) for part, s in expected.items()}
@@ -270,7 +270,7 @@ def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys, tmp_path)
     root = tiny_corpus(tmp_path)
     words = ["report", "--data", root, "--split", "train", "--turns", "3", "--preset", "demo",
              "--batch-size", "1", "--enc-hidden", "8", "--vocab-size", "32",
-             "--loader-workers", "0"]  # fmt: skip
+             "--loader-workers", "0"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
     bench.main()
     torch.set_flush_denormal(False)
@@ -290,7 +290,7 @@ def test_a_run_that_waits_for_its_data_says_so_while_it_runs(tmp_path, monkeypat
     real = features.load_audio
     monkeypatch.setattr(data, "load_audio", lambda *a: time.sleep(0.1) or real(*a))
     run_here("--data", root, "--out", root / "run", *TINY, "--train-splits", *["train"] * 6,
-             "--batch-size", 2, "--epochs", 1)  # fmt: skip
+             "--batch-size", 2, "--epochs", 1)
     said = capsys.readouterr().out.splitlines()
     (warning,) = [i for i, line in enumerate(said) if "goes by waiting for data" in line]
     assert warning < next(i for i, line in enumerate(said) if "avg train utts/s" in line)

@@ -99,7 +99,7 @@ def send(number):
 def assert_same_run(out, expected):
     """Steps, epochs and evaluations in the log, and everything in the last checkpoint."""
     for kind, keys in (("step", ("step", "epoch", "loss", "lr", "grad_norm")),
-                       ("epoch", ("epoch", "loss")), ("eval", ("epoch", "errors"))):  # fmt: skip
+                       ("epoch", ("epoch", "loss")), ("eval", ("epoch", "errors"))):
         ours, theirs = ([[e[k] for k in keys] for e in events(d, kind)] for d in (out, expected))
         assert ours == theirs, kind
     ours, theirs = (load_checkpoint(d / LAST) for d in (out, expected))
@@ -135,7 +135,7 @@ def test_a_run_without_periodic_checkpoints_repeats_the_epoch(run, whole, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("--precision", "bf16"), ("--accumulation", "2")],
-                         ids=["bf16", "accumulation"])  # fmt: skip
+                         ids=["bf16", "accumulation"])
 def test_resuming_is_exact_in_other_modes_too(run, whole, tmp_path, words):
     words = (*words, "--epochs", 6) if "--accumulation" in words else words
     with pytest.raises(Killed):
@@ -155,7 +155,7 @@ def test_two_ranks_resume_exactly(corpus, whole, tmp_path, precision):
     assert done.returncode == 0, done.stderr
     expected = whole(*words, launcher=TORCHRUN)
     losses = [[(e["step"], e["loss"], e["grad_norm"]) for e in events(d, "step")]
-              for d in (tmp_path, expected)]  # fmt: skip
+              for d in (tmp_path, expected)]
     assert losses[0] == losses[1]
     kept = [e for e in events(tmp_path, "eval") if e["step"] % 4 == 0]  # one more at the stop
     assert [e["errors"] for e in kept] == [e["errors"] for e in events(expected, "eval")]
@@ -240,7 +240,7 @@ def test_a_run_looks_for_all_bad_signs_and_computes_without_denormal_numbers(
         monkeypatch.setattr(train.report, name, lambda *_, name=name: looked.update([name]))
     assert run(tmp_path) == 0
     assert looked == {"warn_of_gradient": 12, "warn_of_waiting": 12, "warn_of_epoch": 3,
-                      "warn_of_evaluation": 3}  # fmt: skip
+                      "warn_of_evaluation": 3}
     assert not (torch.tensor([1e-40]) * torch.ones(1)).any()
 
 
@@ -252,7 +252,7 @@ def test_a_run_directory_has_one_run_at_a_time(run, tmp_path):
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, cwd=REPO, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:  # fmt: skip
+                          stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == "locked\n"
         (tmp_path / "log.jsonl").write_text("of the other run\n")
         with pytest.raises(ValueError, match=f"{tmp_path}: another run writes there"):
@@ -322,7 +322,7 @@ def test_more_epochs_continue_a_finished_run(run, whole, tmp_path):
     (("--batch-size", 500), "8 training utterances, fewer than a batch of 500"),
     (("--profile", "--batch-size", 4), "--profile: 2 steps in an epoch"),
     (("--vocab-size", 5), "vocab_size: 5, blank included"),
-])  # fmt: skip
+])
 def test_restart_deletes_nothing_for_a_run_that_cannot_begin(run, tmp_path, words, why):
     run(tmp_path, "--time-limit-s", 1e-6)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -354,7 +354,7 @@ def test_copies_of_checkpoints_are_the_users(run, tmp_path):
 @pytest.mark.parametrize(("flag", "name", "value"), [
     ("--weight-decay", "weight_decay", 0.5), ("--epsilon", "epsilon", 1e-3),
     ("--beta1", "betas", (0.5, 0.999)),
-])  # fmt: skip
+])
 def test_a_resumed_run_heeds_its_own_flags_of_the_optimiser(run, tmp_path, flag, name, value):
     run(tmp_path, "--epochs", 1)
     assert run(tmp_path, "--resume", flag, value[0] if name == "betas" else value) == 0
@@ -528,10 +528,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(corpus, tmp_
     size = (tmp_path / "checkpoint-00000004.pt").stat().st_size
     before = (tmp_path / "checkpoint-00000004.pt").read_bytes()
     command = [sys.executable, str(REPO / "train.py"), "--data", str(corpus), "--out",
-               str(tmp_path), *TINY, "--resume"]  # fmt: skip
+               str(tmp_path), *TINY, "--resume"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))  # noqa: E731
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=300,
-                          check=False)  # fmt: skip
+                          check=False)
     assert done.returncode == 1
     assert "checkpoint-00000008.pt could not be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -582,7 +582,7 @@ def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="1-2-0003.flac: truncated"):
         run(out, "--loader-workers", workers, data_root=own_corpus,
-            at={4: lambda: path.write_bytes(good[:500])})  # fmt: skip
+            at={4: lambda: path.write_bytes(good[:500])})
     path.write_bytes(good)
     assert checkpoints(out)
     assert run(out, "--resume", data_root=own_corpus) == 0

@@ -17,7 +17,7 @@ from tools.ladder import Case
 BYTES = 4 * 10**8
 # A turn takes 10 ms and half as long again as its bytes; a step hides half of all behind computing.
 REDUCE_S = {case: 2 * (case.ranks - 1) * 0.01 + 1.5 * ladder.ring_s(case.ranks, BYTES, case.gbit)
-            for case in (Case(2, 10), Case(2, 1), Case(4, 10), Case(4, 1))}  # fmt: skip
+            for case in (Case(2, 10), Case(2, 1), Case(4, 10), Case(4, 1))}
 
 
 def measured(case, words):
@@ -64,7 +64,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
 def test_oneccl_is_measured_with_1_2_and_4_workers_where_it_is(monkeypatch, capsys, tmp_path):
     asked = []
     monkeypatch.setattr(ladder, "measure_case", lambda case, words: (
-        asked.append(case), measured(case, words))[1])  # fmt: skip
+        asked.append(case), measured(case, words))[1])
     monkeypatch.setattr(ladder, "can_make_hosts", lambda: False)
     monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_oneccl_is_measured_with_1_2_and_4_workers_where_it_is(monkeypatch, caps
 
 @pytest.mark.parametrize(("dtype", "mean"), [
     (torch.bfloat16, [2.5, 0.5]), (torch.float32, [2.5005, 0.5])
-])  # fmt: skip
+])
 def test_exchanged_gradients_are_the_mean_of_all_ranks(monkeypatch, dtype, mean):
     """In bfloat16 1.001 travels as 1."""
 
@@ -120,7 +120,7 @@ def test_the_first_recordings_are_the_same_for_any_number_of_ranks(tmp_path):
 @pytest.mark.slow
 def test_ranks_and_hosts_are_really_measured(tmp_path):
     words = ["--json", str(tmp_path / "scaling.json"), "--turns", "1", "--preset", "demo",
-             "--batch-size", "1", "--vocab-size", "24"]  # fmt: skip
+             "--batch-size", "1", "--vocab-size", "24"]
     *lines, last = run_script("tools.bench", "scaling", *words).splitlines()
     cases = json.loads(last)["cases"]
     if os.geteuid() != 0 or any("no hosts made" in line for line in lines):

@@ -206,7 +206,7 @@ OF_A_RUN = {
     "submission_benchmark", "submission_org", "submission_division", "submission_status",
     "submission_platform", "global_batch_size", "train_samples", "eval_samples",
     "weights_initialization",
-}  # fmt: skip
+}
 
 # MLPerf's name -> field of TrainConfig, for what differs between published runs.
 RECIPE_FIELDS = {
@@ -312,7 +312,7 @@ def random_problem():
     values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     values[1].zero_()
     grads = [[torch.randn(s, generator=generator, dtype=torch.float64) for _ in range(6)]
-             for s in shapes]  # fmt: skip
+             for s in shapes]
     return values, grads
 
 
@@ -387,7 +387,7 @@ def golden_lamb_run():
     hyper, params = golden["hyper"], as_parameters(golden["initial_params"])
     optimizer = train.Lamb(
         params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"]
-    )  # fmt: skip
+    )
     seen, norms = [], []
     for grads, lr in zip(golden["grads_by_step"], hyper["lr"], strict=True):
         for param, grad in zip(params, grads, strict=True):
@@ -478,7 +478,7 @@ SMALL = ModelConfig(
     feature_size=6, vocab_size=5, enc_hidden=12, pre_layers=1, stack=2, post_layers=1,
     pred_hidden=8, pred_layers=1, joint_hidden=10, enc_dropout=0.0, pred_dropout=0.0,
     joint_dropout=0.0, normalization=True,
-)  # fmt: skip
+)
 DROPOUT = replace(SMALL, enc_dropout=0.2, pred_dropout=0.2, joint_dropout=0.2)
 ALONE = Ranks(0, 1, 0)
 
@@ -516,7 +516,7 @@ def make_trainer(model_cfg=SMALL, ranks=ALONE, **changes):
         data="", train_splits=(), dev_split="", out="", precision="fp32", lr=0.02, ema_decay=0.9,
         # Sizes the update like the gradient where that is tiny: rounding stays rounding.
         epsilon=1e-3,
-    ), **changes})  # fmt: skip
+    ), **changes})
     return train.make_trainer(cfg, model_cfg, ranks)
 
 
@@ -549,7 +549,7 @@ def test_a_step_returns_the_mean_cost_and_the_norm_of_its_gradient(float64):
     model = make_trainer().model.train()  # the same weights
     encoded, enc_lens, predicted = model(batch.feats, batch.feat_lens, batch.targets)
     cost = transducer_loss(model.joint(encoded, predicted), batch.targets, enc_lens,
-                           batch.target_lens, model.cfg.blank)  # fmt: skip
+                           batch.target_lens, model.cfg.blank)
     grads = torch.autograd.grad(cost, list(model.parameters()))
     loss, norm = train.train_step(trainer, [batch], 1, lr=0.02)
     assert loss == pytest.approx(cost.item(), rel=1e-12)
@@ -729,13 +729,13 @@ def two_ranks(tmp_path_factory):
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
-    }  # fmt: skip
+    }
     command = [sys.executable, "-c", f"import test_train; test_train.rank_main({str(folder)!r})"]
     processes = [
         subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
                          stderr=subprocess.PIPE, text=True)
         for r in range(2)
-    ]  # fmt: skip
+    ]
     errors = [p.communicate(timeout=300)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], errors
     return [torch.load(folder / f"rank{r}.pt") for r in range(2)]
@@ -786,7 +786,7 @@ def another(value):
 @pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
 def test_every_field_is_a_flag(config):
     names = {"preset": "baseline", "precision": "bf16", "backend": "gloo",
-             "submission_division": "closed", "submission_org": "Ours"}  # fmt: skip
+             "submission_division": "closed", "submission_org": "Ours"}
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
         if field.name in ("data", "train_splits", "dev_split", "out"):
@@ -861,7 +861,7 @@ def test_recipes_are_of_presets():
     "words",
     [["--preset", "demo", "--epochs", "3", "--stack", "2"],
      ["--stack", "2", "--epochs", "3", "--preset", "demo"]],
-)  # fmt: skip
+)
 def test_flags_win_over_the_preset_wherever_they_stand(words):
     cfg, model_cfg, _ = parse(*words)
     assert train.RECIPES["demo"]["epochs"] != 3
@@ -975,7 +975,7 @@ def test_step_events_have_their_numbers(finished):
     assert [(e["step"], e["epoch"]) for e in steps] == [(n, (n + 3) // 4) for n in range(1, 13)]
     cfg = events(finished[0], "start")[0]["train_config"]
     rates = [lr_at(e["step"], e["epoch"], cfg["lr"], 1, cfg["hold_epochs"], 4, cfg["lr_gamma"],
-                   cfg["lr_min"]) for e in steps]  # fmt: skip
+                   cfg["lr_min"]) for e in steps]
     assert [e["lr"] for e in steps] == rates
     assert all(0 <= e["data_s"] < e["step_s"] for e in steps)
     assert all(e["utts_per_s"] == pytest.approx(2 / e["step_s"]) for e in steps)
@@ -1101,7 +1101,7 @@ def test_a_resumed_run_logs_the_same_steps_as_an_uninterrupted_one(finished, res
 
 def test_a_resumed_run_ends_with_the_same_weights_and_optimiser(finished, resumed):
     ours, expected = (load_checkpoint(out / "checkpoint-00000012.pt")
-                      for out in (resumed[0], finished[0]))  # fmt: skip
+                      for out in (resumed[0], finished[0]))
     for owner in ("model", "ema"):
         assert ours[owner].keys() == expected[owner].keys()
         assert all(torch.equal(x, expected[owner][name]) for name, x in ours[owner].items())
@@ -1171,7 +1171,7 @@ def test_a_command_line_that_is_wrong_ends_with_status_2(corpus, tmp_path):
 @pytest.mark.parametrize(("flag", "value"), [
     ("target-wer", "25"), ("lr", "inf"), ("dither", "inf"), ("speed-max", "inf"),
     ("trim-db", "nan"), ("weights-init-scale", "nan"), ("time-limit-s", "nan"),
-])  # fmt: skip
+])
 def test_values_that_make_no_sense_are_refused(capsys, flag, value):
     with pytest.raises(SystemExit) as ended:
         parse(f"--{flag}", value)
@@ -1248,7 +1248,7 @@ def test_ranks_share_the_batches_of_one(corpus):
         run = make_run(corpus, Ranks(rank, 2, rank))
         cfg = replace(run.trainer.cfg, batch_size=1)
         run = train.Run(run.trainer._replace(cfg=cfg), run.features, run.tokenizer, run.train,
-                        run.dev, run.log)  # fmt: skip
+                        run.dev, run.log)
         assert run.steps_per_epoch == 4
         shares.append(epoch_ids(run))
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(ids) for ids in whole]

@@ -91,14 +91,14 @@ class Case:
 
     def command(self, *words: str) -> list[str]:
         return ["tune.py", "--config", str(self.config), "--out", str(self.out),
-                "--run", f"{sys.executable} {self.stand_in}", *words]  # fmt: skip
+                "--run", f"{sys.executable} {self.stand_in}", *words]
 
     def start(self, *words: str, **env: str) -> subprocess.Popen:
         """A tuner as a process, where it matters that it is one."""
         process = subprocess.Popen(
             [sys.executable, *self.command(*words)], cwd=REPO, env={**os.environ, **env}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
         self.started.append(process)
         return process
 
@@ -178,7 +178,7 @@ def test_lists_booleans_and_no_threshold(case):
     assert search.thresholds == [43200, float("inf")]
     words = tune.flags({"stack": 4, "normalization": False, "train_splits": "a b", "lr": 1e-5})
     assert words == ["--stack", "4", "--no-normalization", "--train-splits", "a", "b",
-                     "--lr", "1e-05"]  # fmt: skip
+                     "--lr", "1e-05"]
 
 
 def test_what_is_said_about_the_machine_is_named_as_having_no_effect(case, capsys):
@@ -238,7 +238,7 @@ LR = CONFIG.splitlines()[4]
         ("  project: sda", "  project: 'sda", 2, "line"),
         ("  project: sda", "\tproject: sda", 2, "line"),
     ],
-)  # fmt: skip
+)
 def test_an_error_names_its_line(case, old, new, line, message):
     case.change(old, new)
     if message is None:
@@ -332,7 +332,7 @@ def test_constraints_follow_the_thresholds(case):
 def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(case):
     form = "  - {name: %s, type: categorical, categorical_values: [%s]}\n"
     case.change("metrics:\n", form % ("precision", "bf16, fp32") + form % ("train_splits", "a b, t")
-                + "metrics:\n")  # fmt: skip
+                + "metrics:\n")
     out, error = case.run()
     assert error is None
     trial = case.trials()[0]
@@ -344,7 +344,7 @@ def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(cas
 
 def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys):
     search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)}, {},
-                         [100.0, 0.5], 4)  # fmt: skip
+                         [100.0, 0.5], 4)
     study = optuna.create_study(directions=["minimize"] * 2)
     for lr, seconds, wer in ((0.1, 200, 0.1), (0.2, 90, 0.3), (0.3, 95, 0.2), (0.4, 50, 0.6)):
         trial = study.ask(search.space)
@@ -359,7 +359,7 @@ def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys
     assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
     assert lines[-3] == ("in the 200 s of trial 0, which ended at WER 10.00 %: trial 0 had 10.00 % "
-                         "after epoch 2")  # fmt: skip
+                         "after epoch 2")
     tune.print_within(study, study.trials[1])
     assert capsys.readouterr().out == (
         "in the 90 s of trial 1, which ended at WER 30.00 %: trial 1 had 30.00 % after epoch 2\n"
@@ -434,7 +434,7 @@ def test_trials_that_a_time_limit_ends_are_complete(case, monkeypatch):
 def test_values_that_need_each_other_can_be_searched_together(case):
     case.change("  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
                 "  - {name: speed_min, type: double, bounds: {min: 0.8, max: 1.2}}\n"
-                "  - {name: speed_max, type: double, bounds: {min: 1.2, max: 1.4}}\n")  # fmt: skip
+                "  - {name: speed_max, type: double, bounds: {min: 1.2, max: 1.4}}\n")
     assert case.run()[1] is None
     text = case.config.read_text()
     case.config.write_text(text.replace("{min: 1.2, max: 1.4}", "{min: 0.5, max: 0.7}"))
@@ -446,7 +446,7 @@ def test_a_trial_that_goes_on_is_not_judged_again_by_its_old_epochs(tmp_path):
     for _ in range(tune.RIVALS):  # finished while it was cut off
         study.add_trial(optuna.create_trial(
             state=TrialState.COMPLETE, values=[1.0, 0.1],
-            user_attrs={"wers": {"1": 0.4, "2": 0.3, "3": 0.2}}))  # fmt: skip
+            user_attrs={"wers": {"1": 0.4, "2": 0.3, "3": 0.2}}))
     evaluation = '{"event": "eval", "epoch": %d, "step": 1, "wer": %g, "seconds": 1.0}\n'
     log = tmp_path / "log.jsonl"
     log.write_text(evaluation % (1, 0.9) + evaluation % (2, 0.25))

@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parent.parent
 RATE_HZ = 16000
 
 TRAIN_TEXTS = ["ONE TWO", "TWO", "THREE ONE TWO", "ONE", "TWO THREE", "THREE", "ONE ONE", "TWO ONE",
-               "THREE THREE TWO ONE"]  # fmt: skip
+               "THREE THREE TWO ONE"]
 TRAIN_SECONDS = [0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 1.20]
 DEV_TEXTS, DEV_SECONDS = ["TWO ONE THREE", "ONE", "THREE TWO"], [0.40, 0.30, 0.50]
 # Two utterances a step, four steps an epoch: the longest of the nine is too long. The learning
@@ -31,7 +31,7 @@ TINY = [
     "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "3", "--warmup-epochs", "1",
     "--lr", "0.2", "--ema-decay", "0.7", "--num-buckets", "2", "--max-utterance-s", "1.0",
     "--loader-workers", "0",
-]  # fmt: skip
+]
 
 
 def write_tones(
@@ -59,7 +59,7 @@ def tiny_corpus(root: Path) -> Path:
 
 def run_train(corpus, out, *words, launcher=()):
     command = [sys.executable, *launcher, str(REPO / "train.py"), "--data", str(corpus),
-               "--out", str(out), *TINY, *map(str, words)]  # fmt: skip
+               "--out", str(out), *TINY, *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 

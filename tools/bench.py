@@ -98,7 +98,7 @@ def forward_flops(cfg: ModelConfig, feat_lens: Tensor, target_lens: Tensor) -> f
 def origin() -> dict:
     """Whose figures they are."""
     return {"commit": train.git_commit(), "torch": torch.__version__,
-            "processor": train.processor_name()}  # fmt: skip
+            "processor": train.processor_name()}
 
 
 def finish(result: dict) -> None:
@@ -224,7 +224,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def open_run(args: argparse.Namespace, words: Sequence[str], steps: int,
-             log: report.Log | None = None) -> Iterator[train.Run]:  # fmt: skip
+             log: report.Log | None = None) -> Iterator[train.Run]:
     """A run with train.py's flags in `words` and recordings for so many steps."""
     cfg, model_cfg, features = train.parse_configs([*NEEDED, *words])
     ranks, _ = init_ranks(cfg)
@@ -300,7 +300,7 @@ def iter_steps(run: train.Run, steps: int) -> Iterator[list[data.Batch]]:
 
 def report_step(args: argparse.Namespace, trainer: train.Trainer,
                 rows: list[tuple[float, float]], watch: Stopwatch, apart: dict[str, float],
-                rate: float) -> None:  # fmt: skip
+                rate: float) -> None:
     """The table of stages, warm-up apart, and the JSON line.
 
     Args:
@@ -329,7 +329,7 @@ def report_step(args: argparse.Namespace, trainer: train.Trainer,
         "peak_rss_gb": peak_rss_gb(), "median_step_s": median,
         "batch": cfg.batch_size, "accumulation": cfg.accumulation, "ranks": world,
         "threads": torch.get_num_threads(), "preset": cfg.preset,
-    })  # fmt: skip
+    })
 
 
 # ------------------------------------------------------------------------------------ report
@@ -368,9 +368,9 @@ def bench_report(args: argparse.Namespace, words: Sequence[str]) -> None:
     print(f"a step takes {1e3 * step_s:.1f} ms, its report {1e3 * own_s:.2f} ms, "
           f"{100 * own_s / step_s:.2f} %; {args.turns} steps with against as many without, in "
           f"turns: {100 * share:+.2f} %; drawing the curves after every epoch takes "
-          f"{draw_s:.2f} s, {100 * draw_share:.2f} % of its {epoch_steps} steps")  # fmt: skip
+          f"{draw_s:.2f} s, {100 * draw_share:.2f} % of its {epoch_steps} steps")
     finish({"report_s": own_s, "report_share": share, "draw_s": draw_s, "draw_share": draw_share,
-            "step_s": step_s, "turns": pairs})  # fmt: skip
+            "step_s": step_s, "turns": pairs})
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -383,13 +383,13 @@ def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     T, U, J, V = int(enc_lens.max()), int(target_lens.max()), cfg.joint_hidden, cfg.vocab_size
     torch.manual_seed(1)
     inputs = (torch.randn(batch, T, J), torch.randn(batch, U + 1, J),
-              torch.randn(V, J) / math.sqrt(J), torch.zeros(V))  # fmt: skip
+              torch.randn(V, J) / math.sqrt(J), torch.zeros(V))
     targets = torch.randint(0, V - 1, (batch, U))
     return tuple(x.requires_grad_() for x in inputs), (targets, enc_lens, target_lens)
 
 
 def plain_loss(inputs: tuple, lattice: tuple, blank: int, dropout: float,
-               reduction: str = "mean") -> Tensor:  # fmt: skip
+               reduction: str = "mean") -> Tensor:
     """Linear layer and transducer_loss on (B, T, U+1, V) logits that exist all at once."""
     encoded, predicted, weight, bias = inputs
     hidden = F.dropout(F.relu(encoded[:, :, None] + predicted[:, None]), dropout)
@@ -428,13 +428,13 @@ def bench_loss(args: argparse.Namespace) -> None:
     print(f"batch {args.batch_size}: fused {fused:.1f} utterances/s, plain {plain:.1f}: "
           f"{fused / plain:.1f} times faster. Of the plain one's nodes {nodes / padded:.2f} are "
           f"valid, of those {visited[0] / nodes:.2f} are visited by paths of an untrained model "
-          "and have a gradient to compute")  # fmt: skip
+          "and have a gradient to compute")
     finish({
         "visited_share": visited[0] / nodes, "valid_share": nodes / padded,
         "utts_per_s": fused, "share_of_gemm": flops / fused_s / 1e12 / rate, "gemm_tflops": rate,
         "dtype": str(dtype).removeprefix("torch."),
         "memory_growth_gb": grown, "plain_utts_per_s": plain, "speedup": fused / plain,
-    })  # fmt: skip
+    })
 
 
 # ------------------------------------------------------------------------------------ features
@@ -465,9 +465,9 @@ def bench_features(args: argparse.Namespace) -> None:
         plain = statistics.median(cpu_ms(features) for _ in range(3))
         decoding = statistics.median(cpu_ms(lambda samples: samples) for _ in range(3))
     print(f"{len(chosen)} recordings of {seconds:.1f} s: decoding {decoding:.1f} ms, with features "
-          f"{plain:.1f} ms, augmented {training:.1f} ms of one core")  # fmt: skip
+          f"{plain:.1f} ms, augmented {training:.1f} ms of one core")
     finish({"ms_per_utt": training, "plain_ms_per_utt": plain, "decode_ms_per_utt": decoding,
-            "audio_s": seconds})  # fmt: skip
+            "audio_s": seconds})
 
 
 # ------------------------------------------------------------------------------------ decode
@@ -494,9 +494,9 @@ def bench_decode(args: argparse.Namespace) -> None:
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{len(utterances)} utterances in {seconds:.1f} s, "
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
-          f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")  # fmt: skip
+          f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
     finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
-            "same_as_alone": same, "peak_rss_gb": peak_rss_gb()})  # fmt: skip
+            "same_as_alone": same, "peak_rss_gb": peak_rss_gb()})
 
 
 # ------------------------------------------------------------------------------------ curves
@@ -516,7 +516,7 @@ def bench_curves(args: argparse.Namespace) -> None:
             )
     report.draw_curves(runs, args.png)
     finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
-                   "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})  # fmt: skip
+                   "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})
 
 
 # ------------------------------------------------------------------------------------ ladder
@@ -535,7 +535,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", allow_abbrev=False)
     step.add_argument("--warmup", type=int, default=10, help="steps left out")
@@ -554,7 +554,7 @@ def main() -> None:
     rung, ladder = (commands.add_parser(name, allow_abbrev=False) for name in ("rung", "ladder"))
     rungs.add_ladder_flags(rung, ladder)
     member, scaling = (commands.add_parser(name, allow_abbrev=False)
-                       for name in ("member", "scaling"))  # fmt: skip
+                       for name in ("member", "scaling"))
     member.add_argument("--exchange-only", action="store_true", help="all-reduces alone")
     member.add_argument("--compress", action="store_true", help="gradients travel as bfloat16")
     member.add_argument("--bucket-mb", type=int, default=0, help="of an all-reduce; 0: torch's 25")
@@ -572,7 +572,7 @@ def main() -> None:
     args, words = parser.parse_known_args()
     with_words = {"step": bench_step, "report": bench_report, "rung": rungs.bench_rung,
                   "ladder": rungs.bench_ladder, "member": rungs.bench_member,
-                  "scaling": rungs.bench_scaling}  # fmt: skip
+                  "scaling": rungs.bench_scaling}
     if words and args.command not in with_words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     if bool(getattr(args, "data", None)) != bool(getattr(args, "split", None)):
@@ -583,7 +583,7 @@ def main() -> None:
     if getattr(args, "warmup", 0) < 0:
         parser.error(f"--warmup: {args.warmup}, expected at least 0")
     run = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
-           "curves": bench_curves}  # fmt: skip
+           "curves": bench_curves}
     run |= {name: functools.partial(f, words=words) for name, f in with_words.items()}
     try:
         run[args.command](args)

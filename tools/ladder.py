@@ -48,7 +48,7 @@ from tools.bench import (
 
 # Seconds to WER 0.25 in intel/e2eAIOK's overview of its RNN-T; what two of its ideas gave.
 ORIGINAL_S = {"one node": 175_275, "four nodes": 33_965, "stack 8, LSTM 512 x 4": 18_200,
-              "normalisation": 17_005, "fewer oneCCL workers": 15_849}  # fmt: skip
+              "normalisation": 17_005, "fewer oneCCL workers": 15_849}
 
 
 ORIGINAL = {"LSTM 512 x 4": 33_965 / 18_200, "normalisation": 18_200 / 17_005}
@@ -73,7 +73,7 @@ class Rung(NamedTuple):
 def add_ladder_flags(rung: argparse.ArgumentParser, ladder: argparse.ArgumentParser) -> None:
     rung.add_argument("--batch", type=int, required=True, help="utterances of a bucket, all ranks")
     rung.add_argument("--plain-loss", action="store_true",
-                      help=f"the logits of {PLAIN_ROWS} utterances exist at once")  # fmt: skip
+                      help=f"the logits of {PLAIN_ROWS} utterances exist at once")
     ladder.add_argument("--ranks", type=int, default=2, help="of the rung that has several")
     ladder.add_argument("--shapes", type=Path, default=SHAPES, help="buckets of (seconds, labels)")
     ladder.add_argument("--png", type=Path, default=SHAPES.with_name("ladder.png"))
@@ -98,17 +98,17 @@ def make_rungs(ranks: int) -> tuple[dict[str, Rung], dict[str, Rung]]:
     ideas = {
         "fused joint and loss": {"fused": True}, "bf16": {"precision": "bf16"},
         "features in workers": {"workers": 1}, f"{ranks} ranks": {"ranks": ranks},
-    }  # fmt: skip
+    }
     alone = {name: base._replace(**idea) for name, idea in ideas.items()}
     for name, idea in ideas.items():
         base = ladder[name] = base._replace(**idea)
     return ladder, alone
 
 
-def plain_joint_loss(encoded: Tensor, predicted: Tensor,  # noqa: PLR0913 - stands for the fused one
+def plain_joint_loss(encoded: Tensor, predicted: Tensor,
                      weight: Tensor, bias: Tensor, targets: Tensor, enc_lens: Tensor,
                      target_lens: Tensor, blank: int, dropout: float,
-                     reduction: str) -> Tensor:  # fmt: skip
+                     reduction: str) -> Tensor:
     """Costs (B,) like loss.joint_transducer_loss, by plain_loss on PLAIN_ROWS utterances a time.
 
     Only right where all costs weigh the same, as in train_step: the gradient of some rows is taken
@@ -131,7 +131,7 @@ def steady(times: Sequence[Sequence[float]]) -> dict:
     """Of each bucket's steps without the first, which builds kernels: median, least and most."""
     warm = [bucket[1:] for bucket in times]
     return {"step_s": [statistics.median(t) for t in warm], "least_s": [min(t) for t in warm],
-            "most_s": [max(t) for t in warm]}  # fmt: skip
+            "most_s": [max(t) for t in warm]}
 
 
 def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -146,7 +146,7 @@ def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
     tokenizer = LabelCount(model_cfg.vocab_size)
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch=1)
     mine = [bucket[ranks.rank :: ranks.world].tolist()
-            for bucket in torch.arange(len(utterances)).split(args.batch)]  # fmt: skip
+            for bucket in torch.arange(len(utterances)).split(args.batch)]
     times: list[list[float]] = [[] for _ in mine]
     began = started = time.perf_counter()
     for i, batch in enumerate(data.batch_loader(dataset, mine * 1000, cfg.loader_workers)):
@@ -163,7 +163,7 @@ def bench_rung(args: argparse.Namespace, words: Sequence[str]) -> None:
             "steps": sum(map(len, times)),
             "peak_rss_gb": peak_rss_gb(), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        })  # fmt: skip
+        })
 
 
 def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> dict:
@@ -171,11 +171,11 @@ def measure_rung(rung: Rung, batch: int, threads: int, words: Sequence[str]) -> 
     launcher = [sys.executable]
     if rung.ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone",
-                     "--nproc-per-node", str(rung.ranks)]  # fmt: skip
+                     "--nproc-per-node", str(rung.ranks)]
     command = [*launcher, "-m", "tools.bench", "rung", "--batch", str(batch), *words, *rung.words,
                "--batch-size", str(batch // rung.ranks), "--precision", rung.precision,
                "--loader-workers", str(rung.workers),
-               *([] if rung.fused else ["--plain-loss"])]  # fmt: skip
+               *([] if rung.fused else ["--plain-loss"])]
     own = max(1, threads // rung.ranks)
     env = {**os.environ, "OMP_NUM_THREADS": str(own)}
     cpus = sorted(os.sched_getaffinity(0))
@@ -225,7 +225,7 @@ def epochs_to(folder: Path, target_wer: float) -> dict:
         "epochs": reached, "ran": rows[-1]["epoch"], "best_wer": min(r["wer"] for r in rows),
         "normalization": start["model_config"]["normalization"],
         "preset": start["train_config"]["preset"], "seed": start["train_config"]["seed"],
-    }  # fmt: skip
+    }
 
 
 def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -260,7 +260,7 @@ def bench_ladder(args: argparse.Namespace, words: Sequence[str]) -> None:
     for name, run in epochs.items():
         after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
         print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
-              f"{100 * run['best_wer']:.1f} %")  # fmt: skip
+              f"{100 * run['best_wer']:.1f} %")
     results["epochs_to_target"] = epochs
     report_ladder(args, results, scaling)
 
@@ -273,7 +273,7 @@ def name_rung(name: str, rung: Rung, measured: Sequence[dict]) -> dict:
     return {
         "name": name, **rung._asdict(), **measured[0], "epoch_s": mean_s, "epochs_s": seconds,
         "apart": (max(seconds) - min(seconds)) / mean_s if len(seconds) > 1 else None,
-    }  # fmt: skip
+    }
 
 
 def add_speedups(ladder: list[dict], alone: list[dict]) -> None:
@@ -297,12 +297,12 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
     twice = [row for row in results["ladder"] + results["alone"] if row["apart"] is not None]
     apart = {str(row["epochs_s"]): row["apart"] for row in twice}.values()  # each rung once
     print(f"two measurements of a rung were apart by {100 * statistics.median(apart):.1f} % "
-          f"(median), {100 * max(apart):.1f} % at most: gains of less are none")  # fmt: skip
+          f"(median), {100 * max(apart):.1f} % at most: gains of less are none")
     results["original_s"] = ORIGINAL_S
     story = ", ".join(f"{name} {seconds:,} s ({ORIGINAL_S['one node'] / seconds:.2f}x)"
-                      for name, seconds in ORIGINAL_S.items())  # fmt: skip
+                      for name, seconds in ORIGINAL_S.items())
     print(f"the original, time to WER 0.25: {story}; stack 8 and its LSTM are one; oneCCL's "
-          "workers are cases of bench.py scaling where its bindings are installed")  # fmt: skip
+          "workers are cases of bench.py scaling where its bindings are installed")
     best = min(results["ladder"], key=lambda row: row["epoch_s"])
     results["hours_of_49_epochs"] = {"here": 49 * best["epoch_s"] / 3600} | {
         name: project_hours(best, servers, scaling, args)
@@ -316,11 +316,11 @@ def report_ladder(args: argparse.Namespace, results: dict, scaling: dict) -> Non
           f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
           f"{args.global_batch}, with which 49 epochs must still be enough; evaluation and "
           "checkpoints left out; lattices as of an untrained model, of whose nodes paths visit "
-          "some 0.7 in float32 and 0.6 in bfloat16")  # fmt: skip
+          "some 0.7 in float32 and 0.6 in bfloat16")
     args.png.with_suffix(".json").write_text(json.dumps(origin() | results, indent=1) + "\n")
     draw_ladder(args.png, results)
     finish({"epoch_s": {row["name"]: row["epoch_s"] for row in results["ladder"]},
-            "hours_of_49_epochs": results["hours_of_49_epochs"]})  # fmt: skip
+            "hours_of_49_epochs": results["hours_of_49_epochs"]})
 
 
 def draw_ladder(png: Path, results: dict) -> None:
@@ -328,7 +328,7 @@ def draw_ladder(png: Path, results: dict) -> None:
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=(3, 2))
     names, seconds, total = ([row[key] for row in results["ladder"]]
-                             for key in ("name", "epoch_s", "cumulative"))  # fmt: skip
+                             for key in ("name", "epoch_s", "cumulative"))
     axes[0].bar_label(axes[0].bar(names, seconds), fmt="%.0f")
     axes[0].set(ylabel="s an epoch of train-clean-100", title="each idea on top of the last")
     line = axes[0].twinx()
@@ -368,10 +368,10 @@ class Case(NamedTuple):
     def environment(self, rank: int, port: str) -> dict[str, str]:
         env = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(self.ranks),
                "LOCAL_RANK": "0", "MASTER_PORT": port,
-               "MASTER_ADDR": f"{SUBNET}1" if self.gbit else "127.0.0.1"}  # fmt: skip
+               "MASTER_ADDR": f"{SUBNET}1" if self.gbit else "127.0.0.1"}
         if self.ccl_workers:  # there is no mpirun to tell oneCCL who is who
             env |= {"CCL_WORKER_COUNT": str(self.ccl_workers), "CCL_PROCESS_LAUNCHER": "none",
-                    "CCL_LOCAL_RANK": str(rank), "CCL_LOCAL_SIZE": str(self.ranks)}  # fmt: skip
+                    "CCL_LOCAL_RANK": str(rank), "CCL_LOCAL_SIZE": str(self.ranks)}
         return env
 
 
@@ -472,12 +472,12 @@ def made_hosts(count: int, gbit: float) -> Iterator[list[list[str]]]:
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
             ip("netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate",
-               f"{gbit}gbit", "burst", "1mb", "latency", "50ms")  # fmt: skip
+               f"{gbit}gbit", "burst", "1mb", "latency", "50ms")
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
         # A namespace goes with its last process, which may take a while to end; its link now.
         gone = [words for name in names
-                for words in (("link", "del", f"{name}-p"), ("netns", "del", name))]  # fmt: skip
+                for words in (("link", "del", f"{name}-p"), ("netns", "del", name))]
         for words in (*gone, ("link", "del", bridge)):
             with contextlib.suppress(OSError):
                 ip(*words)
@@ -499,7 +499,7 @@ def measure_case(case: Case, words: Sequence[str]) -> dict:
                      *case.words, *words],
                     env=os.environ | case.environment(rank, port), stderr=said, text=True,
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                ))  # fmt: skip
+                ))
             out = members[0].communicate()[0]
             failed = any([member.wait() for member in members])
         finally:  # nothing stays behind, if this is interrupted
@@ -544,10 +544,10 @@ def bench_scaling(args: argparse.Namespace, words: Sequence[str]) -> None:
         cases += [Case(2, gbit=10), slow, Case(4, 10, ("--exchange-only",)),
                   Case(4, 1, ("--exchange-only",)), slow._replace(words=("--bucket-mb", "5")),
                   slow._replace(words=("--bucket-mb", "100")), slow._replace(words=("--compress",)),
-                  slow._replace(words=("--micro-batches", "4"))]  # fmt: skip
+                  slow._replace(words=("--micro-batches", "4"))]
     results = {}
     print(f"{'':<34}{'step s':>8}{'all-reduce':>12}{'waits, least to most':>24}"
-          f"{'efficiency':>12}")  # fmt: skip
+          f"{'efficiency':>12}")
     for case in cases:
         row = results[case] = measure_case(case, ["--turns", str(args.turns), *words])
         single = results[cases[0]]["step"] * (4 if "--micro-batches" in case.words else 1)
@@ -573,11 +573,11 @@ def project_hosts(results: dict[Case, dict]) -> dict:
     """Speed-up from one host to four, of two ranks each, on the networks that were measured."""
     plain = {c: r for c, r in results.items() if c.gbit and c.words in ((), ("--exchange-only",))}
     terms = [(2 * (c.ranks - 1), ring_s(c.ranks, r["gradient_bytes"], c.gbit))
-             for c, r in plain.items()]  # fmt: skip
+             for c, r in plain.items()]
     (latency, slope), *_ = np.linalg.lstsq(terms, [r["all_reduce"] for r in plain.values()])
     fit = {"latency_s": latency, "slope": slope}
     print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x 2 (n-1)/n x "
-          "bytes over the network's rate")  # fmt: skip
+          "bytes over the network's rate")
     slow, here, speedups = results[Case(2, gbit=1)], results[Case(2)], {}
     # The rest hides behind the backward pass.
     exposed = min(1.0, slow["waits"] / slow["all_reduce"])
@@ -589,5 +589,5 @@ def project_hosts(results: dict[Case, dict]) -> dict:
     said = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
     print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "
           f"{said}; the original says 5.16. Assumed: hosts as fast as this one, ranks that share "
-          "nothing but the network, one ring")  # fmt: skip
+          "nothing but the network, one ring")
     return {"projected_speedup": speedups} | fit

@@ -90,7 +90,7 @@ GRAMMAR = {
         "JANUARY", "FEBRUARY", "MARCH", "APRIL", "MAY", "JUNE",
         "JULY", "AUGUST", "SEPTEMBER", "OCTOBER", "NOVEMBER", "DECEMBER",
     ),
-}  # fmt: skip
+}
 
 
 def expand(name: str, rng: random.Random) -> str:
@@ -142,11 +142,11 @@ def draw_dev_sentences(count: int, known_words: set[str], rng: random.Random) ->
 ACCENTS = (
     "gmw/en", "gmw/en-US", "gmw/en-GB-scotland", "gmw/en-US-nyc",
     "gmw/en-GB-x-rp", "gmw/en-029", "gmw/en-GB-x-gbclan", "gmw/en-GB-x-gbcwmd",
-)  # fmt: skip
+)
 TRAIN_VARIANTS = (
     "m1", "m2", "m3", "m5", "m6", "m7", "Mike", "rob",
     "robert", "f2", "f3", "f5", "Annie", "linda", "grandma", "shelby",
-)  # fmt: skip
+)
 DEV_VARIANTS = ("m4", "max", "f1", "f4")  # vocal tracts that training never hears
 RATE_WPM = (155, 190)  # of a voice, in espeak-ng's words per minute; 175 is its default
 PITCH = (30, 70)  # of a voice, relative to the variant's own pitch, which is 50
@@ -435,7 +435,7 @@ CORPORA = {
         "train-clean-100", "train-clean-360", "train-other-500",
         "dev-clean", "dev-other", "test-clean", "test-other",
     ),
-}  # fmt: skip
+}
 
 
 # ----------------------------------------------------------------------- LibriSpeech: download it
@@ -712,7 +712,7 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
 def find_splits(root: Path) -> list[str]:
     """Names of the folders in `root` that hold a transcript or audio where LibriSpeech has them."""
     return sorted({path.parents[2].name for path in root.glob("*/*/*/*")
-                   if is_audio(path.name) or is_transcript(path.name)})  # fmt: skip
+                   if is_audio(path.name) or is_transcript(path.name)})
 
 
 def check(root: Path, splits: Sequence[str]) -> bool:
@@ -755,7 +755,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         source = libri.add_mutually_exclusive_group()
         source.add_argument("--mirror", metavar="URL", default=OPENSLR, help="%(default)s")
         source.add_argument("--archive", metavar="FILE", type=Path, nargs="+", default=[],
-                            help="downloaded elsewhere: <split>.tar.gz of every split")  # fmt: skip
+                            help="downloaded elsewhere: <split>.tar.gz of every split")
     checks = commands.add_parser("check", help="find what is wrong", allow_abbrev=False)
     checks.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
     checks.add_argument("splits", metavar="SPLIT", nargs="*", help="all in ROOT if none is given")

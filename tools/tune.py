@@ -128,7 +128,7 @@ def boolean(text: str) -> bool:
 PARAMETER = {
     "name": None, "type": None, "transformation?": None,
     "bounds?": {"min": None, "max": None}, "grid?": [None], "categorical_values?": [None],
-}  # fmt: skip
+}
 # What the original's files say about the machine; here run.sh and the command line say it.
 MACHINE = ("save_path", "ppn", "train_batch_size", "eval_batch_size", "iface", "hosts")
 FILE = {
@@ -165,7 +165,7 @@ def read_parameter(node: yaml.Node) -> tuple[str, BaseDistribution]:
     low, high = (read(entry["bounds"][key], kinds[form]) for key in ("min", "max"))
     if low >= high or (log and low <= 0):
         raise wrong(entry["bounds"]["min"], f"{name}: min {low}, max {high}, expected "
-                    f"{'0 < ' * log}min < max")  # fmt: skip
+                    f"{'0 < ' * log}min < max")
     distribution = IntDistribution if form == "int" else FloatDistribution
     return name, distribution(low, high, log=log)
 
@@ -266,13 +266,13 @@ def check_values(search: Search, command: Sequence[str]) -> dict:
     Returns the values of all fields that are not searched, or would be if nothing were.
     """
     result = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, cwd=REPO, text=True,
-                            capture_output=True, check=False)  # fmt: skip
+                            capture_output=True, check=False)
     launch = re.search(r"^launch .* train\.py (.*)$", result.stdout, re.MULTILINE)
     if launch is None:
         raise ValueError(f"DRY_RUN=1 {shlex.join(command)} launches no train.py: {result.stderr}")
     words = shlex.split(launch[1])
     ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
-            for name, d in search.space.items()}  # fmt: skip
+            for name, d in search.space.items()}
     # One value may ask for another: speed_max for a smaller speed_min.
     around = ({}, {n: v[0] for n, v in ends.items()}, {n: v[-1] for n, v in ends.items()})
     for name, values in ends.items():
@@ -322,7 +322,7 @@ def hopeless(study: optuna.Study, number: int, wers: dict[str, float]) -> str | 
 
 
 def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[str],
-              lock: IO) -> TrialState:  # fmt: skip
+              lock: IO) -> TrialState:
     """Runs the command to its end, or until it is hopeless before the last epoch.
 
     The trial gets `wers` (epoch -> best so far, at most 1), `clock` (epoch -> seconds by its end),
@@ -335,10 +335,10 @@ def run_trial(study: optuna.Study, trial: Trial, epochs: int, command: Sequence[
     started = {"start_new_session": True, "pass_fds": [lock.fileno()]}
     with (folder / "run.log").open("ab") as output:
         process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, **started)  # fmt: skip
+                                   stderr=output, **started)
     guard = subprocess.Popen(["bash", "-c", GUARD, "guard", str(process.pid)], bufsize=0,
                              stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             **started)  # fmt: skip
+                             **started)
     try:
         for record in follow(log, process):
             if record["event"] == "step":  # one that is done again after a crash counts once
@@ -415,7 +415,7 @@ def enqueue(study: optuna.Study, params: dict, distributions: dict, **attrs: str
     study.add_trial(
         optuna.create_trial(state=TrialState.WAITING, params=params, distributions=distributions,
                             user_attrs=attrs)
-    )  # fmt: skip
+    )
 
 
 def open_study(out: Path, search: Search, defaults: dict, env: Sequence[str]) -> optuna.Study:
@@ -430,14 +430,14 @@ def open_study(out: Path, search: Search, defaults: dict, env: Sequence[str]) ->
     )
     refusal = ValueError(f"{out} has a search of another name or with other parameters, "
                          "thresholds, words for train.py or knobs of run.sh: take another "
-                         "--out")  # fmt: skip
+                         "--out")
     if set(optuna.get_all_study_names(storage)) - {search.name}:
         raise refusal
     study = optuna.create_study(
         study_name=search.name, storage=storage, load_if_exists=True,
         directions=["minimize"] * len(METRICS),
         sampler=optuna.samplers.TPESampler(n_startup_trials=4),
-    )  # fmt: skip
+    )
     if study.user_attrs.get("about", about) != about:
         raise refusal
     study.set_user_attr("about", about)
@@ -446,7 +446,7 @@ def open_study(out: Path, search: Search, defaults: dict, env: Sequence[str]) ->
         enqueue(study, {name: plain(defaults[name]) for name in usual}, usual)
         for name in search.space.keys() - usual:
             print(f"{name}: {plain(defaults[name])}, which train.py would take, is not searched; "
-                  "the first trial takes another value")  # fmt: skip
+                  "the first trial takes another value")
     return study
 
 
@@ -465,7 +465,7 @@ def next_trial(study: optuna.Study, out: Path, search: Search) -> Trial | None:
 
 
 def tune(study: optuna.Study, search: Search, out: Path, epochs: int,
-         command: Sequence[str]) -> None:  # fmt: skip
+         command: Sequence[str]) -> None:
     """Runs trials until the budget is spent, here and elsewhere."""
     while True:
         with contextlib.ExitStack() as stack:
@@ -483,7 +483,7 @@ def tune(study: optuna.Study, search: Search, out: Path, epochs: int,
             print(f"trial {trial.number} in {folder}: {shlex.join(words)}", flush=True)
             trial.set_user_attr("command", [*command, *words])
             state = run_trial(study, trial, trial.params.get("epochs", epochs),
-                              [*command, *words, "--out", str(folder)], lock)  # fmt: skip
+                              [*command, *words, "--out", str(folder)], lock)
             if state != TrialState.COMPLETE:
                 study.tell(trial, state=state)
                 continue
@@ -504,11 +504,11 @@ def print_table(study: optuna.Study, search: Search) -> None:
         attrs = t.user_attrs
         yes = t.state == TrialState.COMPLETE and max(t.constraints.values(), default=0) <= 0
         values = [f"{x:.4g}" if isinstance(x := t.params.get(name), float) else str(x)
-                  for name in names]  # fmt: skip
+                  for name in names]
         cut_off = "cut off; went on under another number" if t.state == TrialState.FAIL else ""
         rows.append([str(t.number), t.state.name.lower(), f"{attrs.get('seconds', 0):.1f}",
                      f"{100 * min(attrs.get('wers', {0: math.nan}).values()):.2f}",
-                     "yes" if yes else "no", *values, attrs.get("reason", cut_off)])  # fmt: skip
+                     "yes" if yes else "no", *values, attrs.get("reason", cut_off)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -519,11 +519,11 @@ def print_within(study: optuna.Study, first: FrozenTrial) -> None:
     seconds, wer = first.values
     reached = [(t.user_attrs["wers"][epoch], t.number, epoch)
                for t in study.get_trials(deepcopy=False)
-               for epoch, at in t.user_attrs.get("clock", {}).items() if at <= seconds]  # fmt: skip
+               for epoch, at in t.user_attrs.get("clock", {}).items() if at <= seconds]
     if reached:
         least, number, epoch = min(reached)
         print(f"in the {seconds:.0f} s of trial {first.number}, which ended at WER {100 * wer:.2f} "
-              f"%: trial {number} had {100 * least:.2f} % after epoch {epoch}")  # fmt: skip
+              f"%: trial {number} had {100 * least:.2f} % after epoch {epoch}")
 
 
 def report(study: optuna.Study, search: Search, out: Path) -> None:
@@ -545,12 +545,12 @@ def report(study: optuna.Study, search: Search, out: Path) -> None:
             shares = optuna.importance.get_param_importances(
                 study, target=lambda trial, i=i: trial.values[i],
                 evaluator=optuna.importance.FanovaImportanceEvaluator(seed=1),
-            )  # fmt: skip
+            )
         except (RuntimeError, ValueError) as error:  # too few trials, or all of them alike
             print(f"{metric}: no importances: {error}")
         else:
             print(f"{metric}: share of variance (functional ANOVA):",
-                  ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))  # fmt: skip
+                  ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
     feasible = [t for t in complete if max(t.constraints.values(), default=0) <= 0]
     if not feasible:
         print("no trial meets all thresholds; what follows has the lowest WER")
@@ -565,11 +565,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("--config", type=Path, required=True, help="what to search")
     parser.add_argument("--out", type=Path, default=Path("out/tune"), help="study and trials")
     parser.add_argument("--run", default="bash run.sh", metavar="COMMAND",
-                        help="what runs a trial, given words for train.py")  # fmt: skip
+                        help="what runs a trial, given words for train.py")
     args, words = parser.parse_known_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -579,7 +579,7 @@ def main() -> None:
     knobs = re.findall(r"^([A-Z]+)=\$\{\1:-", source, re.MULTILINE)
     knobs += re.findall(r"\bdecide ([A-Z_]+) ", source)
     env = [f"{k}={os.environ[k]}" for k in dict.fromkeys(knobs)
-           if k in os.environ and k not in ("OUT", "DRY_RUN")]  # fmt: skip
+           if k in os.environ and k not in ("OUT", "DRY_RUN")]
     command = [*(["env", *env] if env else []), *shlex.split(args.run), *words]
     try:
         search = read_search(args.config)
