@@ -384,22 +384,12 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trai
     return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg.precision))
 
 
-def step_moments(trainer: Trainer, batches: Sequence[Batch]) -> Tensor | None:
-    """BatchNorm statistics of the whole step, all micro-batches of all ranks."""
-    norm = trainer.model.encoder.feature_norm
-    if norm is None:
-        return None
-    moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
-    norm.update(all_sum(moments, trainer.ranks))
-    return moments
-
-
-def batch_loss(trainer: Trainer, batch: Batch, moments: Tensor | None) -> Tensor:
+def batch_loss(trainer: Trainer, batch: Batch) -> Tensor:
     """(B,) costs in nats."""
     model = trainer.model
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         encoded, enc_lens, predicted = trainer.parallel(
-            batch.feats, batch.feat_lens, batch.targets, moments
+            batch.feats, batch.feat_lens, batch.targets
         )
         output = model.joint_network.output
         return joint_transducer_loss(
@@ -431,17 +421,21 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     torch.manual_seed(int(state[0]))
     trainer.parallel.train()
     trainer.optimizer.zero_grad(set_to_none=True)
-    moments = step_moments(trainer, batches)
+    norm = trainer.model.encoder.feature_norm
+    if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
+        norm.begin_step(all_sum(sum(norm.moments(b.feats, b.feat_lens) for b in batches), ranks))
     count = sum(b.asked for b in batches)  # the same on every rank
     total, computed = 0.0, 0
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
         with nullcontext() if last or ranks.world == 1 else trainer.parallel.no_sync():
-            costs = batch_loss(trainer, batch, moments)
+            costs = batch_loss(trainer, batch)
             part = sum_costs(costs.detach(), batch, step, ranks)
             total, computed = total + part[0], computed + part[1]
             (costs.sum() / count).backward()
+    if norm is not None:
+        norm.end_step()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
     if not math.isfinite(grad_norm):  # the same on every rank
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
