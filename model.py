@@ -175,7 +175,7 @@ class WideLstm(nn.LSTM):
     faster and runs instead.
     """
 
-    MIN_INPUT_SIZE = 2048  # the narrowest input for which `unrolled` is faster
+    MIN_INPUT_SIZE = 2048  # `unrolled` is faster from this input size on
 
     def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """(T, B, input_size), state -> (T, B, H), state after the last frame."""

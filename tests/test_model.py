@@ -192,7 +192,7 @@ def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, trac
         return torch.randn(shape, generator=generator), torch.tensor(lens)
 
     with warnings.catch_warnings():
-        # Tracing warns of every check of a shape, torch.nn.LSTM's own included, and of its age.
+        # Tracing warns of its deprecation and of every check of a shape, torch.nn.LSTM's included.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace_module(model, {"encode": batch([traced_frames, 4])})
     for lens in ([30, 7, 12], [11], [12, 12, 1, 5]):
