@@ -135,7 +135,8 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not audio, truncated or damaged, or a sample is NaN or beyond LOUDEST.
+        ValueError: it is not audio of the format that its name tells, is empty, truncated or
+            damaged, or a sample is NaN or beyond LOUDEST.
     """
     with open_audio(path) as audio:
         try:
@@ -150,13 +151,7 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
 
 
 def open_audio(path: str | Path) -> soundfile.SoundFile:
-    """Opens an audio file, checks its header and that its last sample is there.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is not audio of the format that its name tells, has no samples, or is
-            truncated.
-    """
+    """Opens an audio file whose header and last sample are good; raises as `read_audio` does."""
     try:
         audio = soundfile.SoundFile(os.fsencode(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw has no header
@@ -234,11 +229,9 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 def speed_filters(new: int) -> tuple[Tensor, int]:
     """Filters (rows, 100, new) that turn every 100 samples into `new`, and their reach in samples.
 
-    Each output sample depends on `reach` input samples before and as many after it, so filter i
-    applies to the i-th row of 100 samples from the current one on.
-
     Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
-    within 1e-4 up to 0.9 of the narrower band.
+    within 1e-4 up to 0.9 of the narrower band. It reaches as far back as ahead, so `rows` rows of
+    100 samples contribute to each row of the result.
     """
     cutoff = min(1.0, new / 100)
     reach = math.ceil(32 / cutoff)

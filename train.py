@@ -432,7 +432,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     trainer.parallel.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     moments = step_moments(trainer, batches)
-    count = sum(b.asked for b in batches)  # the same on every rank
+    count = sum(b.num_requested for b in batches)  # the same on every rank
     total, computed = 0.0, 0
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -689,7 +689,7 @@ class Run:
             )
             loss, grad_norm = train_step(self.trainer, current, progress.step, lr)
             progress.loss_sum += loss
-            left_out += sum(b.asked - len(b.ids) for b in current)
+            left_out += sum(b.num_requested - len(b.ids) for b in current)
             self.report_step(loss, lr, grad_norm, time.monotonic() - waited_from, data_s)
             at_end = progress.batch == self.steps_per_epoch  # where `run` saves anyway
             if time.monotonic() - self.saved >= cfg.checkpoint_every_s and not at_end:
