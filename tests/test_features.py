@@ -180,32 +180,22 @@ def test_rf64_is_a_wav(tmp_path):
         features.load_audio(path)
 
 
-def write_loud(path: Path, largest: float) -> Path:
-    samples = noise(16000)
-    soundfile.write(path, largest * samples / np.abs(samples).max(), 16000, subtype="FLOAT")
-    return path
-
-
 @pytest.mark.parametrize("largest", [2**15, 2**31, features.LOUDEST])
-def test_integers_as_floats_are_samples(tmp_path, largest):
-    samples = features.load_audio(write_loud(tmp_path / "a.wav", largest))
+def test_large_samples_have_finite_features(tmp_path, largest):
+    samples = noise(16000)
+    soundfile.write(tmp_path / "a.wav", largest * samples / np.abs(samples).max(), 16000, "FLOAT")
     for rng in (None, np.random.default_rng(1)):
-        assert features.features(samples, rng=rng).isfinite().all()
+        feats = features.features(features.load_audio(tmp_path / "a.wav"), rng=rng)
+        assert feats.isfinite().all()
 
 
 def test_samples_whose_squares_overflow_are_an_error(tmp_path):
-    path = write_loud(tmp_path / "a.wav", 1.001 * features.LOUDEST)
-    with pytest.raises(ValueError, match="^.*/a.wav: 1 samples not finite, or larger than 1e"):
+    path, samples = tmp_path / "a.wav", noise(16000)
+    samples[100] = 1.001 * features.LOUDEST
+    soundfile.write(path, samples, 16000, "FLOAT")
+    with pytest.raises(ValueError, match="a.wav: 1 samples not finite, or larger than 1e") as error:
         features.load_audio(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("missing.flac", "No such file or directory"), ("", "Is a directory")]
-)
-def test_missing_audio_is_an_error_that_names_the_file(tmp_path, name, reason):
-    with pytest.raises(OSError, match=reason) as error:
-        features.load_audio(tmp_path / name)
-    assert str(error.value) == f"{tmp_path / name}: {reason}"
+    assert str(error.value).startswith(f"{path}: ")
 
 
 # --------------------------------------------------------------------------------------- silence

@@ -88,9 +88,9 @@ def test_spoilt_audio_is_read_or_refused(tmp_path, count):
         try:
             samples, rate = features.read_audio(path)
         except (OSError, ValueError) as error:
-            assert str(error).startswith(f"{path}: ")
             utterance = data.Utterance("1-2-0000", str(path), 0.0, "A")
             problem = Problem("error", "audio not readable", "1-2-0000", str(error))
+            assert problem.message.startswith(f"{path}: ")
             assert data.probe_audio(utterance, features.DEFAULT, decode=True) == [problem]
             return
         assert len(samples) > 0
