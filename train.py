@@ -18,7 +18,6 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 """
 
 import argparse
-import atexit
 import copy
 import gc
 import hashlib
@@ -65,7 +64,7 @@ from data import Batch, Tokenizer
 from features import FeatureConfig, check_ranges
 from loss import joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
-from ranks import Pulse, Ranks, abort_launcher, all_sum, init_ranks
+from ranks import Heartbeat, Ranks, all_sum, leave, start_ranks
 from report import Log
 
 
@@ -975,10 +974,10 @@ def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
 
 
 def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
-              started_s: float) -> tuple[Run, Pulse]:
+              started_s: float) -> tuple[Run, Heartbeat]:
     """All that comes before the first step of a program that began at `started_s`."""
     # 1 ranks, and what is in the run directory
-    ranks, pulse = init_ranks(cfg)
+    ranks, heartbeat = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
     out = Path(cfg.out)
     log = Log(out, ranks.rank, cfg.tensorboard)
     # Denormal numbers, which small LSTM gates produce, are many times slower to multiply.
@@ -1001,7 +1000,7 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     check_texts(train, tokenizer, model_cfg, features, log)
     step = 0 if found is None else checkpoint["progress"]["step"]
-    pulse.compare("run", {
+    heartbeat.compare("run", {
         "corpus": describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "checkpoint": f"step {step} in {out}",
@@ -1033,32 +1032,24 @@ def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         log.say(f"warning: a global batch of {run.global_batch} is under 64: gradients are noisy; "
                 "raise --batch-size or --accumulation if the WER stays at 100 %")
 
-    return run, pulse
+    return run, heartbeat
 
 
 def main() -> int:
     started_s = time.time()
     cfg, model_cfg, features = parse_configs(sys.argv[1:])
-    try:
-        run, pulse = start_run(cfg, model_cfg, features, started_s)
-    except (OSError, ValueError) as error:
-        if "PMI_FD" in os.environ:  # ranks without this error would wait for this one
-            abort_launcher(f"train.py: {data.reason(error)}")
-            sys.exit(1)
-        raise
+    run, heartbeat = start_run(cfg, model_cfg, features, started_s)
     log = run.log
     for number in STOP_SIGNALS:
         signal.signal(number, run.heed)
     gc.freeze()  # a collection would go through all that torch has loaded
-    with pulse.watching():
+    with heartbeat.watching():
         reason = run.run()
     reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if reached else "aborted")
     log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
-    if run.trainer.ranks.world > 1:
-        dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)
 
 
@@ -1068,12 +1059,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {data.reason(error)}")
+        leave(1, f"train.py: {data.reason(error)}")
     except KeyboardInterrupt:
-        sys.exit(EXIT_STATUS["SIGINT"])
-    # A thread of torch's that comes back to an interpreter which is gone aborts the process, as one
-    # of two ranks did after a whole run. All is written, so nothing has to be taken apart.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        leave(EXIT_STATUS["SIGINT"], wait_s=0)
+    leave(status, wait_s=60)  # rank 0 may still be writing its last checkpoint
