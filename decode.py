@@ -300,9 +300,9 @@ def find_reference(path: str) -> str | None:
     """What a .trans.txt beside the file says it is."""
     file = Path(path).resolve()  # the names of its folders are part of the ids
     for transcript in file.parent.glob("*.trans.txt"):
-        for _, utterance_id, text in data.read_transcripts(transcript, []):
-            if utterance_id == file.stem:
-                return text
+        for line in data.read_transcripts(transcript):
+            if isinstance(line, data.Line) and line.id == file.stem:
+                return line.text
     return None
 
 

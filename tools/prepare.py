@@ -41,7 +41,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from data import describe, is_audio, is_transcript, read_transcripts, scan_split
+from data import describe, is_audio, is_transcript, read_transcripts, scan_split, separate
 
 # ------------------------------------------------------------------------------ demo: what is said
 
@@ -590,7 +590,8 @@ def count_utterances(folder: Path) -> int:
     """How many utterances of the split in `folder` have both a transcript and a FLAC file."""
     count = 0
     for transcript in folder.glob("*/*/*.trans.txt"):
-        ids = {utterance_id for _, utterance_id, _ in read_transcripts(transcript, [])}
+        lines, _ = separate(read_transcripts(transcript))
+        ids = {line.id for line in lines}
         count += len(ids & {path.stem for path in transcript.parent.glob("*.flac")})
     return count
 
@@ -722,7 +723,7 @@ def check(root: Path, splits: Sequence[str]) -> bool:
         raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac")
     error_found = False
     for split in splits:
-        utterances, problems = scan_split(root, split, decode=True)
+        utterances, problems = separate(scan_split(root, split, decode=True))
         words = [word for utterance in utterances for word in utterance.text.split()]
         hours = sum(utterance.duration_s for utterance in utterances) / 3600
         speakers = {utterance.id.split("-")[0] for utterance in utterances}
