@@ -43,7 +43,7 @@ def flac(seed):
 
 
 def split_files(split):
-    """Name -> contents of an archive."""
+    """Return the files of an archive, name -> contents."""
     files = {"LibriSpeech/README.TXT": b"read me", "LibriSpeech/SPEAKERS.TXT": split.encode()}
     for number in range(UTTERANCES[split]):
         chapter = f"{100 + number // 2}-7"
@@ -56,7 +56,7 @@ def split_files(split):
 
 
 def pack(files, *members):
-    """Bytes of a .tar.gz of these files and of members without contents."""
+    """Make a .tar.gz of files and of members without contents."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, contents in files.items():
@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """`script` lists answers to come, `requests` the (path, Range, bytes of the answer) of past."""
+    """`script` lists the answers to come; `requests` collects (path, Range, bytes sent)."""
 
     daemon_threads = True
 
@@ -150,7 +150,7 @@ def server(packed, monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that prepare.py would have waited."""
+    """Collects the seconds that prepare.py would wait."""
     waits = []
     monkeypatch.setattr(prepare.time, "sleep", waits.append)
     return waits
@@ -327,7 +327,7 @@ def test_another_call_continues_the_partial_file(get, root, server, packed, monk
     monkeypatch.setattr(prepare, "ATTEMPTS", 1)
     size = len(packed[TRAIN])
     server.script = [{"drop": 1000}]
-    assert f"(1000 bytes read, {size - 1000} more expected)" in get(status=1)
+    assert f"(1000 bytes read, {size - 1000} more expected); attempt 1 of 1; " in get(status=1)
     assert names(root) == [PARTIAL]
     assert get().startswith(f"download {PARTIAL}: {100 * 1000 / size:.0f} % of")
     assert server.requests[1] == (TRAIN_URL, "bytes=1000-", size - 1000)
@@ -568,7 +568,7 @@ def test_the_files_of_a_killed_call_are_removed_before_space_is_counted(get, roo
 
 @pytest.fixture
 def local(packed, tmp_path):
-    """Both archives on this machine, by split."""
+    """Puts both archives on this machine; returns split -> path."""
     folder = tmp_path / "local"
     folder.mkdir()
     paths = {split: folder / f"{split}.tar.gz" for split in packed}

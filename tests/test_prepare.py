@@ -28,14 +28,14 @@ def read_tree(root):
 
 
 def transcripts(root, split):
-    """id -> text, straight from the files."""
+    """Reads id -> text from the files, without data.py."""
     files = sorted((root / split).glob("*/*/*.trans.txt"))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return dict(line.split(" ", 1) for line in lines)
 
 
 def recordings(root):
-    """Every FLAC as (path, int16 samples)."""
+    """Reads every FLAC as (path, int16 samples)."""
     return [(p, soundfile.read(p, dtype="int16")[0]) for p in sorted(root.rglob("*.flac"))]
 
 
@@ -51,7 +51,7 @@ def say(scratch, text, voice):
 
 @pytest.fixture(scope="session")
 def spoken(tmp_path_factory):
-    """A small demo corpus, which tests must not change."""
+    """Makes a small demo corpus, which tests must not change."""
     pytest.importorskip("espeakng_loader", reason="espeakng-loader speaks the demo corpus")
     root = tmp_path_factory.mktemp("corpora") / "demo"
     prepare.make_demo(root, **SIZES)
@@ -60,7 +60,7 @@ def spoken(tmp_path_factory):
 
 @pytest.fixture
 def corpus(spoken, tmp_path):
-    """A copy to damage."""
+    """Makes a copy that tests may damage."""
     return Path(shutil.copytree(spoken, tmp_path / "demo"))
 
 
@@ -69,7 +69,7 @@ def corpus(spoken, tmp_path):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Prompts of the default demo corpus, by split."""
+    """Plans the default demo corpus; returns split -> prompts."""
     prompts = prepare.plan_demo(prepare.DEMO_TRAIN_UTTERANCES, prepare.DEMO_DEV_UTTERANCES,
                                 prepare.DEMO_SEED)
     return {s: [x for x in prompts if x.split == s] for s in ("train-demo", "dev-demo")}
@@ -77,7 +77,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def texts(prompts):
-    """Texts of training, texts of dev."""
+    """Returns the training texts and the dev texts."""
     return [[x.text for x in split] for split in prompts.values()]
 
 

@@ -99,7 +99,7 @@ def expand(name: str, rng: random.Random) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """True for the fifth of all sentences that only the dev split may say.
+    """Return True for the fifth of all sentences that only the dev split may say.
 
     A checksum of the sentence decides, so that the splits are disjoint whatever their sizes.
     """
@@ -153,7 +153,7 @@ PITCH_RANGE = (35, 65)  # 50 is the variant's own range; a wider one sounds live
 
 
 class Voice(NamedTuple):
-    """A speaker: an espeak-ng voice, its usual rate and pitch."""
+    """A speaker: an espeak-ng voice with a usual rate and pitch."""
 
     speaker: int
     name: str  # "accent+variant"
@@ -196,7 +196,7 @@ def assign_prompts(split: str, voices: Sequence[Voice], sentences: Sequence[str]
 
 
 def plan_demo(num_train: int, num_dev: int, seed: int) -> list[Prompt]:
-    """All utterances of the demo corpus, before they are spoken."""
+    """Draw speakers and sentences of the demo corpus."""
     rng = random.Random(seed)
     train_voices = draw_voices(TRAIN_VARIANTS, 2, 101, rng)
     dev_voices = draw_voices(DEV_VARIANTS, 4, 201, rng)
@@ -228,7 +228,7 @@ class Espeak:
         RuntimeError: the library does not find its voices.
     """
 
-    # Values of the enumerations in speak_lib.h.
+    # speak_lib.h defines these values.
     SYNCHRONOUS, DONT_EXIT = 2, 0x8000  # espeak_Synth returns when it has spoken the whole text
     RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
     POS_CHARACTER, CHARS_UTF8 = 1, 1
@@ -287,7 +287,7 @@ class Espeak:
 
 
 def vary(voice: Voice, rng: random.Random) -> Voice:
-    """The same speaker, a little faster or higher: nobody says two sentences exactly alike."""
+    """Change rate and pitch a little: nobody says two sentences exactly alike."""
     return voice._replace(rate_wpm=round(voice.rate_wpm * rng.uniform(0.94, 1.06)),
                           pitch=voice.pitch + rng.randint(-4, 4))
 
@@ -365,9 +365,9 @@ def make_demo(root: Path, num_train: int = DEMO_TRAIN_UTTERANCES,
                 raise FileExistsError(f"{root}: holds something other than {recipe.strip()}; "
                                       "choose another folder")
         prompts = plan_demo(num_train, num_dev, seed)
-        # The corpus is built in `unfinished`, inside of `root` because that may be a mount point.
-        # A call makes `unfinished` first, in an empty folder, and removes it last: if it is there,
-        # an interrupted call has left all that is beside it.
+        # The corpus is built inside of `root`, which may be a mount point. Each call creates
+        # `unfinished` in an empty folder and removes it at the end: the files that stand beside it
+        # come from an interrupted call.
         recipe_file.unlink(missing_ok=True)
         for name in (*sorted({prompt.split for prompt in prompts}), unfinished.name):
             shutil.rmtree(root / name, ignore_errors=True)
@@ -386,7 +386,7 @@ OPENSLR = "https://www.openslr.org/resources"  # redirects to a mirror
 
 
 class Archive(NamedTuple):
-    """A published split: <OPENSLR>/<resource>/<split>.tar.gz, which holds LibriSpeech/<split>."""
+    """A split as it is published: <OPENSLR>/<resource>/<split>.tar.gz has LibriSpeech/<split>."""
 
     resource: int
     num_bytes: int
@@ -437,9 +437,9 @@ def print_state(state: str) -> None:
 
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
              start: int = 0) -> AbstractContextManager[BinaryIO]:
-    """The same stream, with a tqdm bar for the bytes that its `method` ("read" or "write") moves.
+    """Wrap a stream so that a tqdm bar counts the bytes that its "read" or "write" moves.
 
-    A log instead of a terminal gets a line every LOG_INTERVAL_S. The bar begins at byte `start`.
+    The bar begins at byte `start`. In a log it is a line every LOG_INTERVAL_S.
     """
     style = {"desc": label, "initial": start, "unit": "B", "unit_scale": True}
     if not sys.stderr.isatty():
@@ -501,7 +501,7 @@ def download(url: str, path: Path, num_bytes: int) -> None:
             request_rest(url, path, num_bytes)
         except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
             attempt += 1
-            problem = f"{url}: {error}; attempt {attempt} of {ATTEMPTS}"
+            problem = f"{url}: {error.args[0]}; attempt {attempt} of {ATTEMPTS}"
             if attempt == ATTEMPTS:
                 raise ConnectionError(f"{problem}; call again to continue") from error
             wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
@@ -524,14 +524,14 @@ def verify(path: Path, archive: Archive) -> None:
 
 # -------------------------------------------------------------------------- LibriSpeech: unpacking
 
-# Disk space of an unpacked utterance beyond its share of the archive: 8.3 kB of zeros in the FLAC
-# header, which gzip compresses to nothing (dataset_size of openslr/librispeech_asr), half a block
-# of the file system and a share of the folders.
+# An unpacked utterance takes this much more than its share of the archive: 8.3 kB of zeros in the
+# FLAC header, which gzip compresses to nothing (dataset_size of openslr/librispeech_asr), half a
+# block of the file system and a share of the folders.
 UNPACKED_BYTES = 2**14
 
 
 def partial_path(root: Path, split: str) -> Path:
-    """Path of an archive while it is downloaded, verified and unpacked."""
+    """Return the path of an archive while it is downloaded, verified and unpacked."""
     return root / f"{split}.tar.gz.partial"
 
 
@@ -548,7 +548,7 @@ def check_space(root: Path, missing: Sequence[str], local: Mapping[str, Path]) -
 
 
 def count_utterances(folder: Path) -> int:
-    """Number of utterances in the split `folder` that have a transcript and a FLAC file."""
+    """Count the utterances in the split `folder` that have a transcript and a FLAC file."""
     count = 0
     for transcript in folder.glob("*/*/*.trans.txt"):
         lines, _ = separate(read_transcripts(transcript))
@@ -588,7 +588,7 @@ def unpack(archive: Path, root: Path, split: str) -> None:
 
 
 def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
-    """The splits that are not in `root`.
+    """List the splits that are not in `root`.
 
     Raises:
         ValueError: a split is there but incomplete.
@@ -605,7 +605,7 @@ def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
 
 
 def match_archives(files: Sequence[Path], splits: Sequence[str]) -> dict[str, Path]:
-    """Local archives by split. Each has to have its published name, <split>.tar.gz."""
+    """Map splits to local archives, which must have their published names, <split>.tar.gz."""
     split_of = {f"{split}.tar.gz": split for split in splits}
     for path in files:
         if path.name not in split_of:
@@ -663,7 +663,7 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
 
 
 def find_splits(root: Path) -> list[str]:
-    """Names of the folders in `root` with audio or a transcript at LibriSpeech's depth."""
+    """List the folders in `root` that have audio or a transcript at LibriSpeech's depth."""
     return sorted({path.parents[2].name for path in root.glob("*/*/*/*")
                    if is_audio(path.name) or is_transcript(path.name)})
 
