@@ -74,6 +74,11 @@ class FeatureConfig:
     def feature_size(self) -> int:
         return -(-self.num_mels * self.splice // self.align) * self.align
 
+    @property
+    def frame_s(self) -> float:
+        """Seconds from one input frame to the next."""
+        return self.hop * self.splice / self.sample_rate_hz
+
     def __post_init__(self) -> None:
         check_ranges(self, (
             (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",

@@ -66,6 +66,11 @@ class ModelConfig:
     def blank(self) -> int:
         return self.vocab_size - 1
 
+    @property
+    def reduction(self) -> int:
+        """Input frames per encoder frame."""
+        return self.stack
+
 
 PRESETS = {
     "baseline": ModelConfig(),
@@ -371,6 +376,10 @@ class Transducer(nn.Module):
         self.encoder = Encoder(cfg)
         self.predictor = Predictor(cfg)
         self.joint_network = Joint(cfg)
+
+    def num_frames(self, feat_lens: Tensor) -> Tensor:
+        """(B,) input frames -> (B,) encoder frames."""
+        return (feat_lens + self.cfg.reduction - 1) // self.cfg.reduction
 
     def encode(self, feats: Tensor, feat_lens: Tensor,
                moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
