@@ -39,7 +39,7 @@ from model import ModelConfig, Transducer
 # utterances of up to 35 s.
 MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
-MAX_FRAMES = 2**15  # padded input frames of a batch of files: 32 of half a minute
+MAX_FRAMES = 2**15  # padded input frames of one batch of files: 32 files of half a minute
 
 
 # -------------------------------------------------------------------------------- greedy search
@@ -178,7 +178,7 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
     Times are those of emissions, exact to one frame. They are no word boundaries: a transducer
     may wait with a piece until it has heard enough.
     """
-    pieces: list[list[Arc]] = []  # of each word
+    pieces: list[list[Arc]] = []  # one list of arcs per word
     for arc in path:
         if arc.label != tokenizer.blank:
             if not pieces or tokenizer.starts_word(arc.label):
@@ -188,7 +188,7 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
     for word in pieces:
         text = tokenizer.decode([arc.label for arc in word])
         start, end = (start_s + frame_s * t for t in (word[0].frame, word[-1].frame + 1))
-        if text:  # a piece may be a word's start without any letter
+        if text:  # the piece that starts a word may hold no letter
             words.append(Word(text, start, end, math.exp(min(arc.log_prob for arc in word))))
     return words
 
@@ -270,7 +270,7 @@ def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------- score a split
+# ------------------------------------------------------------------------------- scoring a split
 
 
 def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
@@ -310,7 +310,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     model, tokenizer, cfg = restore(checkpoint)
     utterances = data.read_split(args.data, args.split, cfg)
     out = Path(args.hypotheses or Path(args.checkpoint).parent / f"{Path(args.split).name}.tsv")
-    out.open("a").close()  # fails before hours of decoding where it cannot be written
+    out.open("a").close()  # an unwritable path fails now, not after decoding
     started = time.perf_counter()
     batches = evaluation_batches(utterances, args.batch_size)
     loader = data.batch_loader(data.SpeechDataset(utterances, None, cfg), batches, num_workers=1)
@@ -335,7 +335,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     print("\n".join(lines))
 
 
-# ------------------------------------------------------------------------------- transcribe files
+# ----------------------------------------------------------------------------- transcribing files
 
 
 def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
@@ -361,30 +361,8 @@ def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
     return files, len(errors)
 
 
-class Recording(NamedTuple):
-    """Input frames of one audio file."""
-
-    path: str
-    feats: Tensor  # (T_in, D)
-    start_s: float  # of the first frame: the silence before it is trimmed
-
-
-def load_recordings(paths: Sequence[str], cfg: FeatureConfig) -> list[Recording]:
-    """Loads the files that can be read and names the others on stderr."""
-    recordings = []
-    for path in paths:
-        try:
-            samples = load_audio(path, cfg)
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-            continue
-        start_s = nonsilent_region(samples, cfg)[0] / cfg.sample_rate_hz
-        recordings.append(Recording(path, features(samples, cfg), start_s))
-    return recordings
-
-
 class Transcription(NamedTuple):
-    """Words of one audio file."""
+    """One decoded audio file."""
 
     path: str
     text: str
@@ -392,27 +370,40 @@ class Transcription(NamedTuple):
     arcs: list[Arc]
 
 
-def transcribe_batch(batch: Sequence[Recording], model: Transducer, tokenizer: Tokenizer,
-                     frame_s: float) -> list[Transcription]:
-    """Decodes recordings to their end, without a limit on the labels of all frames together.
+def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
+    """Path of each file through its lattice, to its end: (T_in, D) each.
 
-    A batch of more than MAX_FRAMES padded input frames is decoded in halves.
+    A batch of more than MAX_FRAMES padded frames is decoded in halves.
     """
-    if not batch:
-        return []
-    feats = [r.feats for r in batch]
-    half = len(batch) // 2
-    if half and len(batch) * max(map(len, feats)) > MAX_FRAMES:
-        return [t for part in (batch[:half], batch[half:])
-                for t in transcribe_batch(part, model, tokenizer, frame_s)]
-    padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
     feat_lens = torch.tensor([len(f) for f in feats])
+    half = len(feats) // 2
+    if half and len(feats) * feat_lens.max() > MAX_FRAMES:
+        return find_paths(model, feats[:half]) + find_paths(model, feats[half:])
+    padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
     paths: list[list[Arc]] = []
-    labels = greedy_decode(model, padded, feat_lens, max_symbols=sys.maxsize, arcs=paths)
-    words = [words_of(path, tokenizer, frame_s, r.start_s)
-             for r, path in zip(batch, paths, strict=True)]
-    texts = map(tokenizer.decode, labels)
-    return list(map(Transcription, [r.path for r in batch], texts, words, paths))
+    greedy_decode(model, padded, feat_lens, max_symbols=sys.maxsize, arcs=paths)
+    return paths
+
+
+def transcribe_batch(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
+                     cfg: FeatureConfig) -> list[Transcription]:
+    """Decodes the files that can be read as one batch and names the others on stderr."""
+    samples = []
+    for path in paths:
+        try:
+            samples.append((path, load_audio(path, cfg)))
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+    if not samples:
+        return []
+    transcriptions = []
+    all_arcs = find_paths(model, [features(x, cfg) for _, x in samples])
+    for (path, x), arcs in zip(samples, all_arcs, strict=True):
+        text = tokenizer.decode([arc.label for arc in arcs if arc.label != tokenizer.blank])
+        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz  # of frame 0: silence is trimmed
+        words = words_of(arcs, tokenizer, model.cfg.reduction * cfg.frame_s, start_s)
+        transcriptions.append(Transcription(path, text, words, arcs))
+    return transcriptions
 
 
 def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
@@ -472,7 +463,7 @@ def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: fl
 
     A frame may emit several labels; its posterior is the one before the first of them.
     """
-    from matplotlib.figure import Figure  # here: it takes long to import
+    from matplotlib.figure import Figure  # imported here because it takes long to load
 
     samples = load_audio(transcription.path, cfg)
     start, end = nonsilent_region(samples, cfg)
@@ -498,23 +489,23 @@ def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: fl
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
-    frame_s = model.cfg.reduction * cfg.frame_s
     paths, num_failed = list_audio(args.audio)
     if args.plot and len(paths) != 1:
         raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
     for path in filter(None, (args.ctm, args.json, args.plot)):
-        open(path, "a").close()  # fails before hours of decoding where it cannot be written
+        open(path, "a").close()  # an unwritable path fails now, not after decoding
     kept: list[Transcription] = []
     starts = range(0, len(paths), args.batch_size)
     for start in tqdm(starts, desc="files", unit="batch", disable=None, leave=False):
         batch = paths[start : start + args.batch_size]
-        transcriptions = transcribe_batch(load_recordings(batch, cfg), model, tokenizer, frame_s)
+        transcriptions = transcribe_batch(batch, model, tokenizer, cfg)
         num_failed += len(batch) - len(transcriptions)
         for t in transcriptions:
             tqdm.write(f"{t.path}\t{t.text}")
         sys.stdout.flush()
         if args.ctm or args.json or args.plot:
             kept += transcriptions
+    frame_s = model.cfg.reduction * cfg.frame_s
     if args.ctm:
         write_ctm(args.ctm, kept, frame_s)
     if args.json:
