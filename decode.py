@@ -35,7 +35,7 @@ from data import Batch, Tokenizer
 from features import FeatureConfig, features, is_audio, load_audio, log_mel, nonsilent_region
 from model import ModelConfig, Transducer
 
-# Both limits are the original's: rnnt/decoder.py:309 and --max_symbol_per_sample. MAX_SYMBOLS suits
+# The limits are the original's: rnnt/decoder.py:309 and --max_symbol_per_sample, which suits
 # utterances of up to 35 s.
 MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
@@ -92,7 +92,7 @@ def greedy_search(model: Transducer, encoded: Tensor, enc_lens: Tensor,
     The code below keeps the prediction network's state, which moves on labels and never on blank.
     Every utterance walks its own path: one iteration takes one arc in each utterance that has
     frames left, so a batch gives the labels that each utterance gives alone. Frames may come in
-    chunks: continued from the state after the chunk before, the labels are those of one search.
+    chunks: where each call continues from the state of the call before, the labels are the same.
 
     Args:
         encoded: (B, T, J) encoder output.
@@ -163,7 +163,7 @@ def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
 
 
 class Word(NamedTuple):
-    """A word of a hypothesis, from the frame of its first piece to the end of its last frame."""
+    """A word of a hypothesis; it starts and ends with the frames that emit its pieces."""
 
     text: str
     start_s: float
@@ -235,7 +235,7 @@ def word_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[i
 
 
 def word_error_rate(errors: int, words: int) -> float:
-    """Infinite without reference words."""
+    """Errors per reference word, infinite without reference words."""
     return errors / words if words else math.inf
 
 
@@ -282,7 +282,7 @@ def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
 
 
 def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) -> list[list[int]]:
-    """Indices, longest first: batches need little padding, and the largest comes first."""
+    """Batches of indices, longest first: they need little padding, and the largest comes first."""
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

@@ -378,7 +378,7 @@ class Transducer(nn.Module):
         self.joint_network = Joint(cfg)
 
     def num_frames(self, feat_lens: Tensor) -> Tensor:
-        """(B,) input frames -> (B,) encoder frames."""
+        """Encoder frames of utterances of `feat_lens` input frames: (B,) -> (B,)."""
         return (feat_lens + self.cfg.reduction - 1) // self.cfg.reduction
 
     def encode(self, feats: Tensor, feat_lens: Tensor,
