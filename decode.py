@@ -434,7 +434,8 @@ def find_reference(path: str) -> str | None:
     """Text of an audio file in the .trans.txt beside it, if there is one."""
     file = Path(path).resolve()  # ids must begin with the names of the file's folders
     for transcript in file.parent.glob("*.trans.txt"):
-        texts = {line_id: text for _, line_id, text in data.read_transcripts(transcript, [])}
+        lines = data.read_transcripts(transcript, [])
+        texts = {utterance_id: text for _, utterance_id, text in lines}
         if file.stem in texts:
             return texts[file.stem]
     return None
