@@ -279,7 +279,7 @@ def measure_case(case, argv):
 @pytest.mark.parametrize("has_hosts", [True, False])
 def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     monkeypatch.setattr(ladder, "measure_case", measure_case)
-    monkeypatch.setattr(measure, "can_make_hosts", lambda: has_hosts)
+    monkeypatch.setattr(ladder, "can_make_hosts", lambda: has_hosts)
     path = tmp_path / "scaling.json"
     monkeypatch.setattr(sys, "argv", ["bench.py", "scaling", "--json", str(path)])
     bench.main()
@@ -312,7 +312,7 @@ def test_installed_oneccl_is_measured_with_1_2_and_4_workers(monkeypatch, capsys
     cases = []
     monkeypatch.setattr(ladder, "measure_case", lambda case, argv: (
         cases.append(case), measure_case(case, argv))[1])
-    monkeypatch.setattr(measure, "can_make_hosts", lambda: False)
+    monkeypatch.setattr(ladder, "can_make_hosts", lambda: False)
     monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
         sys, "argv", ["bench.py", "scaling", "--json", str(tmp_path / "scaling.json")]

@@ -7,6 +7,7 @@ tuners, their ends and the studies are real.
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -220,7 +221,7 @@ LR = CONFIG.splitlines()[4]
         ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got low=11, high=10"),
         ("{min: 1, max: 10}", "{min: 1}", 6, "max is missing"),
         ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
-        ("min: 1e-3", "min: 0", 5, "`low` > 0"),
+        ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
         ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
         ("transformation: log", "prior: log", 5, "prior: unknown or twice"),
         (LR, "  - {name: preset, type: categorical, grid: [demo]}", 5,
@@ -274,7 +275,7 @@ def test_a_file_that_is_no_mapping_is_an_error_that_names_it(case, content, mess
         ("{name: learning_rat, type: double, bounds: {min: 1, max: 2}}",
          "unrecognized arguments: --learning-rat 1.0"),
         ("{name: stack, type: double, bounds: {min: 4, max: 8}}", "invalid int value: '4.0'"),
-        ("{name: lr, type: double, bounds: {min: 1, max: .inf}}", "lr: inf, expected a finite"),
+        ("{name: lr, type: double, bounds: {min: 1, max: inf}}", "lr: inf, expected a finite"),
         ("{name: normalization, type: categorical, categorical_values: [true, yes]}",
          "unrecognized arguments: yes"),
     ],
@@ -563,6 +564,6 @@ def test_run_sh_shows_its_launch(case):
 
 def test_unfinished_lines_of_a_log_are_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    a, b, c = ('{"event": "eval", "epoch": %d}' % epoch for epoch in (1, 2, 3))
+    a, b, c = (json.dumps({"event": "eval", "epoch": epoch}) for epoch in (1, 2, 3))
     path.write_text(f'{{"event": "step"}}\n{a}\n{b[:20]}{b}\n{c}\n{c[:-3]}')
     assert [e["epoch"] for e in tune.read_evals(path)] == [1, 3]

@@ -27,6 +27,7 @@ import report
 import train
 from ranks import all_sum
 from tools import measure
+from tools.measure import SUBNET, can_make_hosts, made_hosts
 
 # Gains of two of the original's ideas, from seconds to WER 0.25 in intel/e2eAIOK's overview of its
 # RNN-T; stack 8 is part of the first. It took 175,275 s on one node before, 15,849 s on four after.
@@ -301,7 +302,7 @@ class Case(NamedTuple):
         return " ".join([where, *self.argv, *ccl])
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
-        address = f"{measure.SUBNET}1" if self.gbit else "127.0.0.1"
+        address = f"{SUBNET}1" if self.gbit else "127.0.0.1"
         env = measure.rank_environment(rank, self.ranks, 1, port, address)
         if self.ccl_workers:  # without mpirun, oneCCL has to be told the ranks
             env |= {"CCL_WORKER_COUNT": str(self.ccl_workers), "CCL_PROCESS_LAUNCHER": "none",
@@ -369,7 +370,7 @@ def measure_case(case: Case, argv: Sequence[str]) -> dict:
     port = measure.free_port()
     command = [sys.executable, "-m", "tools.bench", "member", "--backend",
                "ccl" if case.ccl_workers else "gloo", *case.argv, *argv]
-    hosts = measure.made_hosts(case.ranks, case.gbit) if case.gbit else contextlib.nullcontext()
+    hosts = made_hosts(case.ranks, case.gbit) if case.gbit else contextlib.nullcontext()
     with hosts as prefixes:
         return measure.run_ranks([[*prefix, *command] for prefix in prefixes or [[]] * case.ranks],
                          [case.environment(rank, port) for rank in range(case.ranks)])
@@ -389,7 +390,7 @@ def make_cases() -> list[Case]:
     cases = [Case(1), Case(2)]
     if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
         cases += [Case(2, ccl_workers=n) for n in (1, 2, 4)]
-    if measure.can_make_hosts():
+    if can_make_hosts():
         remedies = (("--bucket-mb", "5"), ("--bucket-mb", "100"), ("--compress",),
                     ("--accumulation", "4"))
         cases += [Case(2, 10), Case(2, 1), Case(4, 10, ("--exchange-only",)),
