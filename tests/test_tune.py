@@ -218,7 +218,7 @@ LR = CONFIG.splitlines()[4]
         ("    type: int", "    type: int\n    grid: [1]", 6, "grid or bounds alone"),
         ("    type: int", "    type: int\n    type: int", 9, "type: unknown or twice"),
         ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
-        ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got low=11, high=10"),
+        ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
         ("{min: 1, max: 10}", "{min: 1}", 6, "max is missing"),
         ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
         ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
