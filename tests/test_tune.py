@@ -78,6 +78,7 @@ metrics:
 - {name: WER, objective: minimize, threshold: 0.25}
 observation_budget: 6
 """
+LR = CONFIG.splitlines()[4]
 
 
 # A tuner that takes a trial over when it has had no heartbeat for 3 s instead of 180.
@@ -128,6 +129,12 @@ class Case:
             except SystemExit as end:
                 error = end.code
         return output.getvalue(), error
+
+    def complete(self, *argv: str, **env: str) -> str:
+        """The output of a tuner in this process that ends without an error."""
+        output, error = self.run(*argv, **env)
+        assert error is None
+        return output
 
     def trials(self) -> list:
         storage = f"sqlite:///{self.out}/study.db"
@@ -180,11 +187,8 @@ def test_the_file_of_the_original(case):
 
 
 def test_lists_and_no_threshold(case):
-    case.change(
-        "  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
-        "  - {name: stack, type: int, grid: [4, 6]}\n"
-        "  - {name: train_splits, type: categorical, categorical_values: [a b, a]}\n",
-    )
+    case.change(LR, "  - {name: stack, type: int, grid: [4, 6]}\n"
+                    "  - {name: train_splits, type: categorical, categorical_values: [a b, a]}")
     case.config.write_text(case.config.read_text().replace(", threshold: 0.25", ""))
     search = tune.read_search(case.config)
     assert search.space["stack"].choices == (4, 6)
@@ -206,35 +210,25 @@ def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
     assert f"{case.config}:15: hosts has no effect" in output
 
 
-LR = CONFIG.splitlines()[4]
-
-
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
         ("learning_rate", "out", 5, "out cannot be searched"),
         ("    name: warmup_epochs", "    name: lr", 6, "lr is there twice"),
         ("    type: int", "    type: integer", 8, "expected double or int or categorical"),
-        ("    type: int", "    type: int\n    grid: [1]", 6, "grid or bounds alone"),
         ("    type: int", "    type: int\n    type: int", 9, "type: unknown or twice"),
         ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
         ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
-        ("{min: 1, max: 10}", "{min: 1}", 6, "max is missing"),
         ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
         ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
         ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
-        ("transformation: log", "prior: log", 5, "prior: unknown or twice"),
         (LR, "  - {name: preset, type: categorical, grid: [demo]}", 5,
          "expected categorical_values alone"),
-        (LR, "  - {name: stack, type: int, grid: []}", 5, "expected a list of at least one"),
         (LR, "  - {name: stack, type: int, grid: [4], transformation: log}", 5,
          "expected grid or bounds alone"),
         ("  experiment: rnnt\n", "", 2, "experiment is missing"),
         ("name: WER", "name: CER", 11, "expected training_time or WER, not 'CER'"),
         ("name: WER", "name: training_time", 11, "training_time is there twice"),
-        ("0.25", "low", 11, "expected float, not 'low'"),
-        ("{name: WER, objective: minimize", "{name: WER, objective: maximize", 11,
-         "expected minimize"),
         ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 10,
          "expected training_time and WER"),
         ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
@@ -302,8 +296,7 @@ def test_a_command_that_does_not_launch_is_an_error(case):
 
 
 def test_a_search_from_beginning_to_end(case):
-    out, error = case.run("--epochs", "3", RANKS="1", OMP_NUM_THREADS="1")
-    assert error is None
+    output = case.complete("--epochs", "3", RANKS="1", OMP_NUM_THREADS="1")
     trials = case.trials()
     assert len(trials) == 6
     # The demo preset's own values come first.
@@ -314,7 +307,7 @@ def test_a_search_from_beginning_to_end(case):
         expected = f"--epochs 3 --lr {t.params['lr']} --warmup-epochs {t.params['warmup_epochs']}"
         folder = case.out / f"trial-{t.number:04d}"
         assert (folder / "argv").read_text() == f"{expected} --out {folder}\n"
-    lines = out.splitlines()
+    lines = output.splitlines()
     assert lines[-1] == (
         f"env RANKS=1 OMP_NUM_THREADS=1 {sys.executable} {case.stand_in} --epochs 3 --lr 0.004"
         f" --warmup-epochs 2 --out {case.out}/best"
@@ -329,24 +322,22 @@ def test_a_search_from_beginning_to_end(case):
 def test_constraints_follow_the_thresholds(case):
     case.change("threshold: 0.25", "threshold: 0.15")
     case.config.write_text(case.config.read_text().replace("43200", "29"))
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     first = case.trials()[0]
     assert first.constraints == {"training_time": 1.0, "WER": pytest.approx(-0.05)}
-    assert "no trial meets all thresholds" in out
+    assert "no trial meets all thresholds" in output
 
 
 def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(case):
     form = "  - {name: %s, type: categorical, categorical_values: [%s]}\n"
     case.change("metrics:\n", form % ("precision", "bf16, fp32") + form % ("train_splits", "a b, t")
                 + "metrics:\n")
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     trial = case.trials()[0]
     assert (trial.params["lr"], trial.params["warmup_epochs"]) == (0.004, 2)
     assert trial.params["train_splits"] == "t"
     assert trial.params["precision"] in ("bf16", "fp32")
-    assert "precision: auto, which train.py would take, is not searched" in out
+    assert "precision: auto, which train.py would take, is not searched" in output
 
 
 def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys):
@@ -392,26 +383,23 @@ def test_hopeless_trials_are_ended_with_all_their_processes(case):
     # There is a bash between tuner and trial, as run.sh is one.
     wrapper = case.root / "run.sh"
     wrapper.write_text(f'{sys.executable} {case.stand_in} "$@"\nexit\n')
-    out, error = case.run("--run", f"bash {wrapper}", HOPELESS="4")
-    assert error is None
+    output = case.complete("--run", f"bash {wrapper}", HOPELESS="4")
     trials = case.trials()
     assert [t.number for t in trials if t.state == TrialState.PRUNED][-2:] == [4, 5]
     for t in trials[4:]:
         assert re.match(r"WER 1.000 after epoch 1, median of \d others", t.user_attrs["reason"])
         assert not is_alive(int((case.out / f"trial-{t.number:04d}/pid").read_text()))
-        assert t.user_attrs["reason"] in out
+        assert t.user_attrs["reason"] in output
 
 
 def test_the_last_epoch_is_too_late_to_be_pruned(case):
-    out, error = case.run("--epochs", "1", HOPELESS="4")
-    assert error is None
+    case.complete("--epochs", "1", HOPELESS="4")
     assert all(t.state == TrialState.COMPLETE for t in case.trials())
 
 
 def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
     case.change("max: 1.0e-2", "max: 1")
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     trials = case.trials()
     assert len(trials) == 6
     failed = [t for t in trials if t.state == TrialState.FAIL]
@@ -419,15 +407,13 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
     assert {t.user_attrs["reason"] for t in failed} == {
         "status 3, 0 evaluations: train.py: step 1: gradient norm is nan"
     }
-    assert "gradient norm is nan" in out
+    assert "gradient norm is nan" in output
 
 
-def test_trials_that_a_time_limit_ends_are_complete(case, monkeypatch):
-    """train.py and run.sh end with 75 then."""
-    monkeypatch.setenv("END", "75")
-    _, error = case.run()
-    assert error is None
-    assert {t.state for t in case.trials()} <= {TrialState.COMPLETE, TrialState.PRUNED}
+def test_trials_that_a_time_limit_ends_with_status_75_are_complete(case):
+    case.complete(END="75")
+    assert case.trials()[0].state == TrialState.COMPLETE
+    assert case.count(TrialState.FAIL) == 0
 
 
 def test_values_that_need_each_other_can_be_searched_together(case):
@@ -455,9 +441,9 @@ def test_a_resumed_trial_is_not_judged_again_by_its_old_epochs(tmp_path):
 
 def test_a_search_in_which_all_fails_is_an_error(case):
     case.change("min: 1e-3, max: 1.0e-2", "min: 0.1, max: 1")
-    out, error = case.run()
+    output, error = case.run()
     assert "no trial was completed" in error
-    assert "lr: 0.004, which train.py would take, is not searched" in out
+    assert "lr: 0.004, which train.py would take, is not searched" in output
     assert len(case.trials()) == 6
 
 
@@ -477,8 +463,7 @@ def test_an_ended_tuner_ends_its_trial_and_the_same_command_resumes_it(case, num
     wait_for(lambda: not is_alive(trial), 10)
 
     go.touch()
-    output, error = case.run(GO=str(go))
-    assert error is None
+    output = case.complete(GO=str(go))
     trials = case.trials()
     assert len(trials) == 7  # six, and the trial that was cut off
     assert trials[0].state == TrialState.FAIL
@@ -494,11 +479,9 @@ def test_an_ended_tuner_ends_its_trial_and_the_same_command_resumes_it(case, num
 
 @pytest.mark.slow
 def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
-    first, error = case.run()
-    assert error is None
+    first = case.complete()
     before = [t.datetime_complete for t in case.trials()]
-    again, error = case.run()
-    assert error is None
+    again = case.complete()
     assert again.splitlines()[-2:] == first.splitlines()[-2:]
     assert [t.datetime_complete for t in case.trials()] == before
     case.change("observation_budget: 6", "observation_budget: 7")

@@ -414,7 +414,7 @@ def tune(study: optuna.Study, search: Search, out: Path, epochs: int,
         print(f"trial {trial.number} in {folder}: {shlex.join(flags(params))}", flush=True)
         folder.mkdir(exist_ok=True)
         try:
-            values = run_trial(trial, params.get("epochs", epochs),
+            values = run_trial(trial, int(params.get("epochs", epochs)),
                                [*argv, "--out", str(folder)], folder)
         except KeyboardInterrupt:  # Optuna retries trials of killed tuners only
             RetryHeartbeatStaleTrialCallback()(study, study.get_trials()[trial.number])
