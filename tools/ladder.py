@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gain of every idea (`ladder`) and cost of more ranks and hosts (`scaling`), for bench.py."""
+"""Gain of every idea, and cost of more ranks and hosts.
+
+    python -m tools.bench ladder [--ranks 2] [--runs RUN ...]
+    python -m tools.bench scaling [flags of train.py]
+"""
 
 import argparse
 import contextlib
@@ -29,8 +33,8 @@ from ranks import all_sum
 from tools import measure
 from tools.measure import SUBNET, can_make_hosts, made_hosts
 
-# Gains of two of the original's ideas, from seconds to WER 0.25 in intel/e2eAIOK's overview of its
-# RNN-T; stack 8 is part of the first. It took 175,275 s on one node before, 15,849 s on four after.
+# Gains of two of the original's ideas: ratios of seconds to WER 0.25 in intel/e2eAIOK's overview of
+# its RNN-T. Stack 8 is part of the first.
 ORIGINAL = {"LSTM 512 x 4": 33_965 / 18_200, "normalisation": 18_200 / 17_005}
 ORIGINAL_RUNGS = 4  # ideas of the original; the rungs after them are ours
 EPOCHS = 49  # of the published recipe
@@ -144,6 +148,27 @@ def measure_rung(rung: Rung, batch: int, threads: int, argv: Sequence[str]) -> d
     return measure.run_ranks([command] * rung.ranks, environments)
 
 
+def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequence[Sequence],
+                  ladder: dict[str, Rung], alone: dict[str, Rung]) -> dict[Rung, list[dict]]:
+    """Results of measure_rung with the seconds of an epoch; two of each rung but the first two."""
+    batch, threads = len(buckets[0]), torch.get_num_threads()
+    # The first of our ideas is on the ladder and alone: one rung with two names.
+    names = {rung: name for name, rung in (*alone.items(), *ladder.items())}
+    rungs = list(dict.fromkeys((*ladder.values(), *alone.values())))
+    measured: dict[Rung, list[dict]] = {rung: [] for rung in rungs}
+    with tempfile.TemporaryDirectory() as folder:
+        measure.synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
+        argv = ["--data", folder, "--split", "noise", "--seconds", str(args.seconds), *argv]
+        # Two rounds show the noise; the gains of the first two rungs are far above it.
+        for rung in (*rungs, *rungs[2:]):
+            row = measure_rung(rung, batch, threads, argv)
+            # Every bucket holds the same number of utterances, so their steps have equal weight.
+            row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
+            measured[rung].append(row)
+            print(f"{names[rung]}: {row['epoch_s']:.0f} s an epoch", flush=True)
+    return measured
+
+
 def project_hours(row: dict, servers: int, scaling: dict, args: argparse.Namespace) -> float:
     """Hours of EPOCHS on `servers` servers, from a rung of the ladder.
 
@@ -176,53 +201,6 @@ def epochs_to(folder: Path, target_wer: float) -> dict:
     }
 
 
-def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Seconds of an epoch of train-clean-100 on every rung: table, picture, JSON, projection."""
-    # Inputs and outputs are checked before the first of 50 minutes.
-    runs = {folder.name: epochs_to(folder, args.target_wer) for folder in args.runs}
-    if not os.access(args.png.parent, os.W_OK):
-        raise ValueError(f"--png: {args.png.parent} cannot be written")
-    buckets, args.utterances = measure.read_shapes(args.shapes)
-    batch, threads = len(buckets[0]), torch.get_num_threads()
-    if batch % args.ranks:
-        raise ValueError(f"--ranks {args.ranks} does not divide the batch of {batch}")
-    scaling = json.loads(args.scaling.read_text())
-    if "slope" not in scaling:
-        raise ValueError(f"--scaling {args.scaling}: without hosts, see what bench.py scaling "
-                         "printed")
-    ladder, alone = make_rungs(args.ranks)
-    # The first of our ideas is on the ladder and alone: one rung with two names.
-    names = {rung: name for name, rung in (*alone.items(), *ladder.items())}
-    rungs = list(dict.fromkeys((*ladder.values(), *alone.values())))
-    measured: dict[Rung, list[dict]] = {rung: [] for rung in rungs}
-    with tempfile.TemporaryDirectory() as folder:
-        measure.synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
-        argv = ["--data", folder, "--split", "noise", "--seconds", str(args.seconds), *argv]
-        # Two rounds show the noise; the gains of the first two rungs are far above it.
-        for rung in (*rungs, *rungs[2:]):
-            row = measure_rung(rung, batch, threads, argv)
-            # Every bucket holds the same number of utterances, so their steps have equal weight.
-            row["epoch_s"] = statistics.mean(row["step_s"]) * args.utterances / batch
-            measured[rung].append(row)
-            print(f"{names[rung]}: {row['epoch_s']:.0f} s an epoch", flush=True)
-    for name, run in runs.items():
-        after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
-        print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
-              f"{100 * run['best_wer']:.1f} %")
-    rows = make_rows(ladder, alone, measured)
-    print_ladder(rows)
-    twice = [row["epochs_s"] for row in rows if len(row["epochs_s"]) > 1]
-    apart = [(max(pair) - min(pair)) / statistics.mean(pair) for pair in twice]
-    print(f"two measurements of a rung were apart by {100 * statistics.median(apart):.1f} % "
-          f"(median), {100 * max(apart):.1f} % at most: smaller gains are noise")
-    hours = project_ladder(rows, scaling, args)
-    results = {"ladder": rows, "epochs_to_target": runs, "hours_of_49_epochs": hours}
-    measure.write_json(args.png.with_suffix(".json"), results)
-    draw_ladder(args.png, rows)
-    measure.finish({"epoch_s": {row["name"]: row["epoch_s"] for row in rows},
-            "hours_of_49_epochs": hours})
-
-
 def make_rows(ladder: dict[str, Rung], alone: dict[str, Rung],
               measured: dict[Rung, list[dict]]) -> list[dict]:
     """For each rung seconds of an epoch, and gains: over the rung before, over the first, and
@@ -246,6 +224,10 @@ def print_ladder(rows: Sequence[dict]) -> None:
     for row in rows:
         gains = ("-" if row[name] is None else f"{row[name]:.2f}x" for name in columns)
         print(f"{row['name']:<24}{row['epoch_s']:>12.0f}" + "".join(f"{x:>12}" for x in gains))
+    twice = [row["epochs_s"] for row in rows if len(row["epochs_s"]) > 1]
+    apart = [(max(pair) - min(pair)) / statistics.mean(pair) for pair in twice]
+    print(f"two measurements of a rung were apart by {100 * statistics.median(apart):.1f} % "
+          f"(median), {100 * max(apart):.1f} % at most: smaller gains are noise")
 
 
 def project_ladder(rows: Sequence[dict], scaling: dict, args: argparse.Namespace) -> dict:
@@ -283,6 +265,34 @@ def draw_ladder(png: Path, rows: Sequence[dict]) -> None:
         for label in ax.get_xticklabels():
             label.set(rotation=30, ha="right", rotation_mode="anchor")
     figure.savefig(png)
+
+
+def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Seconds of an epoch of train-clean-100 on every rung: table, picture, JSON, projection."""
+    # Inputs and outputs are checked before the first of 50 minutes.
+    runs = {folder.name: epochs_to(folder, args.target_wer) for folder in args.runs}
+    if not os.access(args.png.parent, os.W_OK):
+        raise ValueError(f"--png: {args.png.parent} cannot be written")
+    buckets, args.utterances = measure.read_shapes(args.shapes)
+    if len(buckets[0]) % args.ranks:
+        raise ValueError(f"--ranks {args.ranks} does not divide the batch of {len(buckets[0])}")
+    scaling = json.loads(args.scaling.read_text())
+    if "slope" not in scaling:
+        raise ValueError(f"--scaling {args.scaling}: without hosts, see what bench.py scaling "
+                         "printed")
+    ladder, alone = make_rungs(args.ranks)
+    rows = make_rows(ladder, alone, measure_rungs(args, argv, buckets, ladder, alone))
+    for name, run in runs.items():
+        after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
+        print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
+              f"{100 * run['best_wer']:.1f} %")
+    print_ladder(rows)
+    hours = project_ladder(rows, scaling, args)
+    results = {"ladder": rows, "epochs_to_target": runs, "hours_of_49_epochs": hours}
+    measure.write_json(args.png.with_suffix(".json"), results)
+    draw_ladder(args.png, rows)
+    measure.finish({"epoch_s": {row["name"]: row["epoch_s"] for row in rows},
+                    "hours_of_49_epochs": hours})
 
 
 # ----------------------------------------------------------------------------------------- scaling
@@ -359,8 +369,8 @@ def bench_member(args: argparse.Namespace, argv: Sequence[str]) -> None:
             seconds["waits"].append(state["ended"] - state["began"])
     if trainer.ranks.rank == 0:
         turns = {name: sorted(s[1:]) for name, s in seconds.items()}  # without the first turn
-        measure.finish({name: statistics.median(s) for name, s in turns.items()}
-               | {"turns": turns, "gradient_bytes": gradient.nbytes})
+        medians = {name: statistics.median(s) for name, s in turns.items()}
+        measure.finish(medians | {"turns": turns, "gradient_bytes": gradient.nbytes})
     if trainer.ranks.world > 1:
         dist.barrier()  # rank 0 keeps the store of all
 
