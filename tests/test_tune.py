@@ -80,7 +80,6 @@ observation_budget: 6
 """
 LR = CONFIG.splitlines()[4]
 
-
 # A tuner that takes a trial over when it has had no heartbeat for 3 s instead of 180.
 TUNER = ("from tools import tune; tune.HEARTBEAT_S, tune.GRACE_S, tune.POLL_S = 1, 3, 0.05; "
          "tune.main()")
@@ -165,7 +164,7 @@ def wait_for(condition, seconds: float = 300):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs and is no zombie."""
+    """Whether the process is there and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

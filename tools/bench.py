@@ -245,11 +245,11 @@ def bench_features(args: argparse.Namespace) -> None:
     """Processor time of one thread from file to input frames, with and without augmentation."""
     with measure.recordings(args, args.count, DEFAULT) as utterances:
         chosen = spread(utterances, args.count)
-        plain, augmented = ([front_end_s(chosen, DEFAULT, augment) for _ in range(3)]
-                            for augment in (False, True))
-    decoding = 1e3 * statistics.median(t["decode"] for t in plain)
-    plain, augmented = (1e3 * statistics.median(t["decode"] + t["features"] for t in times)
-                        for times in (plain, augmented))
+        runs = {augment: [front_end_s(chosen, DEFAULT, augment) for _ in range(3)]
+                for augment in (False, True)}
+    decoding = 1e3 * statistics.median(run["decode"] for run in runs[False])
+    plain, augmented = (1e3 * statistics.median(sum(run.values()) for run in runs[augment])
+                        for augment in (False, True))
     seconds = statistics.mean(u.duration_s for u in chosen)
     print(f"{len(chosen)} recordings of {seconds:.1f} s: decoding {decoding:.1f} ms, with features "
           f"{plain:.1f} ms, augmented {augmented:.1f} ms of one core")
@@ -324,10 +324,9 @@ def make_parser() -> argparse.ArgumentParser:
                 for name in (*WITHOUT, *WITH_TRAIN_FLAGS)}
     commands["step"].add_argument("--warmup", type=int, default=10, help="steps left out")
     commands["step"].add_argument("--steps", type=int, default=30, help="steps measured")
-    lossy = commands["loss"]
-    lossy.add_argument("--preset", choices=sorted(PRESETS), default="democratized")
-    lossy.add_argument("--batch-size", type=int, default=32)
-    lossy.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    commands["loss"].add_argument("--preset", choices=sorted(PRESETS), default="democratized")
+    commands["loss"].add_argument("--batch-size", type=int, default=32)
+    commands["loss"].add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     commands["features"].add_argument("--count", type=int, default=100, help="recordings")
     commands["decode"].add_argument("--checkpoint", required=True)
     commands["decode"].add_argument("--batch-size", type=int, default=64)

@@ -257,8 +257,8 @@ def draw_ladder(png: Path, rows: Sequence[dict]) -> None:
     line = axes[0].twinx()
     line.plot(names, total, color="black", marker="o")
     line.set(ylabel="cumulative speed-up", ylim=(0, 1.15 * max(total)))
-    ours = {row["name"]: row["alone"] for row in rows[ORIGINAL_RUNGS:]}
-    axes[1].bar_label(axes[1].bar(*zip(*ours.items(), strict=True), color="C1"), fmt="%.2f")
+    gains = {row["name"]: row["alone"] for row in rows[ORIGINAL_RUNGS:]}
+    axes[1].bar_label(axes[1].bar(*zip(*gains.items(), strict=True), color="C1"), fmt="%.2f")
     axes[1].set(ylabel="speed-up", title=f"alone, on top of {rows[ORIGINAL_RUNGS - 1]['name']}")
     for ax in axes:
         ax.margins(y=0.1)  # for the figures on the bars

@@ -269,6 +269,7 @@ def run_ranks(commands: Sequence[Sequence[str]], environments: Sequence[dict[str
         finally:
             for process in processes:
                 process.kill()
+                process.wait()
         output.seek(0)
         errors.seek(0)
         if any(statuses):

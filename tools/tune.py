@@ -343,8 +343,8 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
         return [attrs["seconds"], min(attrs["wers"].values())]
     lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
     # Launchers print more after the message that matters.
-    ours = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
-    message = (ours or lines or ["no message"])[-1]
+    messages = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
+    message = (messages or lines or ["no message"])[-1]
     trial.set_user_attr("reason",
                         f"status {process.returncode}, {len(evals)} evaluations: {message}")
     raise TrialFailed
@@ -419,9 +419,9 @@ def tune(study: optuna.Study, search: Search, out: Path, epochs: int,
         except KeyboardInterrupt:  # Optuna retries trials of killed tuners only
             RetryHeartbeatStaleTrialCallback()(study, study.get_trials()[trial.number])
             raise
-        for metric, value, most in zip(METRICS, values, search.thresholds, strict=True):
-            if most < math.inf:
-                trial.set_constraint(metric, value - most)
+        for metric, value, threshold in zip(METRICS, values, search.thresholds, strict=True):
+            if threshold < math.inf:
+                trial.set_constraint(metric, value - threshold)  # feasible if not positive
         return values
 
     while True:
