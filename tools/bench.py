@@ -40,8 +40,6 @@ from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum
 from tools import ladder, measure
 
-PROFILED_STEPS = 5
-
 # -------------------------------------------------------------------------------------------- step
 
 
@@ -122,7 +120,7 @@ def spread(utterances: Sequence[data.Utterance], count: int) -> list[data.Uttera
 
 def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Throughput of train.train_step over --steps steps, then stages of five more steps."""
-    num_steps = args.warmup + args.steps + PROFILED_STEPS
+    num_steps = args.warmup + args.steps + report.PROFILE_STEPS
     with measure.open_workload(args, argv, num_steps) as workload:
         trainer, steps = workload.trainer, all_steps(workload)
         all_sum(torch.zeros(1), trainer.ranks)  # all ranks multiply at the same time
@@ -131,7 +129,7 @@ def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
         peak_gb = measure.peak_rss_gb()  # the profiler's events are not a run's memory
         started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            time_steps(workload, steps, PROFILED_STEPS)
+            time_steps(workload, steps, report.PROFILE_STEPS)
             profiled_s = time.perf_counter() - started
         apart = front_end_s(spread(workload.utterances, 32), workload.features)
         if trainer.ranks.world > 1:
@@ -141,7 +139,7 @@ def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if trainer.ranks.rank == 0:
         print(f"first {args.warmup} steps: {sum(s for s, _ in warmup):.1f} s, left out")
         parts = report.profile_parts(profiled, profiled_s)
-        print_stages(parts, profiled_s, PROFILED_STEPS * workload.global_batch, apart)
+        print_stages(parts, profiled_s, report.PROFILE_STEPS * workload.global_batch, apart)
         measure.finish(step_result(workload, measured, rate) | {"peak_rss_gb": peak_gb})
 
 
