@@ -65,7 +65,7 @@ from data import Batch, Tokenizer
 from features import FeatureConfig, check_ranges
 from loss import joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
-from ranks import Pulse, Ranks, abort_launcher, all_sum, init_ranks
+from ranks import Pulse, Ranks, abort_launcher, all_sum, init_ranks, read_ranks
 from report import Log
 
 
@@ -1071,6 +1071,8 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {data.reason(error)}")
     except KeyboardInterrupt:
         sys.exit(EXIT_STATUS["SIGINT"])
+    if "RNNT_STATUS_FILE" in os.environ and read_ranks().rank == 0:  # launchers change the status
+        Path(os.environ["RNNT_STATUS_FILE"]).write_text(str(status))
     # A thread of torch's that comes back to an interpreter which is gone aborts the process, as one
     # of two ranks did after a whole run. All is written, so nothing has to be taken apart.
     atexit._run_exitfuncs()
