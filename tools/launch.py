@@ -5,9 +5,9 @@
     python3 -m tools.launch decide FILE [FLAG ...]  # print every decision with its reason
     python3 -m tools.launch run COMMAND ...         # run a launch command, return rank 0's status
 
-The knobs of `run.sh` (RANKS, HOSTS ...) arrive as environment variables, the flags are those for
-train.py. `decide` writes to FILE, each ended by a zero byte: data folder, output folder, dev split,
-number of usable cores, "prepare" or nothing, and the words of the launch command. A dry run happens
+The knobs of `run.sh` (RANKS, HOSTS ...) arrive as environment variables; the flags go to train.py.
+`decide` writes to FILE, with a zero byte after each: data folder, output folder, dev split, number
+of usable cores, "prepare" or nothing, and the launch command, word by word. A dry run may happen
 before the set-up, so this file needs only the standard library of Python 3.10.
 """
 
@@ -125,10 +125,6 @@ def share_cores(cores: Sequence[Core], usable: int, ranks: int) -> list[list[int
     return [[core.cpu for core in cores[first:first + max(usable // ranks, 1)]] for first in firsts]
 
 
-def mask(cpus: Iterable[int]) -> str:
-    return hex(sum(1 << cpu for cpu in cpus))
-
-
 def format_cpus(cpus: Iterable[int]) -> str:
     """[0, 1, 2, 3, 8] -> "0-3,8"."""
     ranges: list[list[int]] = []
@@ -210,7 +206,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def check_addresses(hosts: Sequence[str], address: str, source: str) -> None:
-    """Raises ValueError if another host would look on itself for rank 0 or for one of `hosts`."""
+    """Raises ValueError if a name means another machine on every host, or a loopback address."""
     for host in hosts:
         if host.lower() == "localhost" or host.startswith("127."):
             raise ValueError(f"{source}: {host} is another machine on every host; give one name "
@@ -228,7 +224,7 @@ def check_hosts(hosts: Sequence[str], ssh: str, python: str, data: str,
     All hosts are asked at once; mpirun alone may take minutes until it gives up.
     """
     wanted = f"test -x {shlex.quote(os.path.abspath(python))}"
-    if os.path.isdir(data):  # a corpus that is yet to be prepared is nowhere
+    if os.path.isdir(data):  # the corpus is prepared, so every host has to see it
         wanted += f" && test -d {shlex.quote(os.path.abspath(data))}"
 
     def status_of(host: str) -> int:
@@ -326,16 +322,15 @@ def choose_backend(requested: str, bindings: str) -> tuple[str, str]:
     """Backend of torch.distributed and reason; `bindings` is the answer of `try_bindings`."""
     if requested != "auto":
         return requested, AS_SET
-    return "ccl" if bindings == "is installed" else "gloo", f"{BINDINGS} {bindings}"
+    return "ccl" if bindings.startswith("is in ") else "gloo", f"{BINDINGS} {bindings}"
 
 
 def try_bindings(venv: Path) -> str:
-    """The state of oneCCL's bindings in `venv`. They fit one version of torch alone, so they are
-    imported."""
+    """The state of oneCCL's bindings. They are imported, since they fit one version of torch."""
     if not any(venv.glob(f"lib/python3*/site-packages/{BINDINGS}")):
         return f"is not in {venv}"
-    command = [f"{venv}/bin/python", "-c", f"import torch, {BINDINGS}"]
-    return f"in {venv} cannot be imported" if subprocess.run(command).returncode else "is installed"
+    done = subprocess.run([f"{venv}/bin/python", "-c", f"import torch, {BINDINGS}"])
+    return f"in {venv} cannot be imported" if done.returncode else f"is in {venv}"
 
 
 def find_preload(folders: Sequence[str], cache: str) -> str:
@@ -383,6 +378,8 @@ class Machine(NamedTuple):
 
 
 def read_machine(env: Mapping[str, str]) -> Machine:
+    """The one place that looks at this machine."""
+
     def output(*command: str) -> str:
         with suppress(OSError):
             return subprocess.run(command, capture_output=True, text=True).stdout
@@ -422,10 +419,11 @@ class Group(NamedTuple):
         return self.ranks * len(self.hosts)
 
 
-def gather(env: Mapping[str, str], machine: Machine) -> Group:
+def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
+    """Hosts and ranks by the knobs and the hosts file; address of rank 0."""
     hosts, ranks = read_hosts_file(env)
     num_cores = len(machine.cores)
-    # A quota says how much, not which cores.
+    # A quota limits how many cores the ranks may use, but does not say which.
     usable = min(machine.quota or num_cores, num_cores)
     is_single = len(hosts) == 1 and is_this_machine(hosts[0])
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
@@ -455,12 +453,12 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     workers, is_shared = 0, False
     if group.world > 1 and backend == "ccl":
         workers, is_shared = count_workers(env.get("CCL_WORKER_COUNT", ""), len(own[0]))
-    # The first cores of a rank are for oneCCL's threads, the others compute.
+    # oneCCL's threads get the first cores of a rank, and the others compute.
     computing = own if is_shared else [cpus[workers:] for cpus in own]
-    masks = f"[{''.join(mask(cpus) + ',' for cpus in computing)}]"
+    masks = [hex(sum(1 << cpu for cpu in cpus)) + "," for cpus in computing]
     shared = ", each on a core that computes too" if is_shared else ""
-    # Intel's OpenMP alone reads KMP_*; Intel's launcher sets the same values. A thread that waits
-    # goes to sleep after 1 ms, because others need its core.
+    # Only Intel's OpenMP reads KMP_*; Intel's launcher sets the same values. A waiting thread goes
+    # to sleep after 1 ms, because other threads need its core.
     variables = [
         ("OMP_NUM_THREADS", len(computing[0]),
          f"{usable} cores / {ranks}, less {0 if is_shared else workers} for oneCCL"),
@@ -471,7 +469,7 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     if group.world > 1:
         variables += [
             # Intel MPI binds each rank to its mask; ranks.py does so under other launchers.
-            ("I_MPI_PIN_DOMAIN", masks if is_bound else "", "cores of each rank"),
+            ("I_MPI_PIN_DOMAIN", f"[{''.join(masks)}]" if is_bound else "", "cores of each rank"),
             ("MASTER_ADDR", group.address, "host of rank 0"),
             ("MASTER_PORT", machine.port, "free here"),
         ]
@@ -510,12 +508,12 @@ def start_command(launcher: str, env: Mapping[str, str], group: Group, port: str
         bootstrap = [] if ssh == "ssh" else ["-bootstrap", "ssh", "-bootstrap-exec", ssh]
         return ["mpirun", "-n", world, "-ppn", ranks, "-hosts", ",".join(hosts), *bootstrap, python]
     if launcher == "Open MPI":
-        # Open MPI passes on the variables that it is told to; the others pass on all.
+        # Open MPI passes on only the variables that it is told to.
         names = [*variables, STATUS_FILE]
         names += [name for name in sorted(env) if name.startswith(PASSED_ON) and name not in names]
         return ["mpirun", "-n", world, "--host", ",".join(f"{host}:{ranks}" for host in hosts),
                 "--map-by", f"ppr:{ranks}:node", "--bind-to", "none", "--mca", "plm_rsh_agent", ssh,
-                *(word for name in names for word in ("-x", name)), python]
+                *(argument for name in names for argument in ("-x", name)), python]
     return [python]
 
 
@@ -523,7 +521,7 @@ class Plan(NamedTuple):
     lines: list[str]  # every decision with its reason
     run: Run
     group: Group
-    command: list[str]  # for run_step of run.sh
+    command: list[str]  # the launch with its environment, for run.sh to start
 
 
 def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Plan:
@@ -532,7 +530,7 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     Raises ValueError if the knobs ask for something that cannot be.
     """
     check_knobs(env)
-    group = gather(env, machine)
+    group = choose_ranks(env, machine)
     run = choose_run(env, argv)
     backend, why_backend = choose_backend(env["BACKEND"], machine.bindings)
     launcher, why_launcher = choose_launcher(env["LAUNCHER"], group.world, group.is_single,
@@ -549,7 +547,7 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     if group.world > 1 or why_backend == AS_SET:
         launch += ["--backend", backend]
     launch += argv
-    if launcher == "ipex":  # it hands its words to a shell
+    if launcher == "ipex":  # ipexrun gives its arguments to a shell
         launch = [shlex.quote(word) for word in launch]
 
     num_nodes = len({core.node for core in machine.cores})
@@ -564,24 +562,23 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
              f"launch  {shlex.join(launch)}"]
 
     if group.world == 1:
-        # In a batch job of several tasks, the job's variables would make of one process the first
-        # of several.
+        # The variables of a batch job of several tasks would make this process one of several.
         variables |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    # A batch job may have told all its processes that they are one and the same rank.
-    words = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK",
-             *(f"{name}={value}" for name, value in variables.items()), *launch]
+    # A batch job may set one rank for all processes that it starts.
+    command = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK",
+               *(f"{name}={value}" for name, value in variables.items()), *launch]
     if launcher != "python":
-        words = [f"{env['VENV']}/bin/python", "-m", "tools.launch", "run", *words]
-    return Plan(lines, run, group, words)
+        command = [f"{env['VENV']}/bin/python", "-m", "tools.launch", "run", *command]
+    return Plan(lines, run, group, command)
 
 
 def run_command(command: Sequence[str]) -> int:
     """Runs a launch command and returns the exit status of training.
 
-    Launchers change that status: torchrun makes 1 of any error, ipexrun makes 0 of everything. So
-    rank 0 writes it to a file, and the launcher's counts if rank 0 wrote none or 0.
+    Launchers change that status: torchrun returns 1 after any error, ipexrun always returns 0. So
+    rank 0 writes it to a file; the launcher's status counts if rank 0 wrote none or 0.
     """
-    # run.sh signals this process together with the launcher, whose end has to be waited for.
+    # run.sh signals this process together with the launcher; this process waits for the launcher.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     handle, path = tempfile.mkstemp(prefix="rnnt-status-")
@@ -592,8 +589,9 @@ def run_command(command: Sequence[str]) -> int:
     finally:
         os.unlink(path)
     if not recorded and status == 0:
-        raise RuntimeError("the launcher ended with status 0, but rank 0 wrote no exit status on "
-                           "this host")
+        print("run.sh: the launcher ended with status 0, but rank 0 wrote no exit status on this "
+              "host", file=sys.stderr)
+        return 1
     return int(recorded or 0) or (status if status >= 0 else 128 - status)
 
 
@@ -635,6 +633,3 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         print(f"run.sh: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        print(f"run.sh: {error}", file=sys.stderr)
-        sys.exit(1)
