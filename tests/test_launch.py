@@ -564,7 +564,7 @@ def test_this_machine_by_any_of_its_names_needs_no_mpirun(monkeypatch, resolved,
 
 
 def test_one_other_host_needs_an_mpirun(resolved):
-    resolved["10.0.0.7"] = "192.0.2.7"  # an address for documentation, which no machine has
+    resolved["10.0.0.7"] = "203.0.113.7"  # an address for documentation, which no machine has
     printed = decide(machine(mpi="Intel MPI"), hosts="10.0.0.7:2\n")
     assert " -hosts 10.0.0.7 " in printed["launch"]
     assert printed["MASTER_ADDR"] == "10.0.0.7"

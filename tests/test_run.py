@@ -46,6 +46,16 @@ def test_both_environments_differ_in_torch_and_intels_packages_alone():
     }
 
 
+def test_cluster_page_lists_every_setting_and_its_default():
+    page = (REPO / "docs/cluster.md").read_text()
+    knobs = re.findall(r"^([A-Z_]+)=\$\{\1:-(.*?)\}", (REPO / "run.sh").read_text(), re.M)
+    assert len(knobs) == 12
+    for name, default in knobs:
+        assert f"| `{name}` | `{default}` |" in page or (name, default) == ("RANKS", "")
+    for name in ("RANKS", *launch.VARIABLES):
+        assert f"\n| `{name}` | " in page
+
+
 # ---- dry run, help, wrong knobs ---------------------------------------------------------------
 
 
@@ -232,7 +242,7 @@ def test_signal_ends_the_step_and_its_processes(project, step, number, status, r
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_the_wait_for_hosts(project, number, status):
     write_script(project.folder / "stand-ins/mpirun", "#!/bin/sh\necho 'Intel(R) MPI'\n")
-    (project.folder / "hosts").write_text("192.0.2.1\n192.0.2.2\n")  # documentation's addresses
+    (project.folder / "hosts").write_text("203.0.113.1\n203.0.113.2\n")  # documentation's addresses
     write_script(project.folder / "my-ssh", '#!/bin/sh\necho "$$" >> pids\nexec sleep 600\n')
     child = project.start(SSH="./my-ssh")
     expect_end_by_signal(project, child, number, status)

@@ -313,8 +313,8 @@ def choose_launcher(requested: str, world: int, is_single: bool, mpirun: str,
     if launcher == "ipex" and not ipexrun:
         raise ValueError("LAUNCHER=ipex, but there is no ipexrun; requirements-intel.txt brings it")
     if launcher in ("torchrun", "ipex") and not is_single:
-        raise ValueError(f"{launcher} starts ranks on this machine alone, and the hosts file names "
-                         "others: they take an mpirun")
+        raise ValueError(f"{launcher} starts ranks on this machine alone; other hosts need an "
+                         "mpirun, and pip install impi-rt brings one")
     return launcher, reason
 
 
