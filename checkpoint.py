@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: write them whole, read them safely, and keep other runs out of a run directory."""
+"""Checkpoints: write them whole, read them safely, keep two, and lock a run directory.
+
+    save_checkpoint(out / "checkpoint-00000042.pt", {"model": model.state_dict(), "step": 42})
+    found = newest_checkpoint(out, warn=print)    # (path, contents), or None
+
+Stands alone: copy this file into another project and it works (torch only; POSIX). A checkpoint
+is a dictionary of tensors, numbers, strings, lists and dictionaries in torch's own file format.
+"""
 
 import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -13,15 +20,18 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5  # rises whenever older checkpoints can no longer be read
 
 
 class DamagedCheckpoint(ValueError):
-    """Not what was written: truncated, or a bit of it flipped."""
+    """The file is not what was written: it was truncated, or bits of it changed."""
+
+
+# ---------------------------------------------------------------------------------- one checkpoint
 
 
 def digest(value: object) -> str:
-    """SHA-256 of everything in a checkpoint. torch.load checks no sums of its own."""
+    """SHA-256 of a checkpoint's keys and values; torch.load itself checks no sums."""
     sha = hashlib.sha256()
 
     def feed(item: object) -> None:
@@ -42,74 +52,96 @@ def digest(value: object) -> str:
     return sha.hexdigest()
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """What train.save_checkpoint wrote; no code in it is run.
+def save_checkpoint(path: Path, contents: dict) -> None:
+    """Writes a temporary file and renames it, so that the file at `path` is always whole.
 
     Raises:
-        OSError: missing, or cannot be read.
-        DamagedCheckpoint: not readable, or its checksum is wrong.
-        ValueError: of another program or another version of this one.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise all kinds here
-            raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    checksum = checkpoint.pop("sha256", None)
-    is_whole = checksum == digest(checkpoint)
-    # Another format may have no checksum, or another one: only a damaged file has a wrong one.
-    if not is_whole and (checksum or checkpoint.get("format") == CHECKPOINT_FORMAT):
-        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
-    if "format" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{path}: format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}"
-        )
-    return checkpoint
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Writes beside `path` and renames, so that `path` is always whole.
-
-    Raises:
-        OSError: the disk is full, the folder gone or read-only; what was at `path` is still there.
+        OSError: the disk is full, or the folder is gone or read-only; an older file at `path`
+            is left as it was.
     """
     partial = path.with_suffix(".partial")
+    contents = {"format": CHECKPOINT_FORMAT, **contents}
     try:
         with partial.open("wb") as file:
-            torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
+            torch.save(contents | {"sha256": digest(contents)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer, on a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}") from error
 
 
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads what `save_checkpoint` wrote, without running code that the file may contain.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        DamagedCheckpoint: the file is not readable as a checkpoint, or its checksum is wrong.
+        ValueError: another program or another version of this one wrote it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    with open(path, "rb") as file:
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise many types
+            raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
+    if not isinstance(contents, dict) or not {"format", "sha256"} & contents.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    checksum = contents.pop("sha256", None)
+    # Another format may compute its checksum in another way, but a flipped bit in the format
+    # number must count as damage: only a file without any checksum is taken at its word.
+    if checksum != digest(contents) and (checksum or contents["format"] == CHECKPOINT_FORMAT):
+        raise DamagedCheckpoint(f"{path}: damaged: the checksum is wrong")
+    if contents.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: format {contents.get('format')}, this version reads "
+                         f"{CHECKPOINT_FORMAT}")
+    return contents
+
+
+# ------------------------------------------------------------------------------- the run directory
+
+
 def list_checkpoints(out: Path) -> list[Path]:
-    """Oldest first. A copy under any other name is the user's."""
+    """Oldest first. A copy under any other name belongs to the user and is not listed."""
     return sorted(out.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
-def lock_run(out: Path) -> TextIO:
-    """Keeps other runs out of the run directory until what is returned is closed.
-
-    POSIX's locks hold across a network and end with the process, killed or not, if its host lives;
-    loader workers do not inherit them.
+def newest_checkpoint(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """Path and contents of the newest checkpoint that is not damaged, or None.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another version wrote it.
+    """
+    for path in reversed(list_checkpoints(out)):
+        try:
+            return path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            warn(f"{error}; trying the one before")
+    return None
+
+
+def keep_newest(out: Path, count: int = 2) -> None:
+    """Deletes all checkpoints but the newest ones; with two, one is left if the other is lost."""
+    for path in list_checkpoints(out)[:-count]:
+        path.unlink()
+
+
+def lock_run(out: Path) -> TextIO:
+    """Keeps other runs out of the run directory until the returned file is closed.
+
+    POSIX locks hold across network file systems and end with their process, even if it is killed,
+    as long as its host lives; child processes do not inherit them.
+
+    Raises:
+        ValueError: another process holds the lock.
     """
     lock = (out / ".lock").open("a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
         raise ValueError(f"{out}: another run writes there: give this one another --out; if its "
                          f"host is gone, delete {lock.name}") from error
     except OSError as error:
@@ -117,12 +149,18 @@ def lock_run(out: Path) -> TextIO:
     return lock
 
 
-def clear(out: Path, is_new: bool) -> None:
-    """Deletes what a run that was killed had half written to its run directory; for a new run all
-    that training ever wrote there, and nothing else."""
+def clear_run(out: Path, resumed: Path | None) -> None:
+    """Deletes the files of a run directory that the coming run cannot use.
+
+    Args:
+        resumed: the checkpoint from which the run goes on: half-written files are deleted, and
+            newer checkpoints, which are damaged. None for a new run: every file that training
+            writes is deleted. Other files are kept in both cases.
+    """
     paths = [*out.glob("checkpoint-*.partial"), out / "best.partial", out / "log.partial"]
-    if is_new:
-        paths += [*list_checkpoints(out), out / "best.pt", *out.glob("events.out.tfevents.*")]
+    paths += (path for path in list_checkpoints(out) if resumed is None or path > resumed)
+    if resumed is None:
+        paths += [out / "best.pt", *out.glob("events.out.tfevents.*")]
         paths += (out / name for name in ("log.jsonl", "mllog.log", "curves.png", "trace.json"))
     for path in paths:
         path.unlink(missing_ok=True)

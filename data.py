@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From audio files to batches: decode, trim, log-mel, normalise, splice, augment, tokenize, bucket.
+"""From a corpus to batches: read and check splits, tokenize, bucket, load in worker processes.
 
-    samples = load_audio("1272-128104-0000.flac")        # float32, 16 kHz
-    feats = features(samples)                            # (T_in, 256) float32
-    feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
+    utterances = read_split("corpora", "train-clean-5")
+    tokenizer = Tokenizer(train_tokenizer((u.text for u in utterances), vocab_size=256))
+    dataset = SpeechDataset(utterances, tokenizer, DEFAULT, seed=1, epoch=1)
+    order = bucket_batches(dataset.durations_s(), 32, DEFAULT.num_buckets, np.random.default_rng(1))
+    for batch in batch_loader(dataset, order, num_workers=1): ...
 
-The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of intel/e2eAIOK,
-modelzoo/rnnt/pytorch/common/data/dali/pipeline.py). Corpora have LibriSpeech's form:
+Corpora have LibriSpeech's form (docs/corpora.md):
     <root>/<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac
     <root>/<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt    lines `<id> <TEXT>`
 """
@@ -46,17 +47,245 @@ from features import (
     read_audio,
 )
 
-# ------------------------------------------------------------------------- audio file to samples
+# ----------------------------------------------------------------------------------------- corpora
 
 
-# ---------------------------------------------------------------------------- samples to features
+class Utterance(NamedTuple):
+    """One recording of a split and its text."""
+
+    id: str
+    path: str
+    duration_s: float  # from the file's header
+    text: str
 
 
-# -------------------------------------------------------------------------------------- tokenizer
+class Line(NamedTuple):
+    """One good line of a transcript file."""
+
+    where: str  # "file:line"
+    id: str
+    text: str
+
+
+class Problem(NamedTuple):
+    """A defect of a corpus. Training does not start on a split with errors."""
+
+    level: str  # "error" or "warning"
+    kind: str  # problems are counted by kind
+    where: str  # "file:line", a file, a folder or an utterance id
+    message: str
+
+
+def separate(found: Iterable) -> tuple[list, list[Problem]]:
+    """Splits a mixed sequence into its good items and its problems, both in order."""
+    good, problems = [], []
+    for item in found:
+        (problems if isinstance(item, Problem) else good).append(item)
+    return good, problems
+
+
+def is_transcript(name: str) -> bool:
+    return name.endswith(".trans.txt") and not name.startswith("._")
+
+
+def line_error(line: str, chapter: str) -> tuple[str, str] | None:
+    """Kind and message of the error in a line of the chapter "<speaker>-<chapter>", if any."""
+    utterance_id, _, text = line.partition(" ")
+    if not text.strip():
+        return "no text", f"{line!r} has an id but no text"
+    if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
+        # Editors and other systems leave carriage returns, tabs and byte order marks.
+        return "control character", f"{line!r}"
+    if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
+        return "reserved word", f"{line!r}"
+    if not utterance_id.startswith(f"{chapter}-"):
+        return "id not of its folder", f"{utterance_id!r} does not begin with {chapter}-"
+    return None
+
+
+def read_transcripts(path: Path) -> Iterator[Line | Problem]:
+    """Lines of a .trans.txt, each good or a problem.
+
+    Texts are in Unicode's form NFC, so that an accented letter has one spelling.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem("error", "transcript not readable", str(path), str(error))
+        return
+    if lines[-1] == "":  # the last line ends in a newline
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        error = line_error(line, f"{path.parent.parent.name}-{path.parent.name}")
+        if error is not None:
+            yield Problem("error", error[0], where, error[1])
+            continue
+        utterance_id, _, text = line.partition(" ")
+        if any(c.isdigit() for c in text):
+            yield Problem("warning", "digits", where, f"{line!r} is not written out")
+        yield Line(where, utterance_id, unicodedata.normalize("NFC", " ".join(text.split())))
+
+
+def list_files(split: Path) -> Iterator[Path | Problem]:
+    """Audio and transcripts in the chapters of a split; such files elsewhere are problems."""
+    errors: list[OSError] = []
+    for parent, folders, names in os.walk(split, onerror=errors.append, followlinks=True):
+        wanted = {name for name in (*names, *folders) if is_audio(name) or is_transcript(name)}
+        if len(Path(parent).relative_to(split).parts) == 2:  # <speaker>/<chapter>
+            yield from (Path(parent, name) for name in wanted)
+            ignored = set(folders) - wanted
+            folders.clear()  # os.walk does not enter them, so that a loop of links ends
+        else:
+            ignored = wanted - set(folders)
+        for name in sorted(ignored):
+            where = str(Path(parent, name))
+            yield Problem("warning", "not a file of a chapter", where, "it is ignored")
+    for error in errors:
+        yield Problem("error", "folder not readable", error.filename, error.strerror)
+
+
+def find_duplicates(audio: Iterable[Path]) -> Iterator[Problem]:
+    """An error for every further recording of one utterance id."""
+    first: dict[str, Path] = {}
+    for path in audio:
+        other = first.setdefault(path.stem, path)
+        if other != path:
+            yield Problem("error", "duplicate recording", path.stem, f"{other} and {path}")
+
+
+def match_texts(audio: Sequence[Path],
+                transcripts: Sequence[Path]) -> Iterator[Utterance | Problem]:
+    """Joins audio files with the lines of their chapters' transcripts; durations are 0 as yet."""
+    for chapter in sorted({path.parent for path in audio} - {path.parent for path in transcripts}):
+        message = "there is audio, but no .trans.txt"
+        yield Problem("error", "transcript file missing", str(chapter), message)
+    recordings = {path.with_suffix(""): path for path in reversed(audio)}  # the first file wins
+    seen: set[str] = set()
+    for transcript in transcripts:
+        for line in read_transcripts(transcript):
+            if isinstance(line, Problem):
+                yield line
+            elif line.id in seen:
+                yield Problem("error", "duplicate id", line.where, line.id)
+            elif (key := transcript.parent / line.id) not in recordings:
+                yield Problem("error", "audio missing", line.where, f"{key}.flac does not exist")
+            else:
+                seen.add(line.id)
+                yield Utterance(line.id, str(recordings[key]), 0.0, line.text)
+    for path in audio:
+        if path.stem not in seen:
+            message = f"{path} has no transcript"
+            yield Problem("warning", "transcript missing", path.stem, message)
+
+
+def probe_audio(utterance: Utterance, cfg: FeatureConfig,
+                decode: bool) -> list[Utterance | Problem]:
+    """The utterance with its duration, if its file can be used, and the problems of the file.
+
+    Reads the header and the last sample; with `decode`, every sample.
+    """
+    path = utterance.path
+    try:
+        with open_audio(path) as audio:
+            frames, rate, channels = audio.frames, audio.samplerate, audio.channels
+        samples = read_audio(path)[0] if decode else np.zeros(0)
+    except (OSError, ValueError) as error:
+        return [Problem("error", "audio not readable", utterance.id, str(error))]
+    warned = []
+    if len(samples) > 1 and samples.min() == samples.max():
+        warned.append(("constant audio", f"{path}: every sample is {samples.max():g}"))
+    if rate != cfg.sample_rate_hz:
+        message = f"{path}: {rate} Hz, will be resampled to {cfg.sample_rate_hz}"
+        warned.append(("sample rate", message))
+    if channels != 1:
+        warned.append(("channels", f"{path}: {channels} channels, will be averaged"))
+    problems = [Problem("warning", kind, utterance.id, message) for kind, message in warned]
+    return [utterance._replace(duration_s=frames / rate), *problems]
+
+
+def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
+               decode: bool = False) -> Iterator[Utterance | Problem]:
+    """All good utterances of a split, ordered by id, and all its problems.
+
+    Reads transcripts and audio headers at every call; with `decode`, all audio.
+    """
+    folder = Path(root) / split
+    if not folder.is_dir():
+        yield Problem("error", "split missing", str(folder), "no such folder")
+        return
+    files, problems = separate(list_files(folder))
+    audio = sorted(path for path in files if is_audio(path.name))
+    transcripts = sorted(path for path in files if is_transcript(path.name))
+    problems += find_duplicates(audio)
+    recordings, unmatched = separate(match_texts(audio, transcripts))
+    problems += unmatched
+    if not recordings and not any(p.level == "error" for p in problems):
+        problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
+    yield from problems
+    utterances: list[Utterance] = []
+    with ThreadPoolExecutor() as pool:  # threads hide the latency of network file systems
+        probes = pool.map(lambda u: probe_audio(u, cfg, decode), sorted(recordings))
+        for found in tqdm(probes, desc=split, unit="file", total=len(recordings), disable=None,
+                          leave=False):
+            utterances += (item for item in found if isinstance(item, Utterance))
+            yield from found
+    small = [u for u in utterances if u.text != u.text.upper()]
+    if len(small) < len(utterances):  # a corpus in small letters throughout is consistent
+        yield from (Problem("warning", "small letters", u.id, u.text) for u in small)
+
+
+def describe(problems: Sequence[Problem], most: int = 10) -> list[str]:
+    """Lines for people: every kind with its count, and the first `most` problems of each kind."""
+    lines = []
+    for (level, kind), count in Counter((p.level, p.kind) for p in problems).items():
+        lines.append(f"{level}: {kind}: {count}")
+        chosen = [p for p in problems if (p.level, p.kind) == (level, kind)]
+        lines += [f"    {p.where}: {p.message}" for p in chosen[:most]]
+        if count > most:
+            lines.append(f"    ... and {count - most} more")
+    return lines
+
+
+def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
+               skip_bad: bool = False) -> list[Utterance]:
+    """Utterances of a split that has no errors; problems that are warnings are warned of.
+
+    With `skip_bad`, errors are warned of too, and the utterances they concern are left out.
+
+    Raises:
+        ValueError: with every kind of error, counted, and the first ten of each; with `skip_bad`
+            only if no utterance is left.
+    """
+    utterances, problems = separate(scan_split(root, split, cfg))
+    errors = [p for p in problems if p.level == "error"]
+    if errors and not (skip_bad and utterances):
+        raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe(errors)]))
+    if errors:
+        warnings.warn(f"{split}: {len(errors)} errors; the utterances they concern are left out",
+                      stacklevel=2)
+    for line in describe(problems, most=1):
+        warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
+    return utterances
+
+
+def drop_long(utterances: Sequence[Utterance],
+              cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], str]:
+    """The utterances of at most `max_utterance_s`, and a line that counts the others."""
+    kept = [u for u in utterances if u.duration_s <= cfg.max_utterance_s]
+    hours = (sum(u.duration_s for u in utterances) - sum(u.duration_s for u in kept)) / 3600
+    dropped = len(utterances) - len(kept)
+    note = f"{dropped:,} of {len(utterances):,} dropped, {hours:.1f} h"
+    if not kept:
+        raise ValueError(f"no training utterance of at most {cfg.max_utterance_s} s: {note}")
+    return kept, note
+
+
+# --------------------------------------------------------------------------------------- tokenizer
 
 
 class Tokenizer:
-    """Sentencepiece unigram model (arXiv:1808.06226); one more class, the last, is blank.
+    """Sentencepiece unigram model (arXiv:1808.06226) with one more class, the last, for blank.
 
     Args:
         model: the serialised sentencepiece model, as `train_tokenizer` returns it.
@@ -85,10 +314,10 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Sentencepiece model of `vocab_size - 1` pieces, fewer if the texts do not hold as many.
+    """Sentencepiece model of `vocab_size - 1` pieces, or of fewer if the texts hold no more.
 
     Raises:
-        ValueError: there are more characters than pieces, and each needs one.
+        ValueError: there are more characters than pieces, and each character needs one.
     """
     texts = list(texts)
     model = io.BytesIO()
@@ -105,266 +334,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-# --------------------------------------------------------------------------------------- corpora
-
-
-class Utterance(NamedTuple):
-    """One recording of a split."""
-
-    id: str
-    path: str
-    duration_s: float  # from the file's header
-    text: str
-
-
-class Problem(NamedTuple):
-    """Something wrong with a corpus. An error keeps training from starting."""
-
-    level: str  # "error" or "warning"
-    kind: str  # problems of one kind are counted together
-    where: str  # "file:line" or utterance id
-    message: str
-
-
-def text_error(line: str, folder: str) -> tuple[str, str] | None:
-    """Kind and message of what is wrong with a line of the chapter `folder` (speaker-chapter)."""
-    utterance_id, _, text = line.partition(" ")
-    if not text.strip():
-        return "no text", f"{line!r} has an id but no text"
-    if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
-        # Carriage return, tab, byte order mark: what editors and other systems leave behind.
-        return "control character", f"{line!r}"
-    if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
-        return "reserved word", f"{line!r}"
-    if not utterance_id.startswith(f"{folder}-"):
-        return "id not of its folder", f"{utterance_id!r} does not begin with {folder}-"
-    return None
-
-
-def read_transcripts(path: Path, problems: list[Problem]) -> Iterator[tuple[str, str, str]]:
-    """Yields (where, id, text) for each good line of a .trans.txt; others become problems.
-
-    Unicode has two ways to write many accented letters: texts are in its form NFC.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem("error", "transcript not readable", str(path), str(error)))
-        return
-    folder = f"{path.parent.parent.name}-{path.parent.name}"
-    if lines[-1] == "":  # behind the last line's end
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        wrong = text_error(line, folder)
-        if wrong is not None:
-            problems.append(Problem("error", wrong[0], where, wrong[1]))
-            continue
-        utterance_id, _, text = line.partition(" ")
-        if any(c.isdigit() for c in text):
-            problems.append(Problem("warning", "digits", where, f"{line!r} is not written out"))
-        yield where, utterance_id, unicodedata.normalize("NFC", " ".join(text.split()))
-
-
-def probe_audio(utterance_id: str, path: Path, cfg: FeatureConfig,
-                decode: bool) -> tuple[float, list[Problem]]:
-    """Duration in seconds, 0 if the file cannot be used, and what is wrong with it.
-
-    Reads the header and the last sample; with `decode`, every sample.
-    """
-    problems = []
-    try:
-        with open_audio(path) as audio:
-            frames, rate, channels = audio.frames, audio.samplerate, audio.channels
-        if decode:
-            samples, _ = read_audio(path)
-            if frames > 1 and samples.min() == samples.max():
-                message = f"{path}: every sample is {samples.max():g}"
-                problems.append(Problem("warning", "constant audio", utterance_id, message))
-    except (OSError, ValueError) as error:
-        return 0.0, [Problem("error", "audio not readable", utterance_id, str(error))]
-    if rate != cfg.sample_rate_hz:
-        message = f"{path}: {rate} Hz, will be resampled to {cfg.sample_rate_hz}"
-        problems.append(Problem("warning", "sample rate", utterance_id, message))
-    if channels != 1:
-        message = f"{path}: {channels} channels, will be averaged"
-        problems.append(Problem("warning", "channels", utterance_id, message))
-    return frames / rate, problems
-
-
-def is_transcript(name: str) -> bool:
-    return name.endswith(".trans.txt") and not name.startswith("._")
-
-
-def list_files(split: Path, problems: list[Problem]) -> list[Path]:
-    """Audio and transcripts in the chapters of a split, by name. Folders that cannot be read are
-    problems, and so is what lies elsewhere in the split."""
-
-    def note(error: OSError) -> None:
-        problems.append(Problem("error", "folder not readable", error.filename, error.strerror))
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(split, onerror=note, followlinks=True):
-        ours = [n for n in (*names, *folders) if is_audio(n) or is_transcript(n)]
-        depth = len(Path(parent).relative_to(split).parts)
-        if depth == 2:  # split/speaker/chapter
-            files += (Path(parent, name) for name in ours)
-            elsewhere = sorted(set(folders) - set(ours))
-            folders.clear()
-        else:
-            elsewhere = sorted(set(ours) - set(folders))
-        for name in elsewhere:
-            where = str(Path(parent, name))
-            problems.append(Problem("warning", "not a file of a chapter", where, "not looked at"))
-    return sorted(files)
-
-
-def find_audio(files: Sequence[Path], problems: list[Problem]) -> dict[Path, Path]:
-    """Chapter folder / utterance id -> audio file; two files of one id are a problem."""
-    audio: dict[Path, Path] = {}
-    first: dict[str, Path] = {}
-    for path in files:
-        if is_audio(path.name):
-            audio.setdefault(path.with_suffix(""), path)
-            other = first.setdefault(path.stem, path)
-            if other != path:
-                message = f"{other} and {path}"
-                problems.append(Problem("error", "duplicate recording", path.stem, message))
-    return audio
-
-
-def find_texts(files: Sequence[Path], audio: dict[Path, Path],
-               problems: list[Problem]) -> dict[str, tuple[Path, str]]:
-    """Utterance id -> audio file and text, in the order of the ids."""
-    texts: dict[str, tuple[Path, str]] = {}
-    transcripts = [path for path in files if is_transcript(path.name)]
-    for chapter in sorted({key.parent for key in audio} - {path.parent for path in transcripts}):
-        message = "there is audio, but no .trans.txt"
-        problems.append(Problem("error", "transcript file missing", str(chapter), message))
-    for transcript in transcripts:
-        for where, utterance_id, text in read_transcripts(transcript, problems):
-            path = audio.get(transcript.parent / utterance_id)
-            if utterance_id in texts:
-                problems.append(Problem("error", "duplicate id", where, utterance_id))
-            elif path is None:
-                message = f"{transcript.parent}/{utterance_id}.flac does not exist"
-                problems.append(Problem("error", "audio missing", where, message))
-            else:
-                texts[utterance_id] = path, text
-    named = {p.where for p in problems}
-    for key, path in audio.items():
-        if key.name not in texts and key.name not in named:
-            message = f"{path} has no transcript"
-            problems.append(Problem("warning", "transcript missing", key.name, message))
-    return dict(sorted(texts.items()))
-
-
-def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
-               decode: bool = False) -> tuple[list[Utterance], list[Problem]]:
-    """Good utterances of one split by id, and all problems.
-
-    Reads transcripts and audio headers; with `decode`, all audio. Nothing is remembered from
-    one call to the next, so no list of a corpus can be stale (0.2 ms a file).
-    """
-    folder = Path(root) / split
-    problems: list[Problem] = []
-    if not folder.is_dir():
-        return [], [Problem("error", "split missing", str(folder), "no such folder")]
-    files = list_files(folder, problems)
-    texts = find_texts(files, find_audio(files, problems), problems)
-    found = []
-    with ThreadPoolExecutor() as pool:  # corpora often lie across a network
-        probes = pool.map(lambda i: probe_audio(i, texts[i][0], cfg, decode), texts)
-        bar = tqdm(probes, desc=split, unit="file", total=len(texts), disable=None, leave=False)
-        for (utterance_id, (path, text)), (duration_s, wrong) in zip(
-            texts.items(), bar, strict=True
-        ):
-            problems += wrong
-            if duration_s > 0:
-                found.append(Utterance(utterance_id, str(path), duration_s, text))
-    small = [u for u in found if u.text != u.text.upper()]
-    if len(small) < len(found):
-        problems += [Problem("warning", "small letters", u.id, u.text) for u in small]
-    if not found and not any(p.level == "error" for p in problems):
-        problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
-    return found, problems
-
-
-def describe(problems: Sequence[Problem], most: int = 10) -> list[str]:
-    """Lines for people: every kind with its count, the first `most` of each kind."""
-    lines = []
-    for (level, kind), count in Counter((p.level, p.kind) for p in problems).items():
-        lines.append(f"{level}: {kind}: {count}")
-        chosen = [p for p in problems if (p.level, p.kind) == (level, kind)]
-        lines += [f"    {p.where}: {p.message}" for p in chosen[:most]]
-        if count > most:
-            lines.append(f"    ... and {count - most} more")
-    return lines
-
-
-def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
-               skip_bad: bool = False) -> list[Utterance]:
-    """Utterances of a split that has no errors; warnings are passed on as such.
-
-    With `skip_bad` errors are warnings too, and what they concern is left out.
-
-    Raises:
-        ValueError: with every kind of error, counted, and the first ten of each.
-    """
-    utterances, problems = scan_split(root, split, cfg)
-    errors = [p for p in problems if p.level == "error"]
-    if errors and not (skip_bad and utterances):
-        raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe(errors)]))
-    if errors:
-        warnings.warn(f"{split}: {len(errors)} problems, what they concern is left out",
-                      stacklevel=2)
-    for line in describe(problems, most=1):
-        warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
-    return utterances
-
-
-def drop_long(utterances: Sequence[Utterance],
-              cfg: FeatureConfig = DEFAULT) -> tuple[list[Utterance], str]:
-    """Those of at most `max_utterance_s`, and a line that counts the others."""
-    kept = [u for u in utterances if u.duration_s <= cfg.max_utterance_s]
-    hours = (sum(u.duration_s for u in utterances) - sum(u.duration_s for u in kept)) / 3600
-    dropped = len(utterances) - len(kept)
-    note = f"{dropped:,} of {len(utterances):,} dropped, {hours:.1f} h"
-    if not kept:
-        raise ValueError(f"no training utterance of at most {cfg.max_utterance_s} s: {note}")
-    return kept, note
-
-
 # ---------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
-    """Padded with zeros."""
+    """Features and labels of B utterances, padded with zeros."""
 
     feats: Tensor  # (B, T_in, D)
     feat_lens: Tensor  # (B,)
     targets: Tensor  # (B, U)
     target_lens: Tensor  # (B,)
     ids: list[str]
-    audio_s: float  # of all of them together, as recorded
-    asked: int  # utterances asked for: more than there are, if skip_bad left some out
+    audio_s: float  # summed duration, as recorded
+    num_requested: int  # utterances of the batch before `skip_bad` left any out
 
 
 def bucket_batches(durations_s: Sequence[float], global_batch: int, num_buckets: int,
                    rng: np.random.Generator) -> np.ndarray:
-    """One epoch's order: (batches, global_batch) indices, none twice.
+    """One epoch's order: (batches, global_batch) distinct indices.
 
-    Utterances are sorted by duration, split into buckets and shuffled inside; what is left over
-    from whole batches is dropped at random; then the batches are shuffled. A rank r of W takes
-    columns r, r + W, ... of every row, so all ranks have equally many batches. Plain sampler of
-    the original (common/data/dali/sampler.py), its dropping as in mlcommons/training #460.
+    Utterances are sorted by duration, split into buckets and shuffled inside. A random remainder
+    that does not fill a batch is dropped, then the batches are shuffled. Rank r of W takes columns
+    r, r + W, ... of every row, so all ranks have equally many batches. The sampler is the
+    original's (common/data/dali/sampler.py); the remainder is as in mlcommons/training #460.
     """
     buckets = np.array_split(np.argsort(durations_s, kind="stable"), num_buckets)
     order = np.concatenate([rng.permutation(bucket) for bucket in buckets])
     if len(order) < global_batch:
         raise ValueError(f"{len(order)} training utterances, fewer than a batch of {global_batch}")
-    left_over = rng.choice(len(order), len(order) % global_batch, replace=False)
-    batches = np.delete(order, left_over).reshape(-1, global_batch)
+    remainder = rng.choice(len(order), len(order) % global_batch, replace=False)
+    batches = np.delete(order, remainder).reshape(-1, global_batch)
     return rng.permutation(batches, axis=0)
 
 
@@ -390,18 +389,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, self.epoch, index))
 
     def durations_s(self) -> list[float]:
-        """Of all utterances, after this epoch's speed perturbation and before trimming.
-
-        Batches of what is equally long by then need less padding: bucketed by recorded durations,
-        they would differ by up to 15 % each way more.
-        """
+        """Durations after this epoch's speed perturbation, before trimming: buckets of equal ones
+        need less padding than buckets of equal recorded durations."""
         if self.seed is None:
             return [u.duration_s for u in self.utterances]
         return [draw_speed(self.rng(i), self.cfg) * u.duration_s
                 for i, u in enumerate(self.utterances)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
-        """None, with a warning, for a file that went bad, if `skip_bad`."""
+        """With `skip_bad`, a file that cannot be read gives a warning and None."""
         utterance = self.utterances[index]
         try:
             feats = features(load_audio(utterance.path, self.cfg), self.cfg, self.rng(index))
@@ -426,81 +422,76 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     feats, labels, utterances = zip(*good, strict=True)
     feat_lens = torch.tensor([len(f) for f in feats])
     target_lens = torch.tensor([len(ids) for ids in labels])
-    padded = feats[0].new_zeros(
-        len(feats), round_up(int(feat_lens.max()), cfg.round_frames), cfg.feature_size
-    )
-    targets = torch.zeros(
-        len(labels), round_up(int(target_lens.max()), cfg.round_labels), dtype=torch.int64
-    )
+    T_in = round_up(int(feat_lens.max()), cfg.round_frames)
+    U = round_up(int(target_lens.max()), cfg.round_labels)
+    padded = feats[0].new_zeros(len(good), T_in, cfg.feature_size)
+    targets = torch.zeros(len(good), U, dtype=torch.int64)
     for row, (f, ids) in enumerate(zip(feats, labels, strict=True)):
         padded[row, : len(f)] = f
         targets[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    ids = [u.id for u in utterances]
-    audio_s = sum(u.duration_s for u in utterances)
-    return Batch(padded, feat_lens, targets, target_lens, ids, audio_s, len(items))
+    return Batch(padded, feat_lens, targets, target_lens, [u.id for u in utterances],
+                 sum(u.duration_s for u in utterances), num_requested=len(items))
+
+
+# ------------------------------------------------------------------------------- worker processes
 
 
 def keep_memory() -> None:
-    """Tells glibc not to give memory back after every utterance: faulting it in again takes 1 ms
-    that its features need not take. Other allocators do not have the function or ignore it."""
+    """Makes glibc keep freed memory: returning it costs page faults at the next utterance. Other
+    allocators do not have the function or ignore it."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at most this
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
 
 
 def start_worker(_worker: int) -> None:
-    """Lowest priority for a worker process, on its parent's CPUs, without its parent's signals.
-
-    A worker at normal priority that takes a core for a moment leaves all other threads of the
-    training process spinning at their next barrier, of which an LSTM has one per frame: the
-    step becomes 4.5 times longer (two cores). At priority 19 it costs nothing measurable.
-
-    OpenMP may have bound the thread that starts workers to one CPU, and others to the rest.
-
-    Batch systems signal all processes of a job. Training then still needs its workers.
-    """
+    """Gives a worker process the lowest priority, its parent's CPUs and no signals."""
+    # A worker that takes a core for a moment keeps all threads of the training process waiting at
+    # their next OpenMP barrier; an LSTM has one barrier per frame.
     os.nice(19)
     keep_memory()
     if hasattr(os, "sched_setaffinity"):
+        # OpenMP may have bound the thread that starts workers to one CPU, others to the rest.
         cpus = os.sched_getaffinity(0)
         for thread in os.listdir(f"/proc/{os.getppid()}/task"):
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
+            with contextlib.suppress(ProcessLookupError):  # the thread has just ended
                 cpus |= os.sched_getaffinity(int(thread))
         os.sched_setaffinity(0, cpus)
+    # Batch systems signal all processes of a job; training still needs workers for its last step.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # Of the whole split read_split has said so; every worker of every epoch would again.
+    # read_split has already warned of channels and rates: silence the repeats from workers.
     warnings.filterwarnings("ignore", message="audio of ")
 
 
 def reason(error: Exception) -> str:
-    """What an error says. One from a worker process brings its traceback, which ends in that."""
+    """The message of an error. A worker's error quotes a traceback that ends in the message."""
     text = str(error).strip()
     return text.splitlines()[-1] if text.startswith("Caught ") else text
 
 
 def end_workers() -> None:
-    """At the end of a program that an error ended: multiprocessing would send SIGTERM and wait."""
+    """Kills workers at exit; multiprocessing would send SIGTERM, which they ignore, and wait."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
-LOOK_EVERY_S = 5  # while there is no batch: are the workers alive?
+POLL_S = 5  # timeout of the DataLoader, so that a dead worker is noticed
 
 
 def next_batch(loader: Iterator[Batch], timeout_s: float) -> Batch:
-    """Of a torch DataLoader that looks every LOOK_EVERY_S; errors as of batch_loader."""
+    """The next batch of a DataLoader that times out every POLL_S; raises as batch_loader does."""
     until = time.monotonic() + timeout_s
     while True:
         try:
             return next(loader)
         except (RuntimeError, ConnectionError) as error:
-            said = str(error)
-            if isinstance(error, RuntimeError) and not said.startswith("DataLoader "):
-                raise  # not torch's own
-            if not said.startswith("DataLoader timed out"):
-                why = f"a worker process was killed ({said}), perhaps for want of memory"
+            message = str(error)
+            if isinstance(error, RuntimeError) and not message.startswith("DataLoader "):
+                raise  # the dataset raised it
+            if not message.startswith("DataLoader timed out"):
+                why = f"a worker process was killed ({message}), perhaps because memory ran out"
             elif time.monotonic() < until:
                 continue
             else:
@@ -517,20 +508,20 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
     Raises:
         OSError: a worker was killed, or no batch came for `timeout_s`.
     """
-    atexit.unregister(end_workers)  # once is enough
+    atexit.unregister(end_workers)  # an earlier loader may have registered it
     atexit.register(end_workers)
-    on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None: not Python's
+    on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None: not set from Python
     loader = iter(torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        timeout=LOOK_EVERY_S if num_workers else 0,
+        timeout=POLL_S if num_workers else 0,
         collate_fn=functools.partial(collate, cfg=dataset.cfg),
         worker_init_fn=start_worker,
     ))
     if threading.current_thread() is threading.main_thread():
-        # Torch's own handler raises in the middle of whatever is done when a worker is killed.
+        # Undo torch's handler: it raises in the middle of a step when a worker is killed.
         signal.signal(signal.SIGCHLD, on_child)
     for _ in batches:
         yield next_batch(loader, timeout_s)

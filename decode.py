@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy transducer decoding and word error rate.
+"""Greedy transducer decoding, word error rate, and word times.
 
     python decode.py --checkpoint out/demo/best.pt a.flac b.wav      # prints `path<TAB>text`
     python decode.py --checkpoint out/demo/best.pt a.flac --plot a.png --ctm a.ctm --json a.json
     python decode.py --checkpoint out/demo/best.pt --data data/demo --split dev-demo
 
-The second form shows what the model heard when: a picture of one file, word times and confidence
-of any number. The third prints WER, real-time factor and what the errors are, and writes
+The second form draws one file with its words, and writes the times and confidences of words for
+any number of files. The third prints WER, real-time factor and the kinds of errors, and writes
 hypotheses beside their references. Architecture, front end and tokenizer come from the
 checkpoint; the weights are the exponential moving average that training evaluates.
+
+Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 """
 
 import argparse
@@ -19,32 +21,25 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 from checkpoint import load_checkpoint
 from data import Batch, Tokenizer
-from features import (
-    FeatureConfig,
-    features,
-    is_audio,
-    load_audio,
-    log_mel,
-    nonsilent_region,
-    trim_silence,
-)
+from features import FeatureConfig, features, is_audio, load_audio, log_mel, nonsilent_region
 from model import ModelConfig, Transducer
 
-MAX_SYMBOLS_PER_FRAME = 30  # of the original (rnnt/decoder.py:309), whose frames last 240 ms
-# Likewise (--max_symbol_per_sample), for utterances of up to 35 s; looked at when a frame starts.
+# The limits are the original's: rnnt/decoder.py:309 and --max_symbol_per_sample, which suits
+# utterances of up to 35 s.
+MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
+MAX_FRAMES = 2**15  # padded input frames of one batch of files: 32 files of half a minute
 
 
 # -------------------------------------------------------------------------------- greedy search
@@ -59,63 +54,116 @@ class Arc(NamedTuple):
     blank_log_prob: float  # at the node that the arc leaves
 
 
+class SearchState(NamedTuple):
+    """State of a greedy search of B utterances between two encoder frames."""
+
+    predictor: tuple[Tensor, Tensor]  # (layers, B, H) each: LSTM state of the prediction network
+    predicted: Tensor  # (B, J) its output after the last label, projected
+    num_labels: Tensor  # (B,) emitted so far
+    num_frames: Tensor  # (B,) searched so far
+
+
+def start_search(model: Transducer, batch: int) -> SearchState:
+    output, predictor = model.predictor.start(batch)  # (B, H), (layers, B, H) twice
+    predicted = model.joint_network.predictor_projection(output)  # (B, J)
+    zeros = torch.zeros(batch, dtype=torch.int64)
+    return SearchState(predictor, predicted, zeros, zeros)
+
+
 @torch.no_grad()
-def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
+def greedy_search(model: Transducer, encoded: Tensor, enc_lens: Tensor,
+                  state: SearchState | None = None,
                   max_symbols_per_frame: int = MAX_SYMBOLS_PER_FRAME,
                   max_symbols: int = MAX_SYMBOLS,
-                  arcs: list[list[Arc]] | None = None) -> list[list[int]]:
-    """Most likely class at every lattice node on one path: (B, T_in, D) -> B label lists.
+                  paths: Sequence[list[Arc]] | None = None,
+                  ) -> tuple[list[list[int]], SearchState]:
+    """Takes the most likely class at every lattice node on one path.
 
-    At its frame t an utterance emits labels until blank is the most likely class or
-    `max_symbols_per_frame` are out; then t advances. The prediction network's state moves on
-    emitted labels alone. No frame is started with more than `max_symbols` labels. Every
-    utterance walks its own path: one iteration takes one arc in each utterance that is not at
-    its end, so a batch gives what each utterance gives alone. To `arcs`, if given, every
-    utterance's path is appended.
+    At each encoder frame an utterance emits labels until blank is the most likely class or
+    `max_symbols_per_frame` labels are out. For one utterance, from `labels = []`, that is:
+
+        for frame in encoded:  # (J,)
+            for _ in range(max_symbols_per_frame):
+                predicted = model.predict(torch.tensor([labels]).long())[0, -1]  # (J,)
+                label = model.joint_network(frame, predicted).argmax().item()
+                if label == model.cfg.blank: break
+                labels.append(label)
+
+    The code below keeps the prediction network's state, which moves on labels and never on blank.
+    Every utterance walks its own path: one iteration takes one arc in each utterance that has
+    frames left, so a batch gives the labels that each utterance gives alone. Frames may come in
+    chunks: where each call continues from the state of the call before, the labels are the same.
+
+    Args:
+        encoded: (B, T, J) encoder output.
+        enc_lens: (B,) valid frames, 0 <= n <= T.
+        state: state after the frames before these, None at the start; it is left unchanged.
+        max_symbols: an utterance with more labels than this starts no further frame.
+        paths: B lists; the arcs of each utterance are appended to its list.
+    Returns:
+        The labels that each utterance emits in these frames, and the state after them.
     """
-    assert not model.training
-    encoded, enc_lens = model.encode(feats, feat_lens)  # (B, T, J), (B,)
-    joint, predictor = model.joint_network, model.predictor
-    output, state = predictor.start(len(feats))  # (B, H), (layers, B, H) twice
-    predicted = joint.predictor_projection(output)  # (B, J)
-    hypotheses: list[list[int]] = [[] for _ in range(len(feats))]
+    state = start_search(model, len(encoded)) if state is None else state
+    lstm_state = tuple(s.clone() for s in state.predictor)  # (layers, B, H) each
+    predicted, num_labels = state.predicted.clone(), state.num_labels.clone()  # (B, J), (B,)
+    labels: list[list[int]] = [[] for _ in range(len(encoded))]
     frame = torch.zeros_like(enc_lens)  # (B,) t of each utterance
-    emitted = torch.zeros_like(enc_lens)  # (B,) labels at this frame
-    total = torch.zeros_like(enc_lens)  # (B,) labels so far
-    rows = enc_lens.nonzero()[:, 0]  # utterances not at their end
-    paths: list[list[Arc]] = [[] for _ in range(len(feats))]
-    while len(rows):
-        logits = joint(encoded[rows, frame[rows]], predicted[rows])  # (rows, V)
+    emitted = torch.zeros_like(enc_lens)  # (B,) labels at frame t
+    while True:
+        may_go_on = (emitted > 0) | (num_labels <= max_symbols)  # (B,)
+        rows = ((frame < enc_lens) & may_go_on).nonzero()[:, 0]  # utterances that take an arc
+        if len(rows) == 0:
+            num_frames = state.num_frames + enc_lens
+            return labels, SearchState(lstm_state, predicted, num_labels, num_frames)
+        logits = model.joint_network(encoded[rows, frame[rows]], predicted[rows])  # (rows, V)
         label = logits.argmax(-1)  # (rows,)
-        if arcs is not None:
-            log_probs = logits.log_softmax(-1)
-            best = log_probs.gather(1, label[:, None])[:, 0]  # (rows,)
-            columns = (frame[rows], label, best, log_probs[:, model.cfg.blank])
-            for b, *arc in zip(rows.tolist(), *(c.tolist() for c in columns), strict=True):
+        if paths is not None:
+            log_probs = logits.log_softmax(-1)  # (rows, V)
+            columns = (rows, state.num_frames[rows] + frame[rows], label,
+                       log_probs.gather(1, label[:, None])[:, 0], log_probs[:, model.cfg.blank])
+            for b, *arc in zip(*(c.tolist() for c in columns), strict=True):
                 paths[b].append(Arc(*arc))
         is_blank = label == model.cfg.blank
         emit, label = rows[~is_blank], label[~is_blank]
         if len(emit):
             for b, k in zip(emit.tolist(), label.tolist(), strict=True):
-                hypotheses[b].append(k)
-            output, moved = predictor.step(label, tuple(s[:, emit].contiguous() for s in state))
-            predicted[emit] = joint.predictor_projection(output)
-            for old, new in zip(state, moved, strict=True):
+                labels[b].append(k)
+            before = tuple(s[:, emit].contiguous() for s in lstm_state)
+            output, after = model.predictor.step(label, before)
+            predicted[emit] = model.joint_network.predictor_projection(output)
+            for old, new in zip(lstm_state, after, strict=True):
                 old[:, emit] = new
             emitted[emit] += 1
-            total[emit] += 1
+            num_labels[emit] += 1
         advance = torch.cat([rows[is_blank], emit[emitted[emit] == max_symbols_per_frame]])
         frame[advance] += 1
         emitted[advance] = 0
-        at_end = (frame >= enc_lens) | ((emitted == 0) & (total > max_symbols))
-        rows = rows[~at_end[rows]]
+
+
+@torch.no_grad()
+def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
+                  max_symbols_per_frame: int = MAX_SYMBOLS_PER_FRAME,
+                  max_symbols: int = MAX_SYMBOLS,
+                  arcs: list[list[Arc]] | None = None) -> list[list[int]]:
+    """Encodes and searches: (B, T_in, D), (B,) -> B label lists.
+
+    The limits are those of greedy_search. The path of each utterance is appended to `arcs`.
+    """
+    assert not model.training
+    encoded, enc_lens = model.encode(feats, feat_lens)  # (B, T, J), (B,)
+    paths = None if arcs is None else [[] for _ in range(len(feats))]
+    labels, _ = greedy_search(model, encoded, enc_lens, None, max_symbols_per_frame, max_symbols,
+                              paths)
     if arcs is not None:
         arcs += paths
-    return hypotheses
+    return labels
+
+
+# ------------------------------------------------------------------------------- words and times
 
 
 class Word(NamedTuple):
-    """A word of a hypothesis, from its first piece's frame to the end of its last one's."""
+    """A word of a hypothesis; it starts and ends with the frames that emit its pieces."""
 
     text: str
     start_s: float
@@ -125,11 +173,12 @@ class Word(NamedTuple):
 
 def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
              start_s: float) -> list[Word]:
-    """Words of one path; its frame 0 is at `start_s`. A frame is as exact as times can be.
+    """Words of one path whose frame 0 is at `start_s`.
 
-    An emission is no boundary: a transducer may wait with a piece until it has heard enough.
+    Times are those of emissions, exact to one frame. They are no word boundaries: a transducer
+    may wait with a piece until it has heard enough.
     """
-    pieces: list[list[Arc]] = []
+    pieces: list[list[Arc]] = []  # one list of arcs per word
     for arc in path:
         if arc.label != tokenizer.blank:
             if not pieces or tokenizer.starts_word(arc.label):
@@ -139,7 +188,7 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
     for word in pieces:
         text = tokenizer.decode([arc.label for arc in word])
         start, end = (start_s + frame_s * t for t in (word[0].frame, word[-1].frame + 1))
-        if text:  # the mark of a word's start may be all there is
+        if text:  # the piece that starts a word may hold no letter
             words.append(Word(text, start, end, math.exp(min(arc.log_prob for arc in word))))
     return words
 
@@ -147,132 +196,135 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
 # ------------------------------------------------------------------------------ word error rate
 
 
-def align(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple]:
-    """Pairs of what stands for each other in `a` and `b`, None for nothing, with least edits."""
-    table = [list(range(len(b) + 1))]  # table[i][j]: edits between a[:i] and b[:j]
-    for i, x in enumerate(a, 1):
+def align(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[tuple]:
+    """Levenshtein alignment: pairs (item of hypothesis, item of reference) with the fewest edits.
+
+    An insertion has None for the reference, a deletion None for the hypothesis.
+    """
+    table = [list(range(len(reference) + 1))]  # [i][j]: edits of hypothesis[:i], reference[:j]
+    for i, x in enumerate(hypothesis, 1):
         above, row = table[-1], [i]
-        for j, y in enumerate(b, 1):
+        for j, y in enumerate(reference, 1):
             row.append(min(above[j - 1] + (x != y), above[j] + 1, row[j - 1] + 1))
         table.append(row)
-    pairs, i, j = [], len(a), len(b)
+    pairs, i, j = [], len(hypothesis), len(reference)
     while i or j:
-        if i and j and table[i][j] == table[i - 1][j - 1] + (a[i - 1] != b[j - 1]):
+        x, y = hypothesis[i - 1] if i else None, reference[j - 1] if j else None
+        if i and j and table[i][j] == table[i - 1][j - 1] + (x != y):
             i, j = i - 1, j - 1
-            pairs.append((a[i], b[j]))
+            pairs.append((x, y))
         elif i and table[i][j] == table[i - 1][j] + 1:
             i -= 1
-            pairs.append((a[i], None))
+            pairs.append((x, None))
         else:
             j -= 1
-            pairs.append((None, b[j]))
+            pairs.append((None, y))
     return pairs[::-1]
 
 
-def levenshtein(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Least number of insertions, deletions and substitutions that turn `a` into `b`."""
-    return sum(x != y for x, y in align(a, b))
-
-
 def word_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
-    """Word edits and reference words, summed; case counts, words are what white space parts."""
+    """Word edits and reference words, summed over utterances.
+
+    Words are separated by white space; upper and lower case differ.
+    """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
     pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
-    return sum(levenshtein(h, r) for h, r in pairs), sum(len(r) for _, r in pairs)
+    errors = sum(x != y for h, r in pairs for x, y in align(h, r))
+    return errors, sum(len(r) for _, r in pairs)
 
 
 def word_error_rate(errors: int, words: int) -> float:
-    """Infinite without reference words."""
+    """Errors per reference word, infinite without reference words."""
     return errors / words if words else math.inf
 
 
-# ----------------------------------------------------------------------------------- checkpoints
+def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
+                    most: int = 10) -> list[str]:
+    """One line per kind of word error: its count, and its `most` frequent examples."""
+    kinds = {"substitutions": Counter(), "insertions": Counter(), "deletions": Counter()}
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        for heard, said in align(hypothesis.split(), reference.split()):
+            if said is None:
+                kinds["insertions"][heard] += 1
+            elif heard is None:
+                kinds["deletions"][said] += 1
+            elif heard != said:
+                kinds["substitutions"][f"{said} -> {heard}"] += 1
+    lines = []
+    for kind, errors in kinds.items():
+        examples = ", ".join(f"{error} ({n})" for error, n in errors.most_common(most))
+        lines.append(f"{kind}: {errors.total():,}" + (f": {examples}" if examples else ""))
+    return lines
+
+
+def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
+    """Share of blanks among a model's symbols, if one blank ends every encoder frame.
+
+    A second line warns of a model that has not learnt to emit labels.
+    """
+    ratio = frames / (frames + labels)
+    lines = [f"blank ratio: {ratio:.3f}, {labels / frames:.3f} symbols a frame"]
+    if labels < words / 10:
+        lines += [f"the model emits (almost) only blanks: {labels:,} symbols for {words:,} words"]
+    return lines
+
+
+# ------------------------------------------------------------------------------- scoring a split
 
 
 def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
-    """Model with averaged weights in evaluation mode, tokenizer and front end."""
+    """Model with averaged weights in evaluation mode, tokenizer and front end of a checkpoint."""
     model = Transducer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["ema"])
     tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
     return model.eval(), tokenizer, FeatureConfig(**checkpoint["feature_config"])
 
 
-# ------------------------------------------------------------------------------------ evaluation
+def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) -> list[list[int]]:
+    """Batches of indices, longest first: they need little padding, and the largest comes first."""
+    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
                    counts: Counter | None = None) -> dict[str, str]:
-    """Utterance id -> hypothesis. Adds up encoder frames, emitted labels and utterances that ended
-    at MAX_SYMBOLS in `counts`."""
+    """Utterance id -> hypothesis.
+
+    Adds to `counts` the encoder "frames", the emitted "labels", and the hypotheses that were "cut"
+    at MAX_SYMBOLS.
+    """
     texts = {}
     counts = Counter() if counts is None else counts
     for batch in batches:
         labels = greedy_decode(model, batch.feats, batch.feat_lens)
         texts.update(zip(batch.ids, map(tokenizer.decode, labels), strict=True))
-        counts["frames"] += int((-(-batch.feat_lens // model.cfg.stack)).sum())
+        counts["frames"] += int(model.num_frames(batch.feat_lens).sum())
         counts["labels"] += sum(map(len, labels))
         counts["cut"] += sum(len(ids) > MAX_SYMBOLS for ids in labels)
     return texts
 
 
-def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) -> list[list[int]]:
-    """Indices by falling duration: little padding, and the largest batch comes first."""
-    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
-                    most: int = 10) -> list[str]:
-    """A line for each kind of word error: its number, and the most frequent ones."""
-    kinds = {"substitutions": Counter(), "insertions": Counter(), "deletions": Counter()}
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        for word, right in align(hypothesis.split(), reference.split()):
-            if right is None:
-                kinds["insertions"][word] += 1
-            elif word is None:
-                kinds["deletions"][right] += 1
-            elif word != right:
-                kinds["substitutions"][f"{right} -> {word}"] += 1
-    return [
-        f"{kind}: {errors.total():,}{': ' if errors else ''}"
-        + ", ".join(f"{what} ({n})" for what, n in errors.most_common(most))
-        for kind, errors in kinds.items()
-    ]
-
-
-def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
-    """How often a model said nothing, as if one blank ended every frame; a second line if that is
-    (almost) all it said."""
-    lines = [
-        f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame"
-    ]
-    if labels < words / 10:
-        lines.append(
-            f"the model emits (almost) only blanks: {labels:,} symbols for {words:,} words"
-        )
-    return lines
-
-
 def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
-    model, tokenizer, features = restore(checkpoint)
-    utterances = data.read_split(args.data, args.split, features)
+    """Prints the scores of a split and writes its hypotheses."""
+    model, tokenizer, cfg = restore(checkpoint)
+    utterances = data.read_split(args.data, args.split, cfg)
     out = Path(args.hypotheses or Path(args.checkpoint).parent / f"{Path(args.split).name}.tsv")
-    out.open("a").close()  # what cannot be written is seen now
+    out.open("a").close()  # an unwritable path fails now, not after decoding
     started = time.perf_counter()
-    dataset = data.SpeechDataset(utterances, None, features)
     batches = evaluation_batches(utterances, args.batch_size)
-    loader = data.batch_loader(dataset, batches, num_workers=1)
-    counts = Counter()
+    loader = data.batch_loader(data.SpeechDataset(utterances, None, cfg), batches, num_workers=1)
     bar = tqdm(loader, desc=args.split, unit="batch", total=len(batches), disable=None, leave=False)
+    counts = Counter()
     texts = decode_batches(model, tokenizer, bar, counts)
     seconds = time.perf_counter() - started
-    hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
-    errors, words = word_errors(hypotheses, references)
-    rtf = seconds / sum(u.duration_s for u in utterances)
     rows = [f"{u.id}\t{texts[u.id]}\t{u.text}\n" for u in utterances]
     out.write_text("".join(["id\thypothesis\treference\n", *rows]), encoding="utf-8")
+
+    hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
+    errors, words = word_errors(hypotheses, references)
     wer = 100 * word_error_rate(errors, words)
+    rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
           f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
     lines = describe_errors(hypotheses, references)
@@ -283,190 +335,191 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     print("\n".join(lines))
 
 
-# ----------------------------------------------------------------------------- what the model hears
+# ----------------------------------------------------------------------------- transcribing files
 
 
-class Heard(NamedTuple):
-    """One file, decoded."""
+def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
+    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
+
+    Returns also the number of folders that cannot be read; each is named on stderr.
+    """
+    files: list[str] = []
+    errors: list[OSError] = []
+    for path in paths:
+        inside, visited = [], set()
+        for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
+            if os.path.realpath(folder) in visited:  # links lead to a folder twice, or in a circle
+                subfolders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            subfolders.sort()
+            inside += (str(Path(folder, name)) for name in names if is_audio(name))
+        files += sorted(inside) or [path]
+    errors = [error for error in errors if os.path.isdir(error.filename)]
+    for error in errors:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    return files, len(errors)
+
+
+class Transcription(NamedTuple):
+    """One decoded audio file."""
 
     path: str
     text: str
     words: list[Word]
     arcs: list[Arc]
-    start_s: float  # of frame 0: the silence before it is cut off
 
 
-def find_reference(path: str) -> str | None:
-    """What a .trans.txt beside the file says it is."""
-    file = Path(path).resolve()  # the names of its folders are part of the ids
-    for transcript in file.parent.glob("*.trans.txt"):
-        for _, utterance_id, text in data.read_transcripts(transcript, []):
-            if utterance_id == file.stem:
-                return text
-    return None
+def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
+    """Path of each file through its lattice, to its end: (T_in, D) each.
 
-
-def write_ctm(path: str, heard: Sequence[Heard], frame_s: float) -> None:
-    """NIST's form: file, channel, start, duration, word, confidence; times are in seconds.
-
-    A file is its name, or its path if another one has that name; white space parts columns.
+    A batch of more than MAX_FRAMES padded frames is decoded in halves.
     """
-    names = Counter(Path(h.path).stem for h in heard)
+    feat_lens = torch.tensor([len(f) for f in feats])
+    half = len(feats) // 2
+    if half and len(feats) * feat_lens.max() > MAX_FRAMES:
+        return find_paths(model, feats[:half]) + find_paths(model, feats[half:])
+    padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
+    paths: list[list[Arc]] = []
+    greedy_decode(model, padded, feat_lens, max_symbols=sys.maxsize, arcs=paths)
+    return paths
+
+
+def transcribe_batch(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
+                     cfg: FeatureConfig) -> list[Transcription]:
+    """Decodes the files that can be read as one batch and names the others on stderr."""
+    samples = []
+    for path in paths:
+        try:
+            samples.append((path, load_audio(path, cfg)))
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+    if not samples:
+        return []
+    transcriptions = []
+    all_arcs = find_paths(model, [features(x, cfg) for _, x in samples])
+    for (path, x), arcs in zip(samples, all_arcs, strict=True):
+        text = tokenizer.decode([arc.label for arc in arcs if arc.label != tokenizer.blank])
+        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz  # of frame 0: silence is trimmed
+        words = words_of(arcs, tokenizer, model.cfg.reduction * cfg.frame_s, start_s)
+        transcriptions.append(Transcription(path, text, words, arcs))
+    return transcriptions
+
+
+def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
+    """NIST's CTM: file, channel, start, duration, word, confidence; times are in seconds.
+
+    A file is called by its name without suffix, or by its path where two have one name. White
+    space separates columns, so it becomes `_` in names.
+    """
+    names = Counter(Path(t.path).stem for t in transcriptions)
     lines = [f";; times are those of emissions, in frames of {frame_s:.3f} s\n"]
-    for h in heard:
-        stem = Path(h.path).stem
-        name = re.sub(r"\s", "_", stem if names[stem] == 1 else h.path)
-        for w in h.words:
+    for t in transcriptions:
+        stem = Path(t.path).stem
+        name = re.sub(r"\s", "_", stem if names[stem] == 1 else t.path)
+        for w in t.words:
             lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
                          f"{w.text} {w.confidence:.3f}\n")
     Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: str, heard: Sequence[Heard], frame_s: float) -> None:
-    files = [{"path": h.path, "text": h.text, "words": [w._asdict() for w in h.words]}
-             for h in heard]
+def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
+    files = [{"path": t.path, "text": t.text, "words": [w._asdict() for w in t.words]}
+             for t in transcriptions]
     text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def label_words(heard: Heard, reference: str | None) -> list[tuple[float, str, str]]:
-    """Time, label and colour of each word, errors in red: HEARD (SAID), +inserted, -missing."""
-    texts = [w.text for w in heard.words]
-    said = texts if reference is None else reference.split()
-    labels, time_s, words = [], heard.start_s, iter(heard.words)
-    for word, right in align(texts, said):
-        if word is None:  # stands where the word before it ends
-            labels.append((time_s, f"-{right}", "red"))
+def find_reference(path: str) -> str | None:
+    """Text of an audio file in the .trans.txt beside it, if there is one."""
+    file = Path(path).resolve()  # ids must begin with the names of the file's folders
+    for transcript in file.parent.glob("*.trans.txt"):
+        for line in data.read_transcripts(transcript):
+            if isinstance(line, data.Line) and line.id == file.stem:
+                return line.text
+    return None
+
+
+def label_words(words: Sequence[Word], reference: str | None,
+                start_s: float) -> list[tuple[float, str, str]]:
+    """Time, label and colour of each word; errors are red: HEARD (SAID), +inserted, -missing.
+
+    A missing word stands where the word before it ends, or at `start_s`.
+    """
+    texts = [w.text for w in words]
+    labels, end_s, remaining = [], start_s, iter(words)
+    for heard, said in align(texts, texts if reference is None else reference.split()):
+        if heard is None:
+            labels.append((end_s, f"-{said}", "red"))
             continue
-        _, start_s, time_s, _ = next(words)
-        label = word if word == right else f"+{word}" if right is None else f"{word} ({right})"
-        labels.append((start_s, label, "black" if word == right else "red"))
+        _, time_s, end_s, _ = next(remaining)
+        label = heard if heard == said else f"+{heard}" if said is None else f"{heard} ({said})"
+        labels.append((time_s, label, "black" if heard == said else "red"))
     return labels
 
 
-def plot(png: str, heard: Heard, cfg: FeatureConfig, frame_s: float) -> None:
-    """Log-mel picture with the words where they were emitted, and the posterior of blank below.
+def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: float) -> None:
+    """Draws the log-mel picture with words at their emissions, and the posterior of blank below.
 
-    A frame may emit several labels: what is drawn is blank's posterior before the first.
+    A frame may emit several labels; its posterior is the one before the first of them.
     """
-    samples = trim_silence(load_audio(heard.path, cfg), cfg)
-    start_s, seconds = heard.start_s, len(samples) / cfg.sample_rate_hz
+    from matplotlib.figure import Figure  # imported here because it takes long to load
+
+    samples = load_audio(transcription.path, cfg)
+    start, end = nonsilent_region(samples, cfg)
+    start_s, seconds = start / cfg.sample_rate_hz, (end - start) / cfg.sample_rate_hz
     figure = Figure(figsize=(max(8.0, seconds), 5), dpi=100, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.imshow(log_mel(samples, cfg).T, origin="lower", aspect="auto",
+    upper.imshow(log_mel(samples[start:end], cfg).T, origin="lower", aspect="auto",
                  extent=(start_s, start_s + seconds, 0, cfg.num_mels))
     x = -math.inf
-    for time_s, label, colour in label_words(heard, find_reference(heard.path)):
-        x = max(time_s, x + seconds / 40)  # one frame may emit several words
+    reference = find_reference(transcription.path)
+    for time_s, label, colour in label_words(transcription.words, reference, start_s):
+        x = max(time_s, x + seconds / 40)  # labels of one frame must not cover each other
         upper.axvline(time_s, color="white", linewidth=0.8, linestyle="--")
         upper.text(x, cfg.num_mels + 1, label, color=colour, rotation=45)
     upper.set(ylabel="mel bin", xlim=(start_s, start_s + seconds))
-    first = {arc.frame: arc for arc in reversed(heard.arcs)}
+    first = {arc.frame: arc for arc in reversed(transcription.arcs)}
     edges = [start_s + frame_s * t for t in range(len(first) + 1)]
     lower.stairs([math.exp(first[t].blank_log_prob) for t in sorted(first)], edges)
     lower.set(xlabel="seconds", ylabel="P(blank)", ylim=(0, 1.05))
     figure.savefig(png)
 
 
-def padded_groups(feats: Sequence[Tensor], most_frames: int = 2**15) -> Iterator[list[Tensor]]:
-    """Features in their order, in groups that take at most so many frames when they are padded to
-    their longest, or one file: 2^15 are 32 files of half a minute."""
-    group: list[Tensor] = []
-    for f in feats:
-        longest = max(len(x) for x in [*group, f])
-        if group and longest * (len(group) + 1) > most_frames:
-            yield group
-            group = []
-        group.append(f)
-    yield group
-
-
-def hear(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
-         cfg: FeatureConfig) -> tuple[list[Heard], int]:
-    """One batch of files: those that can be read, and how many could not.
-
-    Long files are decoded in smaller batches, and to their end, however many labels they have.
-    """
-    samples, failed = [], 0
-    for path in paths:
-        try:
-            samples.append((path, load_audio(path, cfg)))
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-            failed += 1
-    if not samples:
-        return [], failed
-    labels: list[list[int]] = []
-    arcs: list[list[Arc]] = []
-    for feats in padded_groups([features(x, cfg) for _, x in samples]):
-        padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
-        labels += greedy_decode(
-            model, padded, torch.tensor([len(f) for f in feats]), max_symbols=sys.maxsize,
-            arcs=arcs,
-        )
-    heard = []
-    for (path, x), ids, taken in zip(samples, labels, arcs, strict=True):
-        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz
-        words = words_of(taken, tokenizer, frame_seconds(model, cfg), start_s)
-        heard.append(Heard(path, tokenizer.decode(ids), words, taken, start_s))
-    return heard, failed
-
-
-def frame_seconds(model: Transducer, cfg: FeatureConfig) -> float:
-    """Length of an encoder frame: 240 ms for a stack of 8."""
-    return model.cfg.stack * cfg.splice * cfg.hop / cfg.sample_rate_hz
-
-
-def list_audio(words: Sequence[str]) -> tuple[list[str], int]:
-    """Files as given; of a folder all audio in it and below, by name, or it, if it has none. Also
-    how many folders could not be read; a line of each goes to stderr."""
-    paths: list[str] = []
-    unreadable: list[OSError] = []
-    for word in words:
-        inside, seen = [], set()
-        for parent, folders, names in os.walk(word, onerror=unreadable.append, followlinks=True):
-            if os.path.realpath(parent) in seen:  # by another link, or one to a folder above
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(parent))
-            folders.sort()
-            inside += (str(Path(parent, name)) for name in names if is_audio(name))
-        paths += sorted(inside) or [word]
-    unreadable = [error for error in unreadable if os.path.isdir(error.filename)]
-    for error in unreadable:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return paths, len(unreadable)
-
-
-def transcribe(args: argparse.Namespace, checkpoint: dict) -> int:
-    """Prints a line for every readable file; returns how many files and folders were not."""
+def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
+    """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
-    everything = []
-    paths, failed = list_audio(args.audio)
+    paths, num_failed = list_audio(args.audio)
     if args.plot and len(paths) != 1:
         raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
     for path in filter(None, (args.ctm, args.json, args.plot)):
-        open(path, "a").close()  # what cannot be written is seen now
+        open(path, "a").close()  # an unwritable path fails now, not after decoding
+    kept: list[Transcription] = []
     starts = range(0, len(paths), args.batch_size)
     for start in tqdm(starts, desc="files", unit="batch", disable=None, leave=False):
-        heard, bad = hear(paths[start : start + args.batch_size], model, tokenizer, cfg)
-        failed += bad
-        for h in heard:
-            tqdm.write(f"{h.path}\t{h.text}")
+        batch = paths[start : start + args.batch_size]
+        transcriptions = transcribe_batch(batch, model, tokenizer, cfg)
+        num_failed += len(batch) - len(transcriptions)
+        for t in transcriptions:
+            tqdm.write(f"{t.path}\t{t.text}")
         sys.stdout.flush()
         if args.ctm or args.json or args.plot:
-            everything += heard
-    frame_s = frame_seconds(model, cfg)
+            kept += transcriptions
+    frame_s = model.cfg.reduction * cfg.frame_s
     if args.ctm:
-        write_ctm(args.ctm, everything, frame_s)
+        write_ctm(args.ctm, kept, frame_s)
     if args.json:
-        write_json(args.json, everything, frame_s)
-    if args.plot and everything:
-        plot(args.plot, everything[0], cfg, frame_s)
-    return failed
+        write_json(args.json, kept, frame_s)
+    if args.plot and kept:
+        plot(args.plot, kept[0], cfg, frame_s)
+    return num_failed == 0
+
+
+# ----------------------------------------------------------------------------------- command line
 
 
 def main() -> int:
+    """Exit status: 1 if anything could not be read or written."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe")
     parser.add_argument("--checkpoint", required=True, help="best.pt or checkpoint-*.pt")
@@ -475,7 +528,7 @@ def main() -> int:
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
     parser.add_argument("--json", help="likewise as JSON")
-    parser.add_argument("--plot", help="where to draw what the model heard in one audio file")
+    parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     if bool(args.data) != bool(args.split) or bool(args.audio) == bool(args.data):
@@ -486,19 +539,18 @@ def main() -> int:
         parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
-    torch.set_flush_denormal(True)
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+    torch.set_flush_denormal(True)  # denormal numbers slow LSTMs down
+    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         if args.data:
             score_split(args, checkpoint)
-        elif transcribe(args, checkpoint):
-            return 1
+            return 0
+        return 0 if transcribe(args, checkpoint) else 1
     except (OSError, ValueError) as error:
         print(data.reason(error), file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

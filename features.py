@@ -5,7 +5,7 @@
     feats = features(samples)                            # (T_in, 256) float32
     feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
 
-Stands alone: copy this file into another project and it works (numpy, torch, soundfile, soxr).
+This file needs no other file of the project: numpy, torch, soundfile and soxr are enough.
 
 The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of intel/e2eAIOK,
 modelzoo/rnnt/pytorch/common/data/dali/pipeline.py).
@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# ----------------------------------------------------------------------------------- configuration
+
 
 def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = "") -> None:
-    """Rules are (names of fields, whether a value is valid, what is expected instead).
+    """Checks fields by rules: (names, function that tells if a value is valid, range in words).
 
     Raises:
         ValueError: names the field, its value and what is expected.
@@ -46,7 +48,7 @@ def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The front end. Origin of the values: configs/baseline_v3-1023sp.yaml of the original."""
+    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml."""
 
     sample_rate_hz: int = 16000
     preemphasis: float = 0.97
@@ -54,9 +56,9 @@ class FeatureConfig:
     hop: int = 160  # samples, 10 ms
     fft_size: int = 512
     num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
-    splice: int = 3  # log-mel frames beside each other in one input frame
-    align: int = 32  # input frames are filled with zeros to a multiple: 240 -> 256
-    trim_db: float = -60.0  # silence at both ends: below this, relative to the loudest window
+    splice: int = 3  # consecutive log-mel frames that make one input frame
+    align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
+    trim_db: float = -60.0  # silence threshold, relative to the loudest window
     trim_window: int = 2048  # samples of the moving mean square
     dither: float = 1e-5  # standard deviation; training only
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
@@ -64,15 +66,21 @@ class FeatureConfig:
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
     time_masks: int = 10
-    time_mask_max: float = 0.03  # of the utterance's own length
-    max_utterance_s: float = 16.7  # longer ones leave the training set
-    num_buckets: int = 6  # by perturbed duration; batches are drawn inside a bucket
+    time_mask_max: float = 0.03  # share of the utterance's own length
+    max_utterance_s: float = 16.7  # longer utterances are not trained on
+    num_buckets: int = 6  # by perturbed duration; every batch is drawn inside one bucket
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U likewise
 
     @property
     def feature_size(self) -> int:
+        """Size D of an input frame."""
         return -(-self.num_mels * self.splice // self.align) * self.align
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds from one input frame to the next."""
+        return self.hop * self.splice / self.sample_rate_hz
 
     def __post_init__(self) -> None:
         check_ranges(self, (
@@ -92,111 +100,25 @@ class FeatureConfig:
 
 DEFAULT = FeatureConfig()
 
-
-# Samples are from -1 to 1, or integers as floats. Squares of much larger ones overflow.
-LOUDEST = 1e10
-
-
 # --------------------------------------------------------------------------- audio file to samples
 
-
-FORMATS = {  # by the names' ends, as libsndfile calls them
+FORMATS = {  # file name suffix -> libsndfile's names of the formats it may hold
     ".flac": ("FLAC",),
     ".wav": ("WAV", "WAVEX", "RF64"),
     ".ogg": ("OGG",),
 }
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """A warning once in a process. The warnings module's own memory is shorter: it forgets
-    whenever any library touches the filters."""
-    warnings.warn(message, stacklevel=3)
+LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
 
 
 def is_audio(name: str) -> bool:
-    """Whether a file's name says so; `._a.flac` is what macOS leaves beside a.flac."""
+    """Whether a file name is that of audio. macOS puts a file `._a.flac` beside `a.flac`."""
     return Path(name).suffix.lower() in FORMATS and not name.startswith("._")
 
 
-def is_whole(audio: soundfile.SoundFile) -> bool:
-    """Whether the last sample is there, and all that a WAV file's header has promised."""
-    if audio.seekable():  # compressed WAV is not
-        try:
-            audio.seek(audio.frames - 1)
-            last = audio.read(1)
-            audio.seek(0)
-        except soundfile.LibsndfileError:
-            return False
-        if len(last) == 0:
-            return False
-    # Of WAV and RF64 libsndfile counts what is there, and says in its log what the header promised.
-    if "does not match value from 'ds64' chunk" in audio.extra_info:
-        return False
-    # What was written to a pipe promises the most that there can be.
-    promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
-    return promised is None or int(promised[1]) >= 0x7FFF_F000
-
-
-def open_audio(path: str | Path) -> soundfile.SoundFile:
-    """An audio file whose header is right: its format is the one that its name says, it holds
-    samples, and the last of them is there.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is not what it should be.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise type(error)(f"{path}: {error.strerror}") from error
-    if not head:
-        raise ValueError(f"{path}: empty file")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a pointer of git-LFS, not the audio; `git lfs pull` fetches it")
-    try:
-        audio = soundfile.SoundFile(os.fsencode(path))
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: not readable as audio: {error.error_string}") from error
-    except TypeError as error:  # of .raw it wants to be told rate and channels
-        raise ValueError(f"{path}: not readable as audio: {error}") from error
-    expected = FORMATS.get(path.suffix.lower())
-    if expected and audio.format not in expected:
-        raise ValueError(f"{path}: holds {audio.format}, not {expected[0]}")
-    if audio.frames == 0:
-        raise ValueError(f"{path}: no samples")
-    if not is_whole(audio):
-        raise ValueError(f"{path}: truncated: its end is missing")
-    return audio
-
-
-def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
-    """Samples as they are, float32 (n,) or (n, channels), and their rate; int16 is scaled by
-    1/32768.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is not audio, truncated, damaged, or holds NaN or what is past LOUDEST.
-    """
-    with open_audio(path) as audio:
-        try:
-            samples = audio.read(audio.frames, dtype="float32")
-        except soundfile.LibsndfileError as error:
-            reason = error.error_string or f"libsndfile error {error.code}"
-            raise ValueError(f"{path}: damaged audio: {reason}") from error
-    # Integers are scaled; floating-point WAV can hold NaN, infinity and what overflows.
-    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
-        bad = np.count_nonzero(~good)
-        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
-    return samples, audio.samplerate
-
-
 def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """(n,) samples of a FLAC, WAV or OGG file, float32 at 16 kHz; errors as of `read_audio`.
+    """(n,) samples of a FLAC, WAV or OGG file, float32 at 16 kHz; raises as `read_audio` does.
 
-    Channels are averaged and other rates resampled, each with a warning.
+    Channels are averaged and other rates are resampled; each gives a warning.
     """
     samples, rate = read_audio(path)
     if samples.ndim == 2:
@@ -208,22 +130,108 @@ def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     return samples
 
 
-def resample(samples: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
-    """(n,) -> (ceil(n * to_hz / from_hz),), the missing last sample 0."""
-    # In this order 1.1 * 1600 samples are 1760, not the 1761 that rounding up 1760.0000000000002
-    # gives.
-    size = math.ceil(len(samples) * to_hz / from_hz)
+def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
+    """Samples, float32 (n,) or (n, channels), and their rate. int16 is scaled by 1/32768.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not audio of the format that its name tells, is empty, truncated or
+            damaged, or a sample is NaN or beyond LOUDEST.
+    """
+    with open_audio(path) as audio:
+        try:
+            samples = audio.read(audio.frames, dtype="float32")
+        except soundfile.LibsndfileError as error:
+            raise diagnose(path, audio, error) from error
+    # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
+    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
+        bad = np.count_nonzero(~good)
+        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
+    return samples, audio.samplerate
+
+
+def open_audio(path: str | Path) -> soundfile.SoundFile:
+    """Opens an audio file whose header and last sample are good; raises as `read_audio` does."""
+    try:
+        audio = soundfile.SoundFile(os.fsencode(path))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw has no header
+        raise diagnose(path, None, error) from error
+    formats = FORMATS.get(Path(path).suffix.lower(), (audio.format,))
+    if audio.format not in formats or audio.frames == 0 or is_truncated(audio):
+        raise diagnose(path, audio)
+    return audio
+
+
+def is_truncated(audio: soundfile.SoundFile) -> bool:
+    """Whether samples that the header promises are missing. Only the last sample is read."""
+    if audio.seekable():  # compressed WAV is not seekable
+        try:
+            audio.seek(audio.frames - 1)
+            last = audio.read(1)
+            audio.seek(0)
+        except soundfile.LibsndfileError:
+            return True
+        if len(last) == 0:
+            return True
+    # `frames` of a WAV or RF64 file are those it holds; libsndfile logs what its header promises.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:
+        return True
+    promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
+    # A program that writes to a pipe cannot know the size and promises the largest possible one.
+    return promised is not None and int(promised[1]) < 0x7FFF_F000
+
+
+def diagnose(path: str | Path, audio: soundfile.SoundFile | None,
+             error: Exception | None = None) -> OSError | ValueError:
+    """The exception that says why a file cannot be used; `audio` is None if it did not open, and
+    `error` is the exception of soundfile if there was one."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as os_error:
+        return type(os_error)(f"{path}: {os_error.strerror}")
+    expected = FORMATS.get(Path(path).suffix.lower())
+    if not head:
+        problem = "empty file"
+    elif head.startswith(b"version https://git-lfs"):
+        problem = "a pointer of git-LFS, not the audio; `git lfs pull` fetches it"
+    elif audio is None:
+        problem = f"not readable as audio: {getattr(error, 'error_string', error)}"
+    elif expected and audio.format not in expected:
+        problem = f"holds {audio.format}, not {expected[0]}"
+    elif audio.frames == 0:
+        problem = "no samples"
+    elif error is None:
+        problem = "truncated: its end is missing"
+    else:
+        problem = f"damaged audio: {error.error_string or f'libsndfile error {error.code}'}"
+    return ValueError(f"{path}: {problem}")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warns once in a process. The warnings module itself forgets which warnings it has shown
+    whenever a library changes its filters."""
+    warnings.warn(message, stacklevel=3)
+
+
+def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """(n,) -> (ceil(n * to_hz / from_hz),): librosa.resample with res_type="soxr_hq"."""
+    size = -(-len(samples) * to_hz // from_hz)
     resampled = soxr.resample(samples, from_hz, to_hz)[:size]
     return np.pad(resampled, (0, size - len(resampled)))
 
 
+# ------------------------------------------------------------------------ speed and silent ends
+
+
 @functools.cache
 def speed_filters(new: int) -> tuple[Tensor, int]:
-    """Low-pass filters (rows, 100, new) that give `new` samples in the place of a row of 100, and
-    how many samples they reach back. They reach ahead as far, into the `rows - 1` next rows.
+    """Filters (rows, 100, new) that turn every 100 samples into `new`, and their reach in samples.
 
     Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
-    within 1e-4 up to 0.9 of the narrower band.
+    within 1e-4 up to 0.9 of the narrower band. It reaches as far back as ahead, so `rows` rows of
+    100 samples contribute to each row of the result.
     """
     cutoff = min(1.0, new / 100)
     reach = math.ceil(32 / cutoff)
@@ -236,11 +244,10 @@ def speed_filters(new: int) -> tuple[Tensor, int]:
 
 
 def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
-    """(n,) -> (ceil(factor * n),) samples, to be played at the old rate. Factors are rounded to
-    hundredths.
+    """(n,) -> (ceil(factor * n),) samples, to be played at the old rate.
 
-    Written as matrix products, which takes less than half the time of soxr, which makes its
-    filters anew for every rate, and of a convolution: oneDNN builds a kernel for every length.
+    The factor is rounded to hundredths so that filters can be cached; soxr designs its filters at
+    every call. For a convolution, oneDNN would build a kernel for every length.
     """
     new = round(100 * factor)
     filters, reach = speed_filters(new)
@@ -255,13 +262,14 @@ def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
 
 
 def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple[int, int]:
-    """Start and end, in samples, of what is less than `trim_db` below the loudest window.
+    """Start and end, in samples, of the part between the silent ends.
 
-    The rule is DALI's NonsilentRegion: from the first to the last window of `trim_window`
-    samples whose mean square reaches the threshold, the last one whole. All-zero audio stays.
+    The rule is DALI's NonsilentRegion: the part reaches from the start of the first window of
+    `trim_window` samples to the end of the last one whose mean square is within `trim_db` of the
+    loudest window's. All of an all-zero recording is kept.
     """
     window = min(cfg.trim_window, len(samples))
-    # torch adds up four times as fast as numpy.
+    # torch sums faster than numpy.
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
     energy = squares.cumsum(0).numpy()
     sums = energy[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
@@ -271,7 +279,7 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
 
 
 def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """Without its silent ends: see nonsilent_region."""
+    """Cuts off the silent ends; see nonsilent_region."""
     start, end = nonsilent_region(samples, cfg)
     return samples[start:end]
 
@@ -283,8 +291,9 @@ def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarra
 def mel_filters(cfg: FeatureConfig) -> tuple[Tensor, Tensor]:
     """Window (320,) and mel filterbank (257, 80): triangles of area 1 Hz on Slaney's mel scale.
 
-    Slaney (1998), Auditory Toolbox, the default of librosa.filters.mel: 200/3 Hz a mel up to
-    1000 Hz (15 mel), from there on 27 mel for every factor of 6.4.
+    The scale of Slaney (1998), Auditory Toolbox, has 200/3 Hz a mel up to 1000 Hz (15 mel), from
+    there on 27 mel for every factor of 6.4. The filterbank is that of librosa.filters.mel, whose
+    import would take longer than decoding a short file.
     """
     # DALI samples the Hann window between the integers, unlike torch (periodic or symmetric).
     phase = 2 * math.pi * (torch.arange(cfg.window, dtype=torch.float64) + 0.5) / cfg.window
@@ -299,14 +308,14 @@ def mel_filters(cfg: FeatureConfig) -> tuple[Tensor, Tensor]:
     return window, torch.from_numpy(triangles.clip(0) * 2 / (high - low)).float()
 
 
-FRAMES_AT_ONCE = 128
+FRAMES_AT_ONCE = 128  # spectra of so many frames fit the processor's cache
 
 
 def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     """(n,) -> (n // 160 + 1, 80) natural logarithm of mel power, at least ln(1e-20).
 
-    Pre-emphasis with the first sample as its own predecessor; frame t is centred on sample
-    160*t, the signal mirrored at both ends (also when shorter than a window).
+    Pre-emphasis takes the first sample as its own predecessor. Frame t is centred on sample
+    160 * t of the signal, which is mirrored at both ends, even if it is shorter than a window.
     """
     emphasised = np.empty(len(samples), np.float32)
     np.multiply(samples[:-1], -cfg.preemphasis, out=emphasised[1:], casting="same_kind")
@@ -317,26 +326,27 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     frames = torch.from_numpy(padded).unfold(0, cfg.window, cfg.hop)  # (frames, 320)
     mels = torch.empty(len(frames), mel.shape[1])
     windowed = torch.zeros(FRAMES_AT_ONCE, cfg.fft_size)
-    # Some frames at a time: what is made of them on the way fits the cache.
     for block, out in zip(frames.split(FRAMES_AT_ONCE), mels.split(FRAMES_AT_ONCE), strict=True):
         torch.mul(block, window, out=windowed[: len(block), : cfg.window])
         parts = torch.view_as_real(torch.fft.rfft(windowed[: len(block)]))
-        squares = parts * parts  # (frames, 257, 2), of real and imaginary part
-        # Their sum(-1) takes three times as long.
+        squares = parts * parts  # (frames, 257, 2)
+        # Adding real and imaginary part is faster than sum(-1).
         torch.mm(squares[..., 0] + squares[..., 1], mel, out=out)
     return mels.clamp_min_(1e-20).log_()
 
 
 @functools.cache
 def normal_numbers() -> np.ndarray:
-    """2^20 numbers of the standard normal distribution; drawn once, since each takes 5 ns."""
+    """2^20 numbers of the standard normal distribution, drawn once because drawing is slow."""
     return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
 
 
 def dither(samples: np.ndarray, rng: np.random.Generator,
            cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """(n,) samples plus noise: `normal_numbers` from a random place on, which last for 33 s or
-    more and then come again."""
+    """(n,) samples plus white noise: a window of `normal_numbers` that starts at random.
+
+    The numbers repeat in recordings of more than 33 s.
+    """
     start = int(rng.integers(2**19))
     numbers = normal_numbers()[start : start + len(samples)]
     if len(numbers) < len(samples):
@@ -347,7 +357,7 @@ def dither(samples: np.ndarray, rng: np.random.Generator,
 
 
 def normalize(mels: Tensor) -> Tensor:
-    """(frames, 80): each bin to mean 0 and population deviation 1; constant bins to 0."""
+    """(frames, 80): scales each bin to mean 0 and population deviation 1; constant bins to 0."""
     x = mels.to(torch.float64, copy=True)
     x -= x.mean(0)
     constant = mels.amax(0) == mels.amin(0)
@@ -356,9 +366,9 @@ def normalize(mels: Tensor) -> Tensor:
 
 
 def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> Tensor:
-    """Zeroes bands of mel bins and of frames, in place; any bin and frame can be hit.
+    """Zeroes random bands of mel bins and of frames of (frames, 80), in place.
 
-    Widths are uniform from 0 to the maximum, which for frames is a share of this utterance's
+    Widths are uniform from 0 to the maximum. The maximum of frames is a share of the utterance's
     length, so that short utterances are not wiped out ("adaptive", arXiv:1912.05533).
     """
     frames, bins = mels.shape
@@ -375,14 +385,14 @@ def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DE
 
 
 def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
-    """(frames, 80) -> (ceil(frames / 3), 256): three frames in a row, filled up with zeros."""
+    """(frames, 80) -> (ceil(frames / 3), 256): joins three consecutive frames and zero-pads."""
     frames, bins = mels.shape
     mels = F.pad(mels, (0, 0, 0, -frames % cfg.splice)).view(-1, bins * cfg.splice)
     return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
 
 
 def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
-    """Factor on the number of samples: the first number that `features` draws."""
+    """Speed perturbation's factor on the number of samples: the first number `features` draws."""
     return rng.uniform(cfg.speed_min, cfg.speed_max)
 
 

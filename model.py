@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrent neural network transducer: encoder, prediction network, joint network.
 
-Stands alone: copy this file and loss.py into another project and they work (torch only).
+This file stands alone: copy it and loss.py into another project (both need torch only).
 
     model = Transducer(PRESETS["democratized"])
     encoded, enc_lens = model.encode(feats, feat_lens)          # (B, T, J), (B,)
@@ -26,6 +26,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
+EncoderState = tuple[LstmState, LstmState]  # of the stacks before and after StackTime
 
 
 @dataclass(frozen=True)
@@ -66,39 +69,27 @@ class ModelConfig:
     def blank(self) -> int:
         return self.vocab_size - 1
 
+    @property
+    def reduction(self) -> int:
+        """Input frames per encoder frame."""
+        return self.stack
+
 
 PRESETS = {
     "baseline": ModelConfig(),
-    # Intel's "democratized" model: 21,001,216 parameters, a quarter of the encoder frames.
+    # This is Intel's "democratized" model: 21,001,216 parameters, a quarter of the encoder frames.
     "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True),
-    # For five hours of speech: small vocabulary and prediction network against overfitting.
+    # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
-        vocab_size=256,
-        enc_hidden=512,
-        pre_layers=1,
-        stack=4,
-        post_layers=2,
-        pred_hidden=128,
-        pred_layers=1,
-        joint_hidden=256,
-        enc_dropout=0.2,
-        pred_dropout=0.3,
-        joint_dropout=0.2,
-        normalization=True,
+        vocab_size=256, enc_hidden=512, pre_layers=1, stack=4, post_layers=2,
+        pred_hidden=128, pred_layers=1, joint_hidden=256,
+        enc_dropout=0.2, pred_dropout=0.3, joint_dropout=0.2, normalization=True,
     ),
-    # Learns the demo corpus (some 100 words) in minutes on two cores.
+    # The demo corpus has some 100 words; two cores train this model on it in minutes.
     "demo": ModelConfig(
-        vocab_size=64,
-        enc_hidden=160,
-        pre_layers=1,
-        stack=4,
-        post_layers=1,
-        pred_hidden=96,
-        pred_layers=1,
-        joint_hidden=128,
-        pred_dropout=0.1,
-        joint_dropout=0.1,
-        normalization=True,
+        vocab_size=64, enc_hidden=160, pre_layers=1, stack=4, post_layers=1,
+        pred_hidden=96, pred_layers=1, joint_hidden=128,
+        pred_dropout=0.1, joint_dropout=0.1, normalization=True,
     ),
 }
 
@@ -114,104 +105,90 @@ def valid_frames(lens: Tensor, max_len: int) -> Tensor:
 class FeatureNorm(nn.Module):
     """BatchNorm over the frames of a batch that are not padding.
 
-    Ioffe & Szegedy (2015), arXiv:1502.03167, epsilon 1e-5 and momentum 0.1 as in
-    torch.nn.BatchNorm1d. The input does not depend on any parameter, so the statistics of a
-    step that is split over ranks or micro-batches can be added up beforehand: sum `moments`
-    over the parts, call `update` once, and hand the sum to every forward.
+    Ioffe & Szegedy (2015), arXiv:1502.03167; eps and momentum are those of
+    torch.nn.BatchNorm1d. A training forward uses the statistics of its own batch, unless a step
+    has begun: a step that is split into micro-batches and ranks normalises all of them alike.
+    The features depend on no parameter, so their moments can be added up beforehand, and no
+    gradient flows through the statistics.
+
+        moments = sum(norm.moments(feats, feat_lens) for feats, feat_lens in micro_batches)
+        norm.begin_step(all_sum(moments, ranks))
+        ...  # forward and backward of every micro-batch
+        norm.end_step()
     """
 
-    def __init__(self, size: int, epsilon: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
-        self.epsilon, self.momentum = epsilon, momentum
+        self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size))
         self.register_buffer("running_mean", torch.zeros(size))
         self.register_buffer("running_var", torch.ones(size))
+        self.step_statistics = None  # mean and variance (D,) of the step that has begun
 
     @staticmethod
     def moments(feats: Tensor, feat_lens: Tensor) -> Tensor:
         """Number of valid frames, their sum and sum of squares: (1 + 2*D,) in float64."""
         sums = torch.zeros(2, feats.shape[2], dtype=torch.float64, device=feats.device)
-        # One utterance at a time: in double precision a batch does not fit the cache.
+        # The loop takes one utterance at a time because a batch in float64 exceeds the cache.
         for frames, n in zip(feats, feat_lens.tolist(), strict=True):
             frames = frames[:n].double()  # (n, D)
             sums += torch.stack([frames.sum(0), frames.square().sum(0)])
         return torch.cat([feat_lens.sum()[None].to(sums), sums.flatten()])
 
-    @staticmethod
-    def mean_and_var(moments: Tensor) -> tuple[Tensor, Tensor]:
-        mean, mean_square = (moments[1:] / moments[0]).chunk(2)  # (D,), (D,)
-        return mean, (mean_square - mean.square()).clamp_min(0)
+    def begin_step(self, moments: Tensor) -> None:
+        """Normalises all forwards until `end_step` by `moments`; updates the running statistics."""
+        self.step_statistics = self.update(moments)
+
+    def end_step(self) -> None:
+        self.step_statistics = None
 
     @torch.no_grad()
-    def update(self, moments: Tensor) -> None:
-        """Moves the running statistics, which evaluation uses, towards those of one step."""
-        mean, var = self.mean_and_var(moments)
-        unbiased = var * moments[0] / (moments[0] - 1).clamp_min(1)
+    def update(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves the running statistics towards `moments`; returns their mean and variance."""
+        count = moments[0]
+        mean, mean_square = (moments[1:] / count).chunk(2)  # (D,), (D,)
+        var = (mean_square - mean.square()).clamp_min(0)
+        unbiased = var * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        return mean, var
 
-    def forward(self, feats: Tensor, feat_lens: Tensor, moments: Tensor | None = None) -> Tensor:
-        """(B, T_in, D) -> (B, T_in, D). In training without `moments`: those of this batch."""
+    def forward(self, feats: Tensor, feat_lens: Tensor) -> Tensor:
+        """(B, T_in, D), (B,) -> (B, T_in, D). Evaluation uses the running statistics."""
         if not self.training:
-            mean, var = self.running_mean, self.running_var
+            statistics = self.running_mean, self.running_var
+        elif self.step_statistics is not None:
+            statistics = self.step_statistics
         else:
-            if moments is None:
-                moments = self.moments(feats, feat_lens)
-                self.update(moments)
-            mean, var = (x.to(feats) for x in self.mean_and_var(moments))
-        scale = self.weight / torch.sqrt(var + self.epsilon)  # (D,)
+            statistics = self.update(self.moments(feats, feat_lens))
+        mean, var = (x.to(feats) for x in statistics)
+        scale = self.weight / torch.sqrt(var + self.eps)  # (D,)
         return torch.addcmul(self.bias - mean * scale, feats, scale)
 
 
-class Dropout(nn.Dropout):
-    """torch.nn.Dropout with a probability rounded to 2^-15.
-
-    Torch draws 64 bits for each value, one after the other: for 423 x 32 x 512 values that takes
-    3 times as long in float32 and 10 times in bfloat16 (Intel Xeon). Here the numbers of a block
-    of values are the exclusive or of two windows of the same few, at random places: uniform and
-    independent in a block, and between two blocks but for a chance of some 1e-6.
-    """
-
-    BLOCK = 2**17  # values
-
-    def __init__(self, p: float) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout: {p}, expected 0 <= p < 1")
-        super().__init__(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.p):
-            return x
-        dropped = min(round(self.p * 2**15), 2**15 - 1)  # of the 2^15 numbers
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        scale = torch.tensor(2**15 / (2**15 - dropped), dtype=x.dtype).view(integer).item()
-        size = min(self.BLOCK, 2 * (x.numel() // 2 + 1))  # values of a block, even
-        words = torch.empty(2, size // 2, dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None)
-        numbers = words.bitwise_and_(0x7FFF_7FFF_7FFF_7FFF).view(torch.int16)  # (2, 2*size)
-        factors = torch.empty(x.shape, dtype=integer, device=x.device)  # the scale's bits, or 0
-        for block in factors.view(-1).split(size):
-            first, second = torch.randint(size, (2,)).tolist()
-            ends = first + len(block), second + len(block)
-            keep = numbers[0, first : ends[0]] ^ numbers[1, second : ends[1]]
-            keep -= dropped  # negative: dropped
-            keep = keep.bitwise_right_shift_(15).bitwise_not_()  # all bits, or none
-            torch.bitwise_and(keep.to(integer), scale, out=block)
-        return x * factors.view(x.dtype)
-
-
 class WideLstm(nn.LSTM):
-    """One layer of torch.nn.LSTM for inputs wider than its state.
+    """One layer of torch.nn.LSTM, faster to train in bfloat16 where the input is wide.
 
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
-    frame, which moves them through memory T times. Here they take one matrix product over all
-    frames. In bfloat16 behind StackTime that is half the time; in float32 0.9 of it for an input 8
-    times as wide (`democratized`), 1.2 for 4 times (`mini`), 1.4 for twice (`baseline`).
+    frame, which moves them through memory T times. `unrolled` multiplies by the input weights
+    once for all frames. In float32, in evaluation and for narrow inputs torch's own forward is
+    faster and runs instead.
     """
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """(T, B, input_size) and two (1, B, H) -> (T, B, H) and those after the last frame."""
+    MIN_INPUT_SIZE = 2048  # `unrolled` is faster from this input size on
+
+    def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """(T, B, input_size), state -> (T, B, H), state after the last frame."""
+        device = x.device.type
+        is_bfloat16 = (torch.is_autocast_enabled(device)
+                       and torch.get_autocast_dtype(device) == torch.bfloat16)
+        if self.training and is_bfloat16 and self.input_size >= self.MIN_INPUT_SIZE:
+            return self.unrolled(x, state)
+        return super().forward(x, state)
+
+    def unrolled(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """The same as `forward`, with the recurrence as a loop over frames."""
         if state is None:
             zeros = x.new_zeros(1, x.shape[1], self.hidden_size)
             state = zeros, zeros
@@ -219,8 +196,8 @@ class WideLstm(nn.LSTM):
         h, c = state[0][0].to(gates.dtype), state[1][0].to(self.weight_hh_l0.dtype)
         outputs = []
         for t, from_input in enumerate(gates):
-            # Under autocast, a copy of the weight in its dtype for every 8 frames: only so many
-            # gradients add up in that dtype, and then their sums in the weight's own.
+            # Autograd sums the gradients of one copy of the weight in the copy's own dtype. A new
+            # copy every 8 frames keeps those sums short; the copies add up in the weight's dtype.
             if t % 8 == 0:
                 weight = self.weight_hh_l0.to(gates.dtype).t()  # (H, 4*H)
             i, f, g, o = torch.addmm(from_input, h, weight).to(c.dtype).chunk(4, dim=1)  # (B, H)
@@ -233,38 +210,36 @@ class WideLstm(nn.LSTM):
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
 
-    The layers are modules of their own because those inside a torch.nn.LSTM have torch's dropout.
+    The layers are separate modules because torch.nn.LSTM has no dropout after its last layer.
     Between them time comes first, as oneDNN's LSTM reads and writes it.
     """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
-                 cfg: ModelConfig, first: type[nn.LSTM] = nn.LSTM) -> None:
+                 cfg: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([first(input_size, hidden)])
-        self.layers.extend(nn.LSTM(hidden, hidden) for _ in range(1, layers))
-        self.dropout = Dropout(dropout)
+        input_sizes = [input_size] + [hidden] * (layers - 1)
+        self.layers = nn.ModuleList(WideLstm(size, hidden) for size in input_sizes)
+        self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
             for name, parameter in self.layers.named_parameters():
-                # Gate order is input, forget, cell, output. One of the two forget biases is
-                # set to the wanted value and the other to zero, since the LSTM adds them.
+                # The gates stand in the order input, forget, cell, output. The LSTM adds two
+                # forget biases: one is set to the wanted value and the other to zero.
                 if "bias" in name:
                     forget_bias = cfg.forget_gate_bias if "bias_ih" in name else 0.0
                     parameter[hidden : 2 * hidden] = forget_bias
                 parameter *= cfg.weights_init_scale
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """(B, T, input_size) and two (layers, B, H) -> (B, T, H) and those after the last frame."""
-        before = [None] * len(self.layers)
+    def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """(B, T, input_size), state -> (B, T, H), state after the last frame."""
+        layer_states = [None] * len(self.layers)
         if state is not None:
-            before = zip(*(s.split(1) for s in state), strict=True)
-        after = []
+            layer_states = list(zip(*(s.split(1) for s in state), strict=True))
         x = x.transpose(0, 1).contiguous()  # (T, B, input_size)
-        for layer, layer_state in zip(self.layers, before, strict=True):
-            x, layer_state = layer(x, layer_state)
+        for i, layer in enumerate(self.layers):
+            x, layer_states[i] = layer(x, layer_states[i])
             x = self.dropout(x)
-            after.append(layer_state)
-        h, c = (torch.cat(layer_states) for layer_states in zip(*after, strict=True))
+        h, c = (torch.cat(states) for states in zip(*layer_states, strict=True))
         return self.layer_norm(x).transpose(0, 1), (h, c)
 
 
@@ -275,12 +250,11 @@ class StackTime(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T_in, H), (B,) -> (B, T, factor*H), (B,) with T = ceil(T_in / factor)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T_in, H) -> (B, T, factor*H) with T = ceil(T_in / factor)."""
         B, T_in, H = x.shape
-        if T_in % self.factor:  # F.pad copies, be there anything to add or not
-            x = F.pad(x, (0, 0, 0, -T_in % self.factor))
-        return x.reshape(B, -1, self.factor * H), (lens + self.factor - 1) // self.factor
+        x = F.pad(x, (0, 0, 0, -T_in % self.factor))
+        return x.reshape(B, -1, self.factor * H)
 
 
 # ------------------------------------------------------------------------------- the networks
@@ -295,21 +269,22 @@ class Encoder(nn.Module):
         self.feature_norm = FeatureNorm(cfg.feature_size) if cfg.normalization else None
         self.pre = LstmStack(cfg.feature_size, H, cfg.pre_layers, cfg.enc_dropout, cfg)
         self.stack_time = StackTime(cfg.stack)
-        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg, WideLstm)
+        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
-                moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T_in, D), (B,) -> (B, T, H), (B,)."""
+                state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
+        """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding."""
+        pre_state, post_state = (None, None) if state is None else state
         x = feats
         if self.feature_norm is not None:
-            x = self.feature_norm(x, feat_lens, moments)  # (B, T_in, D)
-        x, _ = self.pre(x)  # (B, T_in, H)
-        # StackTime may put padding frames beside the last valid ones: they must hold zeros, as
-        # they do for an utterance alone, not what the LSTM and LayerNorm made of padding.
+            x = self.feature_norm(x, feat_lens)  # (B, T_in, D)
+        x, pre_state = self.pre(x, pre_state)  # (B, T_in, H)
+        # StackTime may put padding frames beside the last valid ones. They must hold zeros, as
+        # for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(feat_lens, x.shape[1])[:, :, None], 0.0)
-        x, enc_lens = self.stack_time(x, feat_lens)  # (B, T, stack*H)
-        x, _ = self.post(x)  # (B, T, H)
-        return x, enc_lens
+        x = self.stack_time(x)  # (B, T, stack*H)
+        x, post_state = self.post(x, post_state)  # (B, T, H)
+        return x, (pre_state, post_state)
 
 
 class Predictor(nn.Module):
@@ -320,26 +295,25 @@ class Predictor(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.embed = nn.Embedding(cfg.vocab_size - 1, cfg.pred_hidden)
-        self.rnn = LstmStack(
-            cfg.pred_hidden, cfg.pred_hidden, cfg.pred_layers, cfg.pred_dropout, cfg
-        )
+        H = cfg.pred_hidden
+        self.embed = nn.Embedding(cfg.vocab_size - 1, H)
+        self.rnn = LstmStack(H, H, cfg.pred_layers, cfg.pred_dropout, cfg)
 
     def forward(self, targets: Tensor) -> Tensor:
         """(B, U) labels -> (B, U+1, H): the output before any label, then after each one."""
-        # Padding may hold any value, the blank's included, which has no row in the embedding.
+        # Padding may hold any value, even the blank, which has no row in the embedding.
         labels = targets.clamp(0, self.embed.num_embeddings - 1)
         history = F.pad(self.embed(labels), (0, 0, 1, 0))  # (B, U+1, H)
         return self.rnn(history)[0]
 
-    def step(self, labels: Tensor, state: tuple[Tensor, Tensor]) -> tuple:
-        """One label an utterance: (B,) and a state (layers, B, H) each -> (B, H), new state."""
-        x, state = self.rnn(self.embed(labels)[:, None], state)  # (B, 1, H)
-        return x[:, 0], state
-
-    def start(self, batch: int) -> tuple:
+    def start(self, batch: int) -> tuple[Tensor, LstmState]:
         """Output (B, H) and state before the first label."""
         x, state = self.rnn(self.embed.weight.new_zeros(batch, 1, self.embed.embedding_dim))
+        return x[:, 0], state
+
+    def step(self, labels: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+        """(B,) one label per utterance, state -> output (B, H), state after the label."""
+        x, state = self.rnn(self.embed(labels)[:, None], state)  # (B, 1, H)
         return x[:, 0], state
 
 
@@ -350,7 +324,7 @@ class Joint(nn.Module):
         super().__init__()
         self.encoder_projection = nn.Linear(cfg.enc_hidden, cfg.joint_hidden)
         self.predictor_projection = nn.Linear(cfg.pred_hidden, cfg.joint_hidden)
-        self.dropout = Dropout(cfg.joint_dropout)
+        self.dropout = nn.Dropout(cfg.joint_dropout)
         self.output = nn.Linear(cfg.joint_hidden, cfg.vocab_size)
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:
@@ -361,8 +335,8 @@ class Joint(nn.Module):
 class Transducer(nn.Module):
     """The whole model. `encode` and `predict` end in the joint space (J).
 
-    That leaves the joint network with one broadcast addition and one matrix product, the form
-    that loss.joint_transducer_loss takes.
+    The joint network is left with one broadcast addition and one matrix product, the form that
+    loss.joint_transducer_loss takes.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -372,13 +346,27 @@ class Transducer(nn.Module):
         self.predictor = Predictor(cfg)
         self.joint_network = Joint(cfg)
 
-    def encode(self, feats: Tensor, feat_lens: Tensor,
-               moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T_in, D), (B,) -> (B, T, J), (B,). For `moments` see FeatureNorm."""
+    def num_frames(self, feat_lens: Tensor) -> Tensor:
+        """Encoder frames of utterances of `feat_lens` input frames: (B,) -> (B,)."""
+        return (feat_lens + self.cfg.reduction - 1) // self.cfg.reduction
+
+    def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T_in, D), (B,) -> (B, T, J), (B,)."""
         assert feats.dim() == 3, feats.shape
         assert feats.shape[2] == self.cfg.feature_size, feats.shape
-        x, enc_lens = self.encoder(feats, feat_lens, moments)  # (B, T, H)
-        return self.joint_network.encoder_projection(x), enc_lens
+        x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
+        return self.joint_network.encoder_projection(x), self.num_frames(feat_lens)
+
+    def encode_chunk(self, feats: Tensor,
+                     state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
+        """(B, n, D) frames without padding, state after the previous chunk -> (B, T, J), state.
+
+        In evaluation mode the outputs of consecutive chunks, concatenated, are those of `encode`
+        on all frames. Every n but the last must be a multiple of `cfg.reduction`.
+        """
+        lens = torch.full((len(feats),), feats.shape[1], device=feats.device)
+        x, state = self.encoder(feats, lens, state)  # (B, T, H)
+        return self.joint_network.encoder_projection(x), state
 
     def predict(self, targets: Tensor) -> Tensor:
         """(B, U) -> (B, U+1, J)."""
@@ -386,11 +374,11 @@ class Transducer(nn.Module):
         return self.joint_network.predictor_projection(self.predictor(targets))
 
     def joint(self, encoded: Tensor, predicted: Tensor) -> Tensor:
-        """(B, T, J), (B, U+1, J) -> logits (B, T, U+1, V). For small sizes: see loss.py."""
+        """(B, T, J), (B, U+1, J) -> logits (B, T, U+1, V). For training see loss.py."""
         return self.joint_network(encoded[:, :, None], predicted[:, None])
 
-    def forward(self, feats: Tensor, feat_lens: Tensor, targets: Tensor,
-                moments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, feats: Tensor, feat_lens: Tensor,
+                targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder and predictor outputs for the loss: (B, T, J), (B,), (B, U+1, J)."""
-        encoded, enc_lens = self.encode(feats, feat_lens, moments)
+        encoded, enc_lens = self.encode(feats, feat_lens)
         return encoded, enc_lens, self.predict(targets)

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who this process is among those that train together: binding, start-up, sums, lost ranks."""
+"""Several processes train one model: start-up, sums, lost ranks, and one way to end.
+
+This file needs torch and the standard library only, so it can be copied into another project:
+
+    ranks, heartbeat = start_ranks()
+    heartbeat.compare("run", {"seed": seed})  # every rank must have the same values
+    with heartbeat.watching():
+        ...  # training: all_sum, DistributedDataParallel
+    leave(0, wait_s=60)  # never returns
+
+A rank is one of these processes. Their number is called the world size, as in torch.distributed.
+"""
 
 import atexit
 import faulthandler
 import fcntl
 import importlib
 import json
+import multiprocessing
 import os
 import socket
 import struct
@@ -15,7 +27,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,15 +36,43 @@ from torch import Tensor
 
 
 class Ranks(NamedTuple):
-    """Who this process is among those that train together."""
+    """The place of this process among all that train together."""
 
     rank: int
-    world: int
-    local_rank: int  # among those on the same host
+    world: int  # number of ranks
+    local_rank: int  # counts the ranks of one host
 
 
-def read_ranks() -> Ranks:
-    """From the variables of torchrun, of Intel MPI and MPICH, of Open MPI, or of Slurm."""
+# ------------------------------------------------------------------------------------- start-up
+
+
+def start_ranks(expected: int = 0, backend: str = "auto",
+                timeout_s: float = 600.0) -> tuple[Ranks, "Heartbeat"]:
+    """Connects this process to the other ranks; a single process needs no connection.
+
+    Args:
+        expected: the number of ranks that must have been started; 0 accepts any number.
+        backend: of torch.distributed: gloo, ccl, mpi, or auto (ccl if it is installed, else gloo).
+        timeout_s: longest wait for another rank, at start-up and in every exchange.
+    Raises:
+        ConnectionError: the ranks do not find each other.
+        ValueError: their number is not `expected`, a variable of the launcher is wrong, the
+            backend is not installed, or the ranks have different versions of torch.
+    """
+    global _heartbeat
+    ranks = read_ranks(expected)
+    bind(ranks)
+    backend = choose_backend(backend, ranks.world)
+    store = rendezvous(ranks, timeout_s)
+    _heartbeat = heartbeat = Heartbeat(store, ranks, timeout_s)
+    heartbeat.compare("installation", {"torch": torch.__version__, "backend": backend})
+    start_group(backend, store, ranks, timeout_s)
+    return ranks, heartbeat
+
+
+def read_ranks(expected: int = 0) -> Ranks:
+    """Reads the variables that torchrun, Intel MPI and MPICH, Open MPI, or Slurm set."""
+    ranks = Ranks(0, 1, 0)
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -39,23 +80,27 @@ def read_ranks() -> Ranks:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         if names[0] in os.environ and names[1] in os.environ:
-            found = {name: os.environ.get(name, "0") for name in names}
-            for name, value in found.items():
+            values = {name: os.environ.get(name, "0") for name in names}
+            for name, value in values.items():
                 if not value.isdecimal():
                     raise ValueError(f"{name}: {value!r}, expected a number")
-            return Ranks(*map(int, found.values()))
-    return Ranks(0, 1, 0)
+            ranks = Ranks(*map(int, values.values()))
+            break
+    if expected not in (0, ranks.world):
+        raise ValueError(f"ranks: expected {expected}, the launcher started {ranks.world}: does "
+                         "mpirun belong to this environment, and does it reach every host?")
+    return ranks
 
 
 def bind(ranks: Ranks) -> None:
-    """Keeps this process and its threads on its CPUs, as Intel MPI does before it starts a rank.
+    """Binds this process and its threads to their CPUs, as Intel MPI does before it starts a rank.
 
     I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
-    1. Its other forms (`socket`, `core` ...) are for Intel MPI alone. Warns of cores left idle.
+    1. Its other forms (`socket`, `core` ...) are left to Intel MPI. Warns if cores stay idle.
     """
     if not hasattr(os, "sched_setaffinity"):  # macOS
         return
-    sharing = ranks.world  # at most so many ranks share the CPUs of a process that is not bound
+    num_sharing = ranks.world  # without masks all ranks may share the CPUs of this host
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
     if domains.startswith("["):
         try:
@@ -64,23 +109,30 @@ def bind(ranks: Ranks) -> None:
         except (IndexError, ValueError, OSError) as error:
             raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
                              f"{ranks.local_rank}") from error
-        sharing = 1
-    # Asked before torch: OpenMP may bind this thread to one CPU.
-    cpus = len(os.sched_getaffinity(0)) // sharing
-    if torch.get_num_threads() == 1 and cpus > 2:  # two may be hyper-threads of one core
-        print(f"warning: rank {ranks.rank} computes with one thread on {cpus} CPUs; set "
+        num_sharing = 1
+    # Count the CPUs before torch is asked: its OpenMP may bind this thread to a single one.
+    num_cpus = len(os.sched_getaffinity(0)) // num_sharing
+    if torch.get_num_threads() == 1 and num_cpus > 2:  # two CPUs may be one core's hyper-threads
+        print(f"warning: rank {ranks.rank} computes with one thread on {num_cpus} CPUs; set "
               "OMP_NUM_THREADS", file=sys.stderr)
 
 
-def load_backend(name: str) -> str:
-    """What torch.distributed has to be asked for; the bindings of oneCCL register "ccl"."""
+ONECCL = "oneccl_bindings_for_pytorch"  # registers "ccl" when it is imported
+
+
+def choose_backend(name: str, world: int) -> str:
+    """Returns torch.distributed's name of the backend; `auto` prefers ccl to gloo.
+
+    A backend that is requested by name must be installed even if a single rank does not use it.
+    """
+    if name == "auto" and world == 1:
+        return ""
     if name in ("auto", "ccl"):
         try:
-            importlib.import_module("oneccl_bindings_for_pytorch")
+            importlib.import_module(ONECCL)
         except ImportError as error:
             if name == "ccl":
-                package = "oneccl_bindings_for_pytorch"
-                raise ValueError(f"backend: ccl needs {package}: {error}") from error
+                raise ValueError(f"backend: ccl needs {ONECCL}: {error}") from error
             return "gloo"
         return "ccl"
     if name == "mpi" and not dist.is_mpi_available():
@@ -88,158 +140,217 @@ def load_backend(name: str) -> str:
     return name
 
 
-def interface_to(host: str) -> str | None:
-    """The network interface that leads to a host, or None if an IPv4 address does not tell.
+def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
+    """Connects to the key-value store of rank 0, or of torchrun, at MASTER_ADDR:MASTER_PORT."""
+    if ranks.world == 1:
+        return dist.HashStore()
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = os.environ.setdefault("MASTER_PORT", "29500")
+    try:
+        # Without a name gloo takes the interface of this host's own name, often the loopback.
+        interface = interface_to(address)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("CCL_KVS_IFACE", interface)
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(f"rank {ranks.rank}: no connection to rank 0 at "
+                              f"MASTER_ADDR={address} MASTER_PORT={port}: {error}") from error
+    return store
 
-    Left alone, gloo takes the interface of this machine's own name, on Debian often the loopback.
+
+def interface_to(host: str) -> str | None:
+    """Returns the network interface that leads to `host`, None if it has no IPv4 address.
+
+    Raises OSError if the name of the host is unknown.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 1))  # chooses a route and sends nothing
         except socket.gaierror:
-            socket.getaddrinfo(host, 1)  # raises for a name that is unknown everywhere
+            socket.getaddrinfo(host, 1)  # raises unless the host has an IPv6 address
             return None
-        address = probe.getsockname()[0]
+        own_address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
                 request = struct.pack("256s", name.encode())
                 answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
-            except OSError:  # an interface without IPv4 address
+            except OSError:  # this interface has no IPv4 address
                 continue
-            if socket.inet_ntoa(answer[20:24]) == address:
+            if socket.inet_ntoa(answer[20:24]) == own_address:
                 return name
     return None
 
 
-def init_ranks(cfg: Any) -> tuple[Ranks, "Pulse"]:
-    """Reads who we are, binds this process, and with more than one rank starts the process group.
-
-    Raises ConnectionError if the ranks do not find each other, ValueError if their number is not
-    the expected one or they disagree.
-    """
-    ranks = read_ranks()
-    if cfg.ranks not in (0, ranks.world):
-        raise ValueError(
-            f"ranks: expected {cfg.ranks}, the launcher started {ranks.world}: does mpirun belong "
-            "to this environment, and does it reach every host?"
-        )
-    bind(ranks)
-    # One that is asked for and missing is an error, be it needed or not.
-    backend = load_backend(cfg.backend) if ranks.world > 1 or cfg.backend != "auto" else ""
+def start_group(backend: str, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
+    """Starts the default process group of torch.distributed."""
     if ranks.world == 1:
-        return ranks, Pulse(dist.HashStore(), ranks, cfg.timeout_s)
-    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.setdefault("MASTER_PORT", "29500")
-    timeout = timedelta(seconds=cfg.timeout_s)
+        return
     try:
-        interface = interface_to(address)
-        if interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("CCL_KVS_IFACE", interface)
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"rank {ranks.rank}: no connection to rank 0 at MASTER_ADDR={address} "
-            f"MASTER_PORT={port}: {error}"
-        ) from error
-    pulse = Pulse(store, ranks, cfg.timeout_s)
-    pulse.compare("installation", {"torch": torch.__version__, "backend": backend})
-    try:
-        dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
-        )
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world,
+                                timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         used = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE")}
         raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks, with "
                               f"{used}: {error}") from error
-    return ranks, pulse
 
 
-def abort_launcher(line: str) -> None:
-    """Prints `line` and has Hydra (Intel MPI, MPICH) end all ranks: by itself it waits for the
-    others when one ends that has not called MPI. Other launchers do not wait."""
-    print(line, file=sys.stderr, flush=True)
-    if "PMI_FD" in os.environ:
-        with suppress(OSError):  # it is gone already
-            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=1\n")
+def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
+    """Sums a tensor of any shape over the ranks, in place."""
+    if ranks.world > 1:
+        dist.all_reduce(x)
+    return x
 
 
-class Pulse:
-    """Tells which ranks are gone: each counts up every second, and follows the others' counts.
+# ------------------------------------------------------------------------------------ lost ranks
 
-    A process that was killed or stopped no longer counts; one that computes or waits does. The
-    counts are in the key-value store that rank 0 keeps, or torchrun.
+
+class Heartbeat:
+    """Finds lost ranks: every rank counts up once a second and reads the counts of the others.
+
+    A process that computes or waits counts; one that was killed or stopped does not. The counts
+    are in the key-value store, which rank 0 or torchrun keeps.
     """
 
     def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
         self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
-        self.risen = dict.fromkeys(range(ranks.world), time.monotonic())  # rank: last seen to
-        self.ended = threading.Event()
+        # When each rank's heartbeat last advanced, on this host's monotonic clock.
+        self.last_beat = dict.fromkeys(range(ranks.world), time.monotonic())
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
         if ranks.world > 1:
-            thread = threading.Thread(target=self.beat, daemon=True)
-            thread.start()
-            # A thread inside the store when the interpreter goes would abort the process.
-            atexit.register(thread.join, 5)
-            atexit.register(self.ended.set)  # called before the one above
+            self.thread.start()
+            atexit.register(self.stop)  # a thread inside the store aborts a finalised interpreter
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join(5)
 
     def beat(self) -> None:
-        counts = dict.fromkeys(self.risen, 0)  # one that has not begun has not risen
-        while not self.ended.is_set():
-            # If the store itself stops answering, nothing else would end a wait without limit.
+        """Counts up and reads all counts once a second; `timeout_s` without a beat ends the run."""
+        counts = dict.fromkeys(self.last_beat, 0)  # a rank that has not started has count 0
+        while not self.stopped.is_set():
+            # A store that stops answering blocks this thread: faulthandler then ends the process.
             faulthandler.dump_traceback_later(self.timeout_s + 60, exit=True)
             try:
-                for rank in self.risen:
-                    count = self.store.add(f"pulse/{rank}", int(rank == self.ranks.rank))
+                for rank in self.last_beat:
+                    count = self.store.add(f"heartbeat/{rank}", int(rank == self.ranks.rank))
                     if count != counts[rank]:
-                        counts[rank], self.risen[rank] = count, time.monotonic()
-            except RuntimeError:  # gone with its keeper: nobody's count will be seen to rise
+                        counts[rank], self.last_beat[rank] = count, time.monotonic()
+            except RuntimeError:  # the store has ended; `watching` will find no heartbeat at all
                 return
             self.end_if_silent_since(time.monotonic() - self.timeout_s, "silent for too long")
-            self.ended.wait(1)
+            self.stopped.wait(1)
         faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Should an exchange fail, ends the run and names the ranks that do not count any more."""
+        """If an exchange in the block fails, leaves and names the ranks without a heartbeat.
+
+        Other errors, and those of an exchange among living ranks, are raised.
+        """
         try:
             yield
-        except RuntimeError as error:  # torch has no class of its own for a failed exchange
+        except RuntimeError as error:  # torch raises no more specific class
             if self.ranks.world > 1:
-                asked = time.monotonic()
+                failed_at = time.monotonic()
                 time.sleep(5)
-                self.end_if_silent_since(asked, str(error))
+                self.end_if_silent_since(failed_at, str(error))
             raise
 
-    def end_if_silent_since(self, moment: float, why: str) -> None:
-        lost = [rank for rank, at in self.risen.items() if at < moment]
+    def end_if_silent_since(self, moment: float, cause: str) -> None:
+        lost = [rank for rank, last_beat in self.last_beat.items() if last_beat < moment]
         if not lost:
             return
         names = ", ".join(f"rank {rank}" for rank in lost)
-        if self.ranks.rank in lost:  # not even our own count is seen: the store does not answer
+        if self.ranks.rank in lost:  # the store does not even return this rank's own count
             names = "rank 0, or the launcher, which keeps the counts"
-        abort_launcher(f"train.py: rank {self.ranks.rank}: lost {names}: {why}")
-        os._exit(1)  # at once: what torch still has to close would wait for the lost rank
+        program = Path(sys.argv[0]).name
+        leave(1, f"{program}: rank {self.ranks.rank}: lost {names}: {cause}", wait_s=0)
 
     def compare(self, key: str, facts: dict[str, object]) -> None:
-        """Raises ValueError on every rank if a fact is not the same on all, ConnectionError if a
-        rank does not tell it; `key` names the facts."""
+        """Checks that all ranks hold the same facts; `key` names them in the store.
+
+        Raises:
+            ValueError: on every rank, with the first fact that differs and both values.
+            ConnectionError: a rank has not sent its facts within `timeout_s`.
+        """
         mine = json.dumps(facts, default=str)
         self.store.set(f"{key}/{self.ranks.rank}", mine)
-        for rank in self.risen:
+        for rank in self.last_beat:
             try:
                 theirs = json.loads(self.store.get(f"{key}/{rank}"))
             except RuntimeError as error:
-                raise ConnectionError(f"rank {self.ranks.rank}: nothing of its {key} from rank "
-                                      f"{rank}: {error}") from error
+                raise ConnectionError(f"rank {self.ranks.rank}: rank {rank} has not sent its "
+                                      f"{key}: {error}") from error
             for name, value in json.loads(mine).items():
                 if theirs.get(name) != value:
-                    time.sleep(1)  # rank 0 keeps the store, and others may not have read it yet
+                    time.sleep(1)  # the store ends with rank 0: let the others read it, too
                     raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
                                      f"rank {rank} {theirs.get(name)!r}")
 
+    def leave_together(self, limit_s: float) -> bool:
+        """Announces that this rank leaves; returns whether all ranks did so within `limit_s`."""
+        world, add = self.ranks.world, self.store.add
 
-def all_sum(x: Tensor, ranks: Ranks) -> Tensor:
-    """Sum over the ranks, in place."""
-    if ranks.world > 1:
-        dist.all_reduce(x)
-    return x
+        def wait() -> None:
+            with suppress(RuntimeError):  # the store has ended
+                add("leaving", 1)
+                while add("leaving", 0) < world:
+                    time.sleep(0.1)
+                self.stopped.set()
+                add("left", 1)
+                while self.ranks.rank == 0 and add("left", 0) < world:  # the store ends with rank 0
+                    time.sleep(0.1)
+
+        # In a thread, because a store that does not answer blocks its caller without limit.
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(limit_s)
+        return not thread.is_alive()
+
+
+# -------------------------------------------------------------------------------------- the end
+
+_heartbeat: Heartbeat | None = None  # start_ranks sets it, leave reads it
+
+
+def leave(status: int, message: str = "", wait_s: float = 5.0) -> NoReturn:
+    """Prints the message on stderr and ends this process; no failure on the way keeps it alive.
+
+    The ranks wait up to `wait_s` for each other, because rank 0 may still be writing a checkpoint
+    and Intel MPI kills all ranks as soon as one that has called MPI is gone. If some do not come,
+    an error ends them too. Rank 0 writes the status to the file that the environment variable
+    RNNT_STATUS_FILE names, since torchrun and mpirun return another one. Loader workers are killed.
+
+    The interpreter is not finalised, because a torch thread that returns to a finalised interpreter
+    aborts the process. Hence functions registered with atexit do not run.
+    """
+    # A time limit (status 75) and signal n (128 + n) stop all ranks, an error may stop only one.
+    is_error = 0 < status < 128 and status != os.EX_TEMPFAIL
+    try:
+        write_end(status, message)
+        together = _heartbeat is not None and _heartbeat.leave_together(wait_s)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if is_error and not together and "PMI_FD" in os.environ:
+            # Hydra, the launcher of Intel MPI and MPICH, ends the other ranks on this request only,
+            # unless the failed rank has called MPI. Other launchers end them in any case.
+            os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())
+        if not is_error and together and dist.is_initialized():
+            dist.destroy_process_group()
+    finally:
+        os._exit(status)
+
+
+def write_end(status: int, message: str) -> None:
+    """Writes the status file and the message, and flushes both streams."""
+    # Neither a full disk nor a pipe without a reader may keep `leave` from its other duties.
+    with suppress(OSError, ValueError):
+        if "RNNT_STATUS_FILE" in os.environ and read_ranks().rank == 0:
+            Path(os.environ["RNNT_STATUS_FILE"]).write_text(f"{status}\n")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)

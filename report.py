@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run shows of itself: console, logs, curves, warnings, profile.
+"""What a training run shows: console, log.jsonl, MLPerf's log, curves, warnings, profile.
 
-train.py calls everything here; bench.py compares runs with `read_run` and `draw_curves`. Knows of
-no model, configuration or group of ranks: only rank 0 shows anything.
+    steps, evals = read_run(Path("out/demo"))
+    draw_curves({"demo": (steps, evals)}, Path("curves.png"))
+
+train.py calls everything here on rank 0; `python -m tools.bench` uses the reader, the curves and
+the profile. Arguments are plain values and config dataclasses: no model, no group of ranks.
+
+log.jsonl has one object a line; `event` is start, step, epoch, eval or end. A step, an epoch and
+an eval carry `epoch`, from 1, and `step`; a step and an eval also `epochs`, which is fractional,
+and `hours`, the time spent in steps and evaluations since the run began, over all restarts.
 """
 
 import json
 import math
 import os
+import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -23,51 +37,36 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------ curves
 
 
-def read_run(out: Path) -> tuple[list[dict], list[dict]]:
-    """Steps and evaluations of a log.jsonl, each with its epochs and hours since the start.
-
-    Hours are those spent in steps and evaluations. An evaluation has its epoch's mean loss and
-    utterances/s, which are not a number if the log begins after that epoch.
-    """
-    steps, evals, seconds, done = [], [], 0.0, set()
-    for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+def read_log(path: Path) -> Iterator[dict]:
+    """The records of a log.jsonl; a line that was cut off when the run was killed is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off in the middle when the run was killed
+            yield json.loads(line)
+        except json.JSONDecodeError:
             continue
-        seconds += record.get("step_s", 0.0) + (record["seconds"] if "wer" in record else 0.0)
-        record["hours"] = seconds / 3600
-        if record["event"] in ("step", "eval"):
-            (steps if record["event"] == "step" else evals).append(record)
-        if record["event"] == "epoch":
-            done.add(record["epoch"])
-    epochs = defaultdict(list)
-    for record in steps:
-        epochs[record["epoch"]].append(record)
-    longest = max(map(len, epochs.values()), default=1)
-    for epoch, own in epochs.items():  # other ranks or batches after a restart: other lengths
-        size = len(own) if epoch in done else longest
-        for i, record in enumerate(own, 1):
-            record["epochs"] = epoch - 1 + i / size
-    for record in evals:
-        own = epochs[record["epoch"]]
-        record["epochs"] = own[-1]["epochs"] if own else record["epoch"]
-        spent_s = sum(r["step_s"] for r in own) or math.nan
-        record["utts_per_s"] = sum(r["utts_per_s"] * r["step_s"] for r in own) / spent_s
-        record["loss"] = statistics.fmean(r["loss"] for r in own) if own else math.nan
+
+
+def read_run(out: Path) -> tuple[list[dict], list[dict]]:
+    """Records of all steps and of all evaluations in the log.jsonl of a run directory."""
+    records = list(read_log(out / "log.jsonl"))
+    steps, evals = ([r for r in records if r["event"] == kind] for kind in ("step", "eval"))
     return steps, evals
 
 
 def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> None:
-    """Loss, dev WER, learning rate and speed of some runs, against epochs and against hours."""
+    """Loss, dev WER, learning rate and speed of some runs, against epochs and against hours.
+
+    Args:
+        runs: name in the legend -> what `read_run` returns.
+    """
     figure = Figure(figsize=(9, 9), dpi=100)
     axes = figure.subplots(4, 2, sharex="col", sharey="row")
-    # A layout engine would draw everything twice, and this runs in every epoch.
+    # Fixed margins: a layout engine draws everything twice, and this runs in every epoch.
     figure.subplots_adjust(0.1, 0.05, 0.985, 0.985, wspace=0.04, hspace=0.08)
     panels = {"loss": "training loss, nats", "wer": "dev WER, %", "lr": "learning rate",
               "utts_per_s": "utterances/s"}
     for name, (steps, evals) in runs.items():
-        size = -(-len(steps) // 100) or 1  # a hundred means can be read, all steps cannot
+        size = -(-len(steps) // 100) or 1  # steps per point: the curves have at most 100 points
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
         scores = [r | {"wer": min(100.0, 100 * r["wer"])} for r in evals]
         for row, key in zip(axes, panels, strict=True):
@@ -78,7 +77,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     for row, label in zip(axes, panels.values(), strict=True):
         row[0].set(ylabel=label, ylim=(0, None))
         for ax in row:
-            ax.locator_params(nbins=4)  # ticks are what takes the time
+            ax.locator_params(nbins=4)  # drawing the ticks takes most of the time
             ax.grid(alpha=0.3)
     for ax, label in zip(axes[-1], ("epochs", "hours"), strict=True):
         ax.set(xlabel=label, xlim=(0, None))
@@ -87,12 +86,56 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     figure.savefig(png)
 
 
-# --------------------------------------------------------------------------------- console and logs
+# ------------------------------------------------------------------------------------- the machine
 
 
-def hide_bar(rank: int) -> bool | None:
-    """tqdm's `disable`: one progress bar, on rank 0, and None lets tqdm look for a terminal."""
-    return None if rank == 0 else True
+def processor_info() -> str:
+    """The text of /proc/cpuinfo, empty on systems without it."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def processor_name() -> str:
+    lines = [x for x in processor_info().splitlines() if x.startswith("model name")]
+    return lines[0].partition(": ")[2] if lines else platform.processor() or "CPU"
+
+
+def git_commit() -> str | None:
+    """Commit of the folder that holds this file, ending in -dirty if files changed since."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).resolve().parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def describe_start(ranks: int, dtype: torch.dtype, parameters: int, **configs: Any) -> dict:
+    """The facts that a reader of log.jsonl needs to repeat the run.
+
+    Args:
+        dtype: of the matrix products.
+        parameters: their number in the model.
+        configs: the config dataclasses by the names that they get in the record.
+    """
+    return {
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
+        "ranks": ranks, "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."), "parameters": parameters,
+        **{name: asdict(config) for name, config in configs.items()},
+    }
+
+
+# ---------------------------------------------------------------------------------- the log files
+
+
+def progress_bar(items: Iterable, rank: int, **options: Any) -> tqdm:
+    """tqdm, on rank 0 and on terminals only; it disappears at its end."""
+    return tqdm(items, leave=False, disable=None if rank == 0 else True, **options)
 
 
 def summary_writer() -> type:
@@ -104,29 +147,37 @@ def summary_writer() -> type:
 
 
 class Log:
-    """Console, log.jsonl, mllog.log, curves.png and TensorBoard's files, on rank 0 only."""
+    """Writes console, log.jsonl, mllog.log, curves.png and TensorBoard's files, on rank 0 only."""
 
     def __init__(self, out: Path, rank: int, tensorboard: bool = False) -> None:
         self.out = out if rank == 0 else None
         self.open_board = summary_writer() if tensorboard and rank == 0 else None
         self.board = None
-        self.signs: set[str] = set()  # bad ones that were there when last looked
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        if self.out is not None:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def warn(self, message: str) -> None:
+        self.say(f"warning: {message}")
 
     def append(self, name: str, line: str) -> None:
         path = self.out / name
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:  # of writing, it does not name the file
+        except OSError as error:  # an error of writing does not name the file
             raise type(error)(f"{path} could not be written: {error.strerror}") from error
 
-    def write(self, event: str, **values: object) -> None:
-        """A line of log.jsonl, and its fractions for TensorBoard."""
+    def write(self, event: str, **values: Any) -> None:
+        """Appends a record to log.jsonl and hands its floats to TensorBoard."""
         if self.out is None:
             return
         self.append("log.jsonl", json.dumps({"event": event, **values}))
         if self.open_board is not None:
-            # What a run that was killed wrote after its last checkpoint comes again.
+            # purge_step hides the steps that a killed run wrote after its last checkpoint.
             self.board = self.board or self.open_board(self.out, purge_step=values["step"])
             for key, value in values.items():
                 if isinstance(value, float):
@@ -136,10 +187,12 @@ class Log:
 
     def mllog(self, key: str, value: object = None, at_s: float | None = None,
               **metadata: object) -> None:
-        """An event in the form of the package mlperf_logging, with the line of the caller.
+        """Appends an event to mllog.log in the form of the package mlperf_logging.
+
+        The event names the source line of the caller, as MLPerf asks.
 
         Args:
-            at_s: when it happened, if not now, in seconds of time.time().
+            at_s: the time of the event, if it is not now, in seconds of time.time().
         """
         if self.out is None:
             return
@@ -154,133 +207,260 @@ class Log:
         }
         self.append("mllog.log", f":::MLLOG {json.dumps(event)}")
 
-    def say(self, line: str) -> None:
-        if self.out is not None:
-            tqdm.write(line)  # above the progress bar, if there is one
-            sys.stdout.flush()
-
-    def warn(self, sign: str, present: bool, line: str) -> None:
-        """Says so when a bad sign appears, not again as long as it stays."""
-        if present and sign not in self.signs:
-            self.say(f"warning: {line}")
-        (self.signs.add if present else self.signs.discard)(sign)
-
     def draw(self) -> None:
         if self.out is not None:
             draw_curves({self.out.name: read_run(self.out)}, self.out / "curves.png")
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Removes from log.jsonl what comes again when a run goes on from a checkpoint.
+        """Removes the records from log.jsonl that a resumed run will write again.
 
         Args:
-            step: the last one before the checkpoint.
-            evaluated: the step of its last evaluation.
+            step: the last step that the checkpoint contains.
+            evaluated: the step of the last evaluation that the checkpoint contains.
         """
         path = None if self.out is None else self.out / "log.jsonl"
         if path is None or not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut off in the middle when the run was killed
-                continue
-            if record["step"] <= (evaluated if record["event"] == "eval" else step):
-                kept.append(line + "\n")
+        kept = [json.dumps(record) + "\n" for record in read_log(path)
+                if record["step"] <= (evaluated if record["event"] == "eval" else step)]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
 
 
-# ---------------------------------------------------------------------------------------- warnings
+# ------------------------------------------------------------------------- MLPerf's start of a run
 
 
-def warn_of_epoch(log: Log, loss: float, previous_loss: float, best_wer: float) -> None:
-    """Means of an epoch and of the one before, infinite if there is none."""
-    # At a low WER a flat loss is the end that every training comes to.
-    log.warn("flat", best_wer > 0.5 and loss > 0.99 * previous_loss,
-             f"the loss is flat, {loss:.2f} after {previous_loss:.2f} an epoch ago: look at --lr "
-             "and --warmup-epochs, then at the corpus (python -m tools.prepare check)")
+def mllog_start(log: Log, division: str, org: str, ranks: int, started_s: float,
+                reading_s: float) -> None:
+    """The events of MLPerf before training.
+
+    Args:
+        division, org: as the submission claims them.
+        started_s, reading_s: when the program began and when it began to read its corpus.
+    """
+    log.mllog("cache_clear", False, at_s=started_s)  # file system caches stay as they are
+    log.mllog("init_start", at_s=started_s)
+    # MLPerf's checker wants the submission before init_stop from rules 2.0 on.
+    log.mllog("submission_benchmark", "rnnt", at_s=started_s)
+    log.mllog("submission_division", division, at_s=started_s)
+    log.mllog("submission_org", org, at_s=started_s)
+    log.mllog("submission_platform", f"{ranks} ranks, {processor_name()}", at_s=started_s)
+    log.mllog("submission_status", "onprem", at_s=started_s)
+    log.mllog("init_stop", at_s=reading_s)
+    log.mllog("run_start", at_s=reading_s)
+    for tensor in ("pre_rnn", "post_rnn", "pred_embed", "dec_rnn", "joint_enc", "joint_pred",
+                   "joint_net"):
+        log.mllog("weights_initialization", tensor=tensor)
 
 
-def warn_of_evaluation(log: Log, result: dict, is_warm: bool) -> None:
-    """Before the end of the warm-up a transducer may be as bad as it likes."""
-    blank = is_warm and result["labels"] < result["words"] / 10
-    log.warn("blank", blank,
-             f"(almost) all hypotheses are blank, {result['labels']:,} symbols for "
-             f"{result['words']:,} words: usual for some epochs while the loss falls; if it does "
-             "not, look at --lr and at the transcripts")
-    log.warn("wer", is_warm and not blank and result["wer"] >= 1,
-             "WER is 100 % or more after the warm-up: usual for some epochs while the loss falls; "
-             "if it does not, look at --lr, --vocab-size and the transcripts")
+def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_batch: int,
+                   train_samples: int, eval_samples: int, max_symbols: int) -> None:
+    """Every setting that MLPerf asks of an RNN-T run, with the value in force.
+
+    A resumed run repeats them: MLPerf's checker accepts the same value again and no other one.
+
+    Args:
+        cfg, model_cfg, features: TrainConfig, ModelConfig and FeatureConfig.
+        global_batch: utterances of a step.
+        train_samples: utterances of the whole batches of an epoch; in MLPerf's published logs
+            too a last batch that is not full does not count.
+        eval_samples: utterances of the dev split.
+        max_symbols: the longest hypothesis, in labels.
+    """
+    settings = {
+        "seed": cfg.seed,
+        "global_batch_size": global_batch,
+        "gradient_accumulation_steps": cfg.accumulation,
+        "train_samples": train_samples,
+        "eval_samples": eval_samples,
+        "opt_name": "lamb",
+        "opt_base_learning_rate": cfg.lr,
+        "opt_lamb_learning_rate_min": cfg.lr_min,
+        "opt_learning_rate_warmup_epochs": cfg.warmup_epochs,
+        "opt_lamb_learning_rate_hold_epochs": cfg.hold_epochs,
+        "opt_lamb_learning_rate_decay_poly_power": cfg.lr_gamma,
+        "opt_learning_rate_alt_warmup_func": True,  # train.lr_at has this form and no other
+        "opt_learning_rate_alt_decay_func": True,
+        "opt_lamb_beta_1": cfg.beta1,
+        "opt_lamb_beta_2": cfg.beta2,
+        "opt_lamb_epsilon": cfg.eps,
+        "opt_weight_decay": cfg.weight_decay,
+        "opt_gradient_clip_norm": cfg.clip_norm,
+        "model_eval_ema_factor": cfg.ema_decay,
+        "model_weights_initialization_scale": model_cfg.weights_init_scale,
+        "eval_max_prediction_symbols": max_symbols,
+        "data_train_max_duration": features.max_utterance_s,
+        "data_train_num_buckets": features.num_buckets,
+        "data_speed_perturbaton_min": features.speed_min,  # MLPerf's spelling
+        "data_speed_perturbaton_max": features.speed_max,
+        "data_spec_augment_freq_n": features.freq_masks,
+        "data_spec_augment_freq_min": 0,  # a mask may be empty
+        "data_spec_augment_freq_max": features.freq_mask_max,
+        "data_spec_augment_time_n": features.time_masks,
+        "data_spec_augment_time_min": 0,
+        "data_spec_augment_time_max": features.time_mask_max,
+    }
+    for key, value in settings.items():
+        log.mllog(key, value)
 
 
-def warn_of_waiting(log: Log, waits: Sequence[float]) -> None:
-    """From the shares of the last hundred steps that went by waiting for data. The median: the
-    first step of an epoch always waits."""
-    usual = statistics.median(waits) if len(waits) >= 20 else 0.0
-    # Shares near a third would come and go: the sign stays until it is half of that.
-    log.warn("wait", usual > (1 / 6 if "wait" in log.signs else 1 / 3),
-             f"{100 * usual:.0f} % of a step goes by waiting for data: more --loader-workers if "
-             "there are cores, or a faster disk")
+# ---------------------------------------------------------------- console, records and bad signs
 
 
-def warn_of_gradient(log: Log, grad_norm: float, norms: Sequence[float]) -> None:
-    """Steps of runs that went well had at most 4 times the median of the hundred before."""
-    usual = statistics.median(norms) if len(norms) >= 20 else math.inf
-    log.warn("gradient", grad_norm > 10 * usual,
-             f"the gradient norm is {grad_norm:.1f} where {usual:.1f} was usual: if it stays, look "
-             "at --lr and --warmup-epochs, and at this step's recordings")
+class Monitor:
+    """Shows every step, epoch and evaluation of a run, and warns of bad signs.
+
+    A warning is printed when its sign appears and not again while the sign stays.
+
+    Args:
+        epochs: the most that the run will take.
+        log_every: steps between lines on the console; log.jsonl gets all.
+    """
+
+    PROJECTION_STEPS = 50  # steps of this process after which its remaining time is told
+
+    def __init__(self, log: Log, steps_per_epoch: int, epochs: int, log_every: int) -> None:
+        self.log, self.steps_per_epoch, self.epochs = log, steps_per_epoch, epochs
+        self.log_every = log_every
+        self.started, self.steps = time.monotonic(), 0  # of this process
+        self.signs: set[str] = set()  # those that were present when last looked at
+        self.grad_norms: deque[float] = deque(maxlen=100)  # of the last steps
+        self.waits: deque[float] = deque(maxlen=100)  # for data, as shares of the last steps
+        self.epoch_loss = math.inf  # mean of the last epoch
+
+    def step(self, batch: int, **record: Any) -> None:
+        """Writes a step's record; `batch` counts the steps of the epoch."""
+        self.log.write("step", **record)
+        if batch % self.log_every == 1 or self.log_every == 1:
+            self.log.say(
+                f"epoch {record['epoch']} | iter {batch}/{self.steps_per_epoch} | "
+                f"loss {record['loss']:.2f} | utts/s {record['utts_per_s']:.1f} | "
+                f"took {record['step_s']:.2f} s | lrate {record['lr']:.2e} | "
+                f"grad norm {record['grad_norm']:.2f} | data wait {record['data_s']:.2f} s"
+            )
+        self.check_gradient(record["grad_norm"])
+        self.check_waiting(record["data_s"] / record["step_s"])
+        self.steps += 1
+        if self.steps == self.PROJECTION_STEPS:
+            left = (self.epochs - record["epoch"] + 1) * self.steps_per_epoch - batch
+            hours = (time.monotonic() - self.started) * left / self.steps / 3600
+            self.log.say(f"projected: {hours:.2f} h for the rest of {self.epochs} epochs")
+
+    def epoch(self, best_wer: float, left_out: int, **record: Any) -> None:
+        """Writes an epoch's record; `left_out` counts its utterances that could not be read."""
+        self.log.write("epoch", **record)
+        self.log.say(f"epoch {record['epoch']} | avg train utts/s {record['utts_per_s']:.1f} | "
+                     f"avg loss {record['loss']:.2f} | took {record['seconds']:.1f} s")
+        if left_out:
+            self.log.say(f"epoch {record['epoch']} | {left_out} bad utterances left out")
+        self.check_loss(record["loss"], best_wer)
+
+    def evaluation(self, is_warm: bool, **record: Any) -> None:
+        """Writes an evaluation's record; `is_warm` is true after the warm-up."""
+        self.log.write("eval", **record)
+        self.log.say(f"epoch {record['epoch']} | dev ema wer {100 * record['wer']:.2f} % | "
+                     f"{record['errors']:,} errors in {record['words']:,} words | "
+                     f"rtf {record['rtf']:.4f} | took {record['seconds']:.1f} s")
+        if is_warm:  # before, a transducer may be of any WER
+            self.check_hypotheses(record["labels"], record["words"], record["wer"])
+
+    def warn(self, sign: str, is_present: bool, message: str) -> None:
+        if is_present and sign not in self.signs:
+            self.log.warn(message)
+        (self.signs.add if is_present else self.signs.discard)(sign)
+
+    def check_gradient(self, grad_norm: float) -> None:
+        """Warns of ten times the median; runs that ended well had at most four times."""
+        usual = statistics.median(self.grad_norms) if len(self.grad_norms) >= 20 else math.inf
+        self.grad_norms.append(grad_norm)
+        self.warn("gradient", grad_norm > 10 * usual,
+                  f"the gradient norm is {grad_norm:.1f} where {usual:.1f} was usual: if it "
+                  "stays, look at --lr and --warmup-epochs, and at this step's recordings")
+
+    def check_waiting(self, share: float) -> None:
+        """Looks at the median, since the first step of every epoch waits."""
+        self.waits.append(share)
+        usual = statistics.median(self.waits) if len(self.waits) >= 20 else 0.0
+        # The sign disappears at half of the share at which it appears, or it would flicker.
+        self.warn("wait", usual > (1 / 6 if "wait" in self.signs else 1 / 3),
+                  f"{100 * usual:.0f} % of a step goes by waiting for data: more --loader-workers "
+                  "if there are cores, or a faster disk")
+
+    def check_loss(self, loss: float, best_wer: float) -> None:
+        """Warns of a flat loss at a high WER; at a low one, training may have come to its end."""
+        before, self.epoch_loss = self.epoch_loss, loss
+        self.warn("flat", best_wer > 0.5 and loss > 0.99 * before,
+                  f"the loss is flat, {loss:.2f} after {before:.2f} an epoch ago: look at --lr and "
+                  "--warmup-epochs, then at the corpus (python -m tools.prepare check)")
+
+    def check_hypotheses(self, labels: int, words: int, wer: float) -> None:
+        is_blank = labels < words / 10
+        self.warn("blank", is_blank,
+                  f"(almost) all hypotheses are blank, {labels:,} symbols for {words:,} words: "
+                  "usual for some epochs while the loss falls; if it does not, look at --lr and at "
+                  "the transcripts")
+        self.warn("wer", not is_blank and wer >= 1,
+                  "WER is 100 % or more after the warm-up: usual for some epochs while the loss "
+                  "falls; if it does not, look at --lr, --vocab-size and the transcripts")
 
 
 # ----------------------------------------------------------------------------------------- profile
 
-# Part of a step -> the profiler's names for it: operators, autograd nodes, our record_function.
-# WideLstm is made of operators that others use as well, and so in everything else.
-PROFILE_PARTS = {
+# Stage -> the profiler's names for it: operators, autograd nodes and record_function labels.
+# WideLstm consists of operators that others use as well, and so counts as everything else.
+STAGES = {
     "oneDNN LSTM": ("aten::lstm", "autograd::engine::evaluate_function: MkldnnRnnLayerBackward0"),
-    "joint network and loss": ("JointCosts",
-                               "autograd::engine::evaluate_function: JointCostsBackward"),
+    "joint network": ("JointCosts", "autograd::engine::evaluate_function: JointCostsBackward"),
+    "lattice of the loss": ("lattice",),
     "optimiser": ("Optimizer.step#Lamb.step", "clip_gradients", "update_ema"),
     "waiting for data": ("enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__",
                          "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"),
 }
-# These run on threads of their own, gradients' behind the backward pass.
-PROFILE_ALL_REDUCES = ("gloo:all_reduce", "mpi:all_reduce",
-                       "oneccl_bindings_for_pytorch::allreduce")
-PROFILE_SKIP, PROFILE_STEPS = 10, 5  # first steps build oneDNN's kernels
+# All-reduces run on threads of their own, those of gradients during the backward pass.
+ALL_REDUCES = ("gloo:all_reduce", "mpi:all_reduce", "oneccl_bindings_for_pytorch::allreduce")
+PROFILE_SKIP, PROFILE_STEPS = 10, 5  # oneDNN builds its kernels in the first steps
 
 
-def profiled(batches: Iterable, left: int, log: Log) -> Iterator:
-    """Hands on the batches of `left` steps, profiling five steps and the waits before them.
+def operator_seconds(result: profile, names: Iterable[str]) -> float:
+    """Seconds spent in some operators, including the operators that they call."""
+    total = {e.key: e.cpu_time_total / 1e6 for e in result.key_averages()}
+    return sum(total.get(name, 0.0) for name in names)
 
-    At least one step comes after them, or the caller might not ask for another batch.
+
+def profile_parts(result: profile, seconds: float) -> dict[str, float]:
+    """Stage -> seconds, in the thread that trains; the stages add up to `seconds`.
+
+    Args:
+        seconds: wall time of everything that was profiled.
     """
-    batches = iter(batches)
-    yield from islice(batches, min(PROFILE_SKIP, left - PROFILE_STEPS - 1))
+    parts = {stage: operator_seconds(result, names) for stage, names in STAGES.items()}
+    parts["joint network"] -= parts["lattice of the loss"]  # JointCosts contains the lattice
+    parts["everything else"] = seconds - sum(parts.values())
+    return parts
+
+
+def profile_steps(steps: Iterable, left: int, log: Log) -> Iterator:
+    """Yields the `left` steps of an epoch, and profiles five of them with the waits for data."""
+    steps = iter(steps)
+    yield from islice(steps, min(PROFILE_SKIP, left - PROFILE_STEPS))
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as result:
-        yield from islice(batches, PROFILE_STEPS)
+        yield from islice(steps, PROFILE_STEPS)
         seconds = time.perf_counter() - started
-    report_profile(result, seconds, log)
-    yield from batches
+    show_profile(result, seconds, log)
+    yield from steps
 
 
-def report_profile(result: profile, seconds: float, log: Log) -> None:
-    """Operators by their own time, what they are parts of, and trace.json."""
+def show_profile(result: profile, seconds: float, log: Log) -> None:
+    """Prints operators by their own time and the share of every stage, and writes trace.json."""
     trace = log.out / "trace.json"
     result.export_chrome_trace(str(trace))
-    operators = result.key_averages()
-    log.say(operators.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
-    total = {e.key: e.cpu_time_total / 1e6 for e in operators}
-    parts = {part: sum(total.get(name, 0.0) for name in names)
-             for part, names in PROFILE_PARTS.items()}
-    lattice = total.get("lattice", 0.0)
-    parts["joint network"] = parts.pop("joint network and loss") - lattice
-    parts["lattice of the loss"] = lattice
-    parts["everything else"] = seconds - sum(parts.values())
-    shares = ", ".join(f"{part} {100 * s / seconds:.1f} %" for part, s in parts.items())
-    travel = sum(total.get(name, 0.0) for name in PROFILE_ALL_REDUCES) / seconds
+    log.say(result.key_averages().table(sort_by="self_cpu_time_total", row_limit=30,
+                                        max_name_column_width=60))
+    parts = profile_parts(result, seconds)
+    shares = ", ".join(f"{stage} {100 * s / seconds:.1f} %" for stage, s in parts.items())
+    travel = operator_seconds(result, ALL_REDUCES) / seconds
     log.say(f"profile: {PROFILE_STEPS} steps took {seconds:.3f} s: {shares}. The largest part "
             f"is {max(parts, key=parts.get)}. Communication was under way {100 * travel:.1f} % of "
             f"the time. {trace} is for ui.perfetto.dev.")

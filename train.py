@@ -3,7 +3,7 @@
 
     python train.py --data data/demo --train-splits train-demo --dev-split dev-demo \\
         --out out/demo --preset demo
-    python train.py ... --resume      # goes on from the newest checkpoint, or begins
+    python train.py ... --resume      # continues from the newest checkpoint, if there is one
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
@@ -18,7 +18,6 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 """
 
 import argparse
-import atexit
 import copy
 import gc
 import hashlib
@@ -26,20 +25,18 @@ import importlib
 import inspect
 import math
 import os
-import platform
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter, deque
+import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,26 +44,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
-from tqdm import tqdm
 
 import data
 import decode
 import report
 from checkpoint import (
-    CHECKPOINT_FORMAT,
-    DamagedCheckpoint,
-    clear,
+    clear_run,
+    keep_newest,
     list_checkpoints,
-    load_checkpoint,
     lock_run,
+    newest_checkpoint,
     save_checkpoint,
 )
-from data import Batch, Tokenizer
+from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig, check_ranges
 from loss import joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
-from ranks import Pulse, Ranks, abort_launcher, all_sum, init_ranks, read_ranks
-from report import Log
+from ranks import Ranks, all_sum, leave, start_ranks
+from report import Log, Monitor
+
+# ---------------------------------------------------------------------------- configs and flags
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class TrainConfig:
     lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
     beta1: float = 0.9
     beta2: float = 0.999
-    epsilon: float = 1e-9
+    eps: float = 1e-9
     weight_decay: float = 1e-3  # on every parameter; 0 makes LAMB Adam
     clip_norm: float = 1.0  # largest norm of the whole gradient
     ema_decay: float = 0.999  # of the averaged weights that are evaluated
@@ -125,7 +122,7 @@ class TrainConfig:
         check_ranges(self, (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
-            (("lr", "epsilon", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
+            (("lr", "eps", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
             (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
               "time_limit_s", "checkpoint_every_s", "seed", "loader_workers"),
              lambda x: x >= 0, "at least 0"),
@@ -139,11 +136,11 @@ class TrainConfig:
             raise ValueError("resume and restart exclude each other")
 
 
-# What else a preset changes, of training and of the front end: small corpora need small batches,
-# hence more steps. LAMB turns every tensor by the same share of its norm, noise or not, which
-# batches of 16 did not survive at a useful rate: without weight decay it is Adam.
+# The fields that a preset changes beside those of its model. Small corpora need small batches and
+# so have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient
+# of a small batch is mostly noise; without weight decay it is Adam, which batches of 8 need.
 RECIPES = {
-    # Of train-clean-100's padded frames 0.92 are valid, with six buckets 0.87.
+    # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding.
     "democratized": dict(num_buckets=12),
     "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
                  hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
@@ -152,28 +149,22 @@ RECIPES = {
                  ema_decay=0.99, num_buckets=12),
 }
 
-
-# Ctrl-C, and what batch systems send before they kill.
+# Ctrl-C and the signals that batch systems send before they kill.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, **{s.name: 128 + s for s in STOP_SIGNALS}}
 
 
-# ---------------------------------------------------------------------------------------- flags
-
-
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag for each field of a config dataclass; absent ones keep the preset's value.
+    """Adds one flag for each field of a config dataclass; absent flags keep the preset's value.
 
-    Its help is the comment behind the field and the default.
+    The help of a flag is the comment behind its field and the default.
     """
     defaults = PRESETS[TrainConfig.preset] if config is ModelConfig else config
-    comments = dict(
-        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE)
-    )
+    source = inspect.getsource(config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(config):
         if field.name == "feature_size":  # follows from the front end
             continue
-        flag = "--" + field.name.replace("_", "-")
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
         default = RECIPES[TrainConfig.preset].get(field.name, getattr(defaults, field.name, ""))
         default = "" if field.default is MISSING else f"({default})"
@@ -181,57 +172,42 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.type == tuple[str, ...]:
-            options.update(nargs="+")
+            options["nargs"] = "+"
         else:
-            options.update(type=field.type)
-        parser.add_argument(flag, **options)
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def parse_configs(words: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
     """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     for config in (TrainConfig, ModelConfig, FeatureConfig):
         add_flags(parser.add_argument_group(config.__name__), config)
-    given = vars(parser.parse_args(words))
+    given = vars(parser.parse_args(argv))
     preset = given.get("preset", TrainConfig.preset)
     given = {**RECIPES.get(preset, {}), **given}
 
-    def of(config: type) -> dict:
+    def values_for(config: type) -> dict:
         return {f.name: given[f.name] for f in fields(config) if f.name in given}
 
     try:
-        train = TrainConfig(**of(TrainConfig))
-        features = FeatureConfig(**of(FeatureConfig))
-        model = replace(PRESETS[preset], feature_size=features.feature_size, **of(ModelConfig))
+        train = TrainConfig(**values_for(TrainConfig))
+        features = FeatureConfig(**values_for(FeatureConfig))
+        model = replace(PRESETS[preset], feature_size=features.feature_size,
+                        **values_for(ModelConfig))
     except ValueError as error:
         parser.error(str(error))
     return replace(train, train_splits=tuple(train.train_splits)), model, features
 
 
-# ---------------------------------------------------------------------------------------- ranks
-
-
-def processor() -> str:
-    """What Linux says about the processors; nothing on other systems."""
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-def processor_name() -> str:
-    names = [line.partition(": ")[2] for line in processor().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor() or "CPU"
-
-
 def processor_multiplies_bf16() -> bool:
-    """As the processor's flags say: AMX (Intel), AVX-512 (AMD), BF16 (Arm).
+    """True if the processor's flags name AMX (Intel), AVX-512 BF16 (AMD) or BF16 (Arm).
 
-    Intel's AVX-512 instructions for it, without AMX, multiply at half of float32's rate.
+    Intel's AVX-512 BF16 instructions without AMX multiply at half of float32's rate.
     """
-    words = set(processor().split())
+    words = set(report.processor_info().split())
     return bool(words & {"amx_bf16", "bf16"}) or {"AuthenticAMD", "avx512_bf16"} <= words
 
 
@@ -243,14 +219,12 @@ def matrix_dtype(precision: str) -> torch.dtype:
 # ------------------------------------------------------------------------------------ optimiser
 
 
-def lr_at(step: int, epoch: int, lr: float,
-          warmup_epochs: float, hold_epochs: float, steps_per_epoch: int, gamma: float,
-          lr_min: float) -> float:
+def lr_at(step: int, epoch: int, *, lr: float, warmup_epochs: float, hold_epochs: float,
+          steps_per_epoch: int, gamma: float, lr_min: float) -> float:
     """Learning rate of a step; step and epoch count from 1.
 
     Linear warm-up, hold, then a factor `gamma` per epoch (constant inside an epoch), never less
-    than `lr_min`: common/optimizers.py:20-46 of the original. Its demo prints 4.52e-04,
-    6.77e-04, 9.03e-04 for steps 1, 2, 3.
+    than `lr_min`: common/optimizers.py:20-46 of the original.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
@@ -264,7 +238,11 @@ def lr_at(step: int, epoch: int, lr: float,
 
 @record_function("clip_gradients")
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients so that their common norm is at most `max_norm`; returns the norm."""
+    """Scales all gradients so that their common norm is at most `max_norm`.
+
+    Returns:
+        The norm before scaling.
+    """
     grads = [p.grad for p in parameters]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     if norm > max_norm:
@@ -275,18 +253,24 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 class Lamb(torch.optim.Optimizer):
     """Layer-wise adaptive moments, You et al. (2019), arXiv:1904.00962, as in apex FusedLAMB.
 
-    Adam's update plus weight decay, times the ratio of the norms of parameter and update. A
-    tensor of which either norm is zero moves with the plain learning rate; IPEX's Lamb has no
-    such rule, and there a bias that starts at zero stays zero. Without weight decay the ratio
-    is 1, and LAMB is Adam: the rule of multi_tensor_lamb.cu. Clipping is `clip_gradients`.
-    Parameters of a group are contiguous and of one dtype.
+    The step of a tensor is Adam's update plus weight decay, times the ratio of the norms of the
+    parameter and of that update. The ratio is 1 if either norm is zero; IPEX's Lamb has no such
+    rule, and there a bias that starts at zero stays zero. Without weight decay the ratio is 1 too,
+    and LAMB is Adam: the rule of multi_tensor_lamb.cu. It does not clip: see `clip_gradients`.
+
+    Args:
+        parameters: contiguous and of one dtype.
+        lr, betas, eps, weight_decay: as in torch.optim.Adam; the decay is decoupled.
     """
 
-    PART = 2**17  # values; of five tensors 2.5 MB, in the caches of two cores
+    # Values that are updated at a time: five tensors of 2.5 MB in all stay in the caches of two
+    # cores over all operations of an update.
+    PART = 2**17
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float],
-                 epsilon: float, weight_decay: float) -> None:
-        defaults = dict(lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, step=0)
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
@@ -295,7 +279,7 @@ class Lamb(torch.optim.Optimizer):
             group["step"] += 1
             params = [p for p in group["params"] if p.grad is not None]
             sizes = [p.numel() for p in params]
-            # Memory for the update of one tensor after the other: new memory takes its time.
+            # All tensors share one buffer for their updates, since allocating memory takes time.
             updates = params[0].new_empty(max(sizes)) if params else None
             for p, size in zip(params, sizes, strict=True):
                 if not self.state[p]:
@@ -303,11 +287,10 @@ class Lamb(torch.optim.Optimizer):
                 self.move(p, updates[:size], group)
 
     def move(self, p: Tensor, update: Tensor, group: dict) -> None:
-        """Moves one parameter; its update is written to `update`, (values of p,), on the way."""
+        """Moves one parameter; `update`, of as many values, is overwritten with its update."""
         state, decays = self.state[p], group["weight_decay"] != 0
         tensors = (update, p, p.grad.reshape(-1), state["mean"], state["square"])
         norms = []
-        # Part after part: all operations on one find it in the cache.
         for part in zip(*(x.view(-1).split(self.PART) for x in tensors), strict=True):
             self.adam_update(*part, group)
             if decays:
@@ -315,19 +298,19 @@ class Lamb(torch.optim.Optimizer):
         rate = group["lr"]
         if decays:
             ratio = float(torch.div(*torch.stack(norms).norm(dim=0)))  # of parameter and update
-            # 0/x, x/0 and 0/0: the plain learning rate.
+            # A norm of zero makes the ratio 0, infinite or NaN.
             rate *= ratio if math.isfinite(ratio) and ratio > 0 else 1.0
         p.add_(update.view_as(p), alpha=-rate)
 
     @staticmethod
-    def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor,
-                    square: Tensor, group: dict) -> None:
+    def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
+                    group: dict) -> None:
         """Moves the moments and writes Adam's update plus weight decay to `update`."""
         beta1, beta2 = group["betas"]
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         torch.div(square, 1 - beta2 ** group["step"], out=update)
-        update.sqrt_().add_(group["epsilon"])
+        update.sqrt_().add_(group["eps"])
         torch.div(mean, update, out=update).div_(1 - beta1 ** group["step"])
         update.add_(p, alpha=group["weight_decay"])
 
@@ -340,42 +323,35 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(averaged.values()), list(current.values()), 1 - decay)
 
 
-# -------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------- one step
 
 
 class Trainer(NamedTuple):
-    """What a step works on."""
+    """Everything that a step reads or changes."""
 
     cfg: TrainConfig
     ranks: Ranks
     model: Transducer
     parallel: nn.Module  # the model, wrapped by DistributedDataParallel if there are many ranks
-    ema: Transducer
+    ema: Transducer  # the averaged weights
     optimizer: Lamb
     dtype: torch.dtype  # of the matrix products
 
+    @property
+    def global_batch(self) -> int:
+        """Utterances of a step."""
+        return global_batch(self.cfg, self.ranks)
 
-def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
-    """Gives the model IPEX's LSTM, in place, for WideLstm too; importing it also replaces
-    operators of torch.
 
-    The parameters stay as they are, in float32 and in their own shape: the loss multiplies with
-    the output layer's weight itself, and checkpoints have to load without IPEX.
-    """
-    try:
-        ipex = importlib.import_module("intel_extension_for_pytorch")
-    except ImportError as error:
-        raise ValueError(f"ipex: needs intel_extension_for_pytorch: {error}") from error
-    ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
+def global_batch(cfg: TrainConfig, ranks: Ranks) -> int:
+    return cfg.batch_size * cfg.accumulation * ranks.world
 
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     model = Transducer(model_cfg)
     ema = copy.deepcopy(model).eval()
-    optimizer = Lamb(
-        model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, cfg.weight_decay
-    )
+    optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     if cfg.ipex:
         optimize_with_ipex(model, optimizer)
     parallel = model
@@ -384,34 +360,54 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trai
     return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg.precision))
 
 
-def step_moments(trainer: Trainer, batches: Sequence[Batch]) -> Tensor | None:
-    """BatchNorm statistics of the whole step, all micro-batches of all ranks."""
+def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
+    """Replaces the model's LSTMs by IPEX's, in place; importing IPEX also replaces torch operators.
+
+    The parameters stay in float32 and in their own shapes: the loss multiplies with the weight of
+    the output layer itself, and checkpoints have to load without IPEX.
+    """
+    try:
+        ipex = importlib.import_module("intel_extension_for_pytorch")
+    except ImportError as error:
+        raise ValueError(f"ipex: needs intel_extension_for_pytorch: {error}") from error
+    ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
+
+
+@contextmanager
+def step_statistics(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[None]:
+    """BatchNorm uses the statistics of the whole step: all micro-batches of all ranks."""
     norm = trainer.model.encoder.feature_norm
     if norm is None:
-        return None
+        yield
+        return
     moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
-    norm.update(all_sum(moments, trainer.ranks))
-    return moments
+    norm.begin_step(all_sum(moments, trainer.ranks))
+    yield
+    norm.end_step()
 
 
-def batch_loss(trainer: Trainer, batch: Batch, moments: Tensor | None) -> Tensor:
-    """(B,) costs in nats."""
+def batch_loss(trainer: Trainer, batch: Batch) -> Tensor:
+    """Negative log-likelihood of every utterance of a micro-batch: (B,) in nats."""
     model = trainer.model
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         encoded, enc_lens, predicted = trainer.parallel(
-            batch.feats, batch.feat_lens, batch.targets, moments
-        )
+            batch.feats, batch.feat_lens, batch.targets
+        )  # (B, T, J), (B,), (B, U+1, J)
         output = model.joint_network.output
         return joint_transducer_loss(
             encoded, predicted, output.weight, output.bias, batch.targets, enc_lens,
             batch.target_lens, model.cfg.blank, model.cfg.joint_dropout, reduction="none",
-        )
+        )  # (B,)
 
 
-def sum_costs(costs: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[float, int]:
-    """Sum and number over all ranks. Raises on every rank if a cost on any is not finite."""
-    bad = [i for i, ok in zip(batch.ids, costs.isfinite().tolist(), strict=True) if not ok]
-    sums = torch.tensor([len(bad), costs.double().sum(), len(costs)], dtype=torch.float64)
+def sum_losses(losses: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[float, int]:
+    """Sum and number of the losses of a micro-batch over all ranks.
+
+    Raises:
+        FloatingPointError: a loss on any rank is not finite; every rank raises it.
+    """
+    bad = [i for i, ok in zip(batch.ids, losses.isfinite().tolist(), strict=True) if not ok]
+    sums = torch.tensor([len(bad), losses.double().sum(), len(losses)], dtype=torch.float64)
     total_bad, total, count = all_sum(sums, ranks).tolist()
     if total_bad > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
@@ -419,31 +415,32 @@ def sum_costs(costs: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[flo
     return total, int(count)
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float) -> tuple:
-    """One optimiser step over all micro-batches: returns mean cost, norm of the gradient.
+def train_step(trainer: Trainer, batches: Sequence[Batch], step: int,
+               lr: float) -> tuple[float, float]:
+    """One optimiser step over all micro-batches: returns the mean loss and the gradient's norm.
 
-    Every utterance of the global batch weighs the same, so accumulation and ranks change
+    Every utterance of the global batch has the same weight, so accumulation and ranks change
     nothing but the order of summation. The random numbers of dropout depend on (seed, step,
-    rank) alone: a resumed run draws what the uninterrupted one draws.
+    rank) alone: a resumed run draws the same ones as an uninterrupted run.
     """
     cfg, ranks = trainer.cfg, trainer.ranks
     state = np.random.SeedSequence((cfg.seed, step, ranks.rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
     trainer.parallel.train()
     trainer.optimizer.zero_grad(set_to_none=True)
-    moments = step_moments(trainer, batches)
-    count = sum(b.asked for b in batches)  # the same on every rank
+    num_requested = sum(b.num_requested for b in batches)  # the same on every rank
     total, computed = 0.0, 0
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        # Gradients are summed over the ranks during the last backward pass only.
-        with nullcontext() if last or ranks.world == 1 else trainer.parallel.no_sync():
-            costs = batch_loss(trainer, batch, moments)
-            part = sum_costs(costs.detach(), batch, step, ranks)
-            total, computed = total + part[0], computed + part[1]
-            (costs.sum() / count).backward()
+    with step_statistics(trainer, batches):
+        for i, batch in enumerate(batches):
+            is_last = i == len(batches) - 1
+            # Gradients are summed over the ranks during the last backward pass only.
+            with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
+                losses = batch_loss(trainer, batch)
+                loss_sum, count = sum_losses(losses.detach(), batch, step, ranks)
+                total, computed = total + loss_sum, computed + count
+                (losses.sum() / num_requested).backward()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
-    if not math.isfinite(grad_norm):  # the same on every rank
+    if not math.isfinite(grad_norm):  # every rank has the same norm
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
@@ -451,21 +448,17 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     return total / computed, grad_norm
 
 
-def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.Utterance],
+def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
              features: FeatureConfig) -> dict:
     """WER of the averaged weights; every rank decodes its share of the batches, in float32."""
     started = time.perf_counter()
     cfg, ranks = trainer.cfg, trainer.ranks
     mine = decode.evaluation_batches(utterances, cfg.eval_batch_size)[ranks.rank :: ranks.world]
-    loader = data.batch_loader(
-        data.SpeechDataset(utterances, None, features),
-        mine,
-        cfg.loader_workers,
-        cfg.timeout_s / 2,  # the other ranks wait for this one meanwhile
-    )
+    dataset = data.SpeechDataset(utterances, None, features)
+    # Half of the limit: meanwhile the other ranks wait for this one.
+    loader = data.batch_loader(dataset, mine, cfg.loader_workers, cfg.timeout_s / 2)
+    bar = report.progress_bar(loader, ranks.rank, desc="dev", unit="batch", total=len(mine))
     counts = Counter()
-    bar = tqdm(loader, desc="dev", unit="batch", leave=False, total=len(mine),
-               disable=report.hide_bar(ranks.rank))
     texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts)
     decoded = [u for u in utterances if u.id in texts]
     errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
@@ -479,603 +472,525 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[data.U
     }
 
 
-# ---------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------- the corpus
 
 
-class Progress:
-    """Where a run is: in `epoch`, from 1, `batch` steps are done; `step` counts from 1."""
-
-    def __init__(self) -> None:
-        self.epoch, self.batch, self.step = 1, 0, 0
-        self.loss_sum = 0.0  # over the steps of this epoch
-        self.seconds = 0.0  # of training and evaluating, over all restarts
-        self.best_wer = math.inf
-        self.evaluated = 0  # step of the newest evaluation
-
-
-def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint in the run directory, if --resume asks for it.
+def load_corpus(cfg: TrainConfig, features: FeatureConfig,
+                log: Log) -> tuple[list[Utterance], list[Utterance]]:
+    """Training utterances of all splits without those that are too long, and the dev split.
 
     Raises:
-        ValueError: a run is there and neither --resume nor --restart is given, or nothing of it
-            is readable, or it is not of this version.
+        ValueError: with the errors of all splits.
     """
-    out = Path(cfg.out)
-    present = list_checkpoints(out)
-    there = [*out.glob("best.pt"), *present]
-    if not there or cfg.restart:
-        return None
-    if not cfg.resume:
-        raise ValueError(f"{there[-1]} exists: give --resume to go on, --restart to delete it, "
-                         "or another --out")
-    for path in reversed(present):
-        try:
-            return path, load_checkpoint(path)
-        except DamagedCheckpoint as error:
-            log.say(f"warning: {error}; trying the one before")
-    raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
-
-
-def check_same_run(path: Path, checkpoint: dict, preset: str, configs: Sequence) -> None:
-    """ValueError that names the field in which a run differs from the checkpoint it continues."""
-    stored = checkpoint["train_config"]["preset"]
-    if stored != preset:
-        raise ValueError(f"{path} has preset {stored}, this run {preset}")
-    asked = {"vocab_size": checkpoint["asked_vocab_size"]}
-    old_configs = (checkpoint["model_config"] | asked, checkpoint["feature_config"])
-    for config, stored in zip(configs, old_configs, strict=True):
-        for field, new in asdict(config).items():
-            old = stored.get(field)
-            if old != new:
-                raise ValueError(f"{path} has {field} {old}, this run {new}")
-
-
-# ----------------------------------------------------------------------------------- the loop
-
-
-def git_commit() -> str | None:
-    """Of the folder this file is in, with -dirty behind it if files changed since."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).resolve().parent
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
-
-
-def describe_start(trainer: Trainer, features: FeatureConfig) -> dict:
-    """What a reader of log.jsonl needs to repeat the run."""
-    return {
-        "commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
-        "ranks": trainer.ranks.world, "threads": torch.get_num_threads(),
-        "precision": str(trainer.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "train_config": asdict(trainer.cfg), "model_config": asdict(trainer.model.cfg),
-        "feature_config": asdict(features),
-    }
-
-
-def groups(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while group := list(islice(items, size)):
-        yield group
-
-
-class Run:
-    """One training run: the data, the loop over epochs and steps, what it reports and saves."""
-
-    def __init__(self, trainer: Trainer, features: FeatureConfig, tokenizer: Tokenizer,
-                 train: Sequence[data.Utterance], dev: Sequence[data.Utterance],
-                 log: Log) -> None:
-        self.trainer, self.features, self.tokenizer, self.log = trainer, features, tokenizer, log
-        self.train, self.dev, self.dev_facts = train, dev, describe_corpus(dev)
-        self.progress = Progress()
-        self.kept: list[Path] = []  # checkpoints that stay
-        self.started = self.saved = time.monotonic()
-        self.signal, self.signalled = 0, 0.0  # the last one of STOP_SIGNALS, and when
-        self.lock: TextIO | None = None  # of the run directory; rank 0 has it
-        self.first_step = 0  # that this process did not do
-        self.epoch_loss = math.inf  # mean over the last epoch
-        self.norms: deque[float] = deque(maxlen=100)  # of the gradient in the last steps
-        self.waits: deque[float] = deque(maxlen=100)  # for data, as shares of those steps
-        self.profiled = not trainer.cfg.profile or trainer.ranks.rank != 0  # nothing to do
-        self.asked_vocab_size = trainer.model.cfg.vocab_size  # the texts may give fewer pieces
-        cfg = trainer.cfg
-        self.global_batch = cfg.batch_size * cfg.accumulation * trainer.ranks.world
-        self.steps_per_epoch = len(train) // self.global_batch
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"{len(train)} training utterances, fewer than a batch of "
-                             f"{self.global_batch}")
-        if cfg.profile and self.steps_per_epoch <= report.PROFILE_STEPS:
-            raise ValueError(f"--profile: {self.steps_per_epoch} steps in an epoch, expected at "
-                             f"least {report.PROFILE_STEPS + 1}")
-        self.order = {  # all that decides which utterances a step has
-            "ranks x batch x accumulation":
-                f"{trainer.ranks.world} x {cfg.batch_size} x {cfg.accumulation}",
-            "seed": cfg.seed, "training set": describe_corpus(train),
-            "length in buckets": "after speed perturbation",  # as recorded where it is missing
-        }
-
-    def epoch_loader(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the current epoch that are not done yet."""
-        cfg, ranks, epoch = self.trainer.cfg, self.trainer.ranks, self.progress.epoch
-        dataset = data.SpeechDataset(
-            self.train, self.tokenizer, self.features, cfg.seed, epoch, cfg.skip_bad
-        )
-        order = data.bucket_batches(
-            dataset.durations_s(), self.global_batch, self.features.num_buckets,
-            np.random.default_rng((cfg.seed, epoch)),
-        )
-        mine = order[self.progress.batch :, ranks.rank :: ranks.world]
-        return data.batch_loader(
-            dataset, mine.reshape(-1, cfg.batch_size).tolist(), cfg.loader_workers,
-            cfg.timeout_s / 2,
-        )
-
-    def epoch_steps(self) -> Iterator[list[Batch]]:
-        """Micro-batches of every step that is left in the epoch."""
-        left = self.steps_per_epoch - self.progress.batch
-        steps = groups(self.epoch_loader(), self.trainer.cfg.accumulation)
-        if not self.profiled and left > report.PROFILE_STEPS:
-            self.profiled = True
-            steps = report.profiled(steps, left, self.log)
-        return iter(tqdm(
-            steps, desc=f"epoch {self.progress.epoch}", unit="step", leave=False,
-            total=self.steps_per_epoch, initial=self.progress.batch,
-            disable=report.hide_bar(self.trainer.ranks.rank),
-        ))
-
-    def heed(self, number: int, _frame: object) -> None:
-        """Handler of STOP_SIGNALS: the run stops after the step, at a second Ctrl-C at once."""
-        now = time.monotonic()
-        # Launchers pass on what the terminal has sent to all: within a second it is the same one.
-        if number == self.signal == signal.SIGINT and now - self.signalled > 1:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and self.trainer.ranks.rank == 0:
-            os.write(2, b"stops after this step; Ctrl-C again ends at once\n")
-        self.signal, self.signalled = number, now
-
-    def stop_reason(self, bad_input: bool = False) -> str | None:
-        """Why all ranks stop now: what is most urgent on any of them; one all-reduce."""
-        reasons = ("", "time limit", *(s.name for s in STOP_SIGNALS), "bad input")
-        late = 0 < self.trainer.cfg.time_limit_s < time.monotonic() - self.started
-        mine = ""
-        if bad_input:
-            mine = "bad input"
-        elif self.signal:
-            mine = signal.Signals(self.signal).name
-        # One step at least, or a job that is put back in the queue might never get on.
-        elif late and self.progress.step > self.first_step:
-            mine = "time limit"
-        code = torch.tensor(reasons.index(mine))
-        if self.trainer.ranks.world > 1:
-            dist.all_reduce(code, dist.ReduceOp.MAX)
-        return reasons[int(code)] or None
-
-    def next_batches(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]:
-        """The micro-batches of the next step; or none, and the reason to stop before it."""
-        found, problem = [], None
-        try:
-            found = next(batches)
-        except (OSError, ValueError) as error:
-            problem = data.reason(error)
-        reason = self.stop_reason(bad_input=problem is not None)
-        if reason == "bad input":
-            self.save()
-            raise ValueError(problem or "another rank has met bad input")
-        return found, reason
-
-    def run_epoch(self) -> str | None:
-        """Returns the reason to stop before the epoch's end, if there is one."""
-        cfg, progress = self.trainer.cfg, self.progress
-        epoch_started = waited_from = time.monotonic()
-        first, batches = progress.batch, self.epoch_steps()
-        left_out = 0
-        while progress.batch < self.steps_per_epoch:
-            current, reason = self.next_batches(batches)
-            if reason is not None:
-                return reason
-            data_s = time.monotonic() - waited_from
-            progress.step += 1
-            progress.batch += 1
-            # As if all steps had been of today's size: with other ranks or batches before a
-            # restart, `step` counts on, but is not what the schedule means.
-            lr = lr_at(
-                (progress.epoch - 1) * self.steps_per_epoch + progress.batch, progress.epoch,
-                cfg.lr, cfg.warmup_epochs, cfg.hold_epochs, self.steps_per_epoch, cfg.lr_gamma,
-                cfg.lr_min,
-            )
-            loss, grad_norm = train_step(self.trainer, current, progress.step, lr)
-            progress.loss_sum += loss
-            left_out += sum(b.asked - len(b.ids) for b in current)
-            self.report_step(loss, lr, grad_norm, time.monotonic() - waited_from, data_s)
-            at_end = progress.batch == self.steps_per_epoch  # where `run` saves anyway
-            if time.monotonic() - self.saved >= cfg.checkpoint_every_s and not at_end:
-                self.save()
-            waited_from = time.monotonic()
-        seconds = time.monotonic() - epoch_started
-        loss = progress.loss_sum / self.steps_per_epoch
-        rate = (self.steps_per_epoch - first) * self.global_batch / seconds
-        self.log.write("epoch", epoch=progress.epoch, step=progress.step, loss=loss,
-                       utts_per_s=rate, seconds=seconds)
-        self.log.say(
-            f"epoch {progress.epoch} | avg train utts/s {rate:.1f} | avg loss {loss:.2f} | "
-            f"took {seconds:.1f} s"
-        )
-        if left_out := int(all_sum(torch.tensor(left_out), self.trainer.ranks)):
-            self.log.say(f"epoch {progress.epoch} | {left_out} bad utterances left out")
-        report.warn_of_epoch(self.log, loss, self.epoch_loss, progress.best_wer)
-        self.epoch_loss = loss
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        return None
-
-    def report_step(self, loss: float, lr: float, grad_norm: float, step_s: float,
-                    data_s: float) -> None:
-        progress, cfg = self.progress, self.trainer.cfg
-        rate = self.global_batch / step_s
-        self.log.write(
-            "step", step=progress.step, epoch=progress.epoch, loss=loss, lr=lr,
-            grad_norm=grad_norm, utts_per_s=rate, step_s=step_s, data_s=data_s,
-        )
-        if progress.batch % cfg.log_every == 1 or cfg.log_every == 1:
-            self.log.say(
-                f"epoch {progress.epoch} | iter {progress.batch}/{self.steps_per_epoch} | "
-                f"loss {loss:.2f} | utts/s {rate:.1f} | took {step_s:.2f} s | lrate {lr:.2e} | "
-                f"grad norm {grad_norm:.2f} | data wait {data_s:.2f} s"
-            )
-        report.warn_of_gradient(self.log, grad_norm, self.norms)
-        self.norms.append(grad_norm)
-        self.waits.append(data_s / step_s)
-        report.warn_of_waiting(self.log, self.waits)
-        if progress.step == self.first_step + 50:
-            left = (cfg.epochs - progress.epoch + 1) * self.steps_per_epoch - progress.batch
-            hours = (time.monotonic() - self.started) * left / 50 / 3600
-            self.log.say(f"projected: {hours:.2f} h for the rest of {cfg.epochs} epochs")
-
-    def seconds(self) -> float:
-        """Of training and evaluating, over all restarts."""
-        return self.progress.seconds + time.monotonic() - self.started
-
-    def save(self, is_best: bool = False) -> None:
-        """checkpoint-<step>.pt, of which the last two stay, and best.pt; rank 0 writes.
-
-        Contents: weights, averaged weights, optimiser state, position and best WER (Progress),
-        what decides the order of utterances, the three configs and the tokenizer. Random numbers
-        need no state: each is a function of the seed and the position.
-        """
-        self.saved = time.monotonic()
-        trainer, progress = self.trainer, self.progress
-        if trainer.ranks.rank != 0:
-            return
-        out = Path(trainer.cfg.out)
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
-            "model": trainer.model.state_dict(),
-            "ema": trainer.ema.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "progress": vars(progress) | {"seconds": self.seconds()},
-            "order": self.order,
-            "dev": self.dev_facts,
-            "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
-            "model_config": asdict(trainer.model.cfg),
-            "asked_vocab_size": self.asked_vocab_size,
-            "feature_config": asdict(self.features),
-            "tokenizer": torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8),
-        }
-        # In this order: killed between the two, a resumed run evaluates again, with this result.
-        if is_best:
-            save_checkpoint(out / "best.pt", checkpoint)
-        path = out / f"checkpoint-{progress.step:08d}.pt"
-        save_checkpoint(path, checkpoint)
-        # The last two that are known to be good, which damaged ones of any number are not.
-        self.kept = [*(p for p in self.kept if p != path), path][-2:]
-        for old in list_checkpoints(out):
-            if old not in self.kept:
-                old.unlink()
-        self.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
-
-    def restore(self, path: Path, checkpoint: dict) -> None:
-        """Goes on where `checkpoint` stands, or at the next epoch if steps are others now."""
-        trainer, progress = self.trainer, self.progress
-        self.kept = [path]
-        trainer.model.load_state_dict(checkpoint["model"])
-        trainer.ema.load_state_dict(checkpoint["ema"])
-        (group,) = trainer.optimizer.param_groups
-        asked = {name: group[name] for name in ("betas", "epsilon", "weight_decay")}
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        trainer.optimizer.param_groups[0].update(asked)  # as this run's flags say, like lr
-        vars(progress).update(checkpoint["progress"])
-        self.log.rewind(progress.step, progress.evaluated)
-        self.log.say(f"resumed at step {progress.step}, epoch {progress.epoch}")
-        if checkpoint.get("dev", self.dev_facts) != self.dev_facts:
-            self.log.say("the dev split is another one: its WER has yet to be measured")
-            progress.best_wer, progress.evaluated = math.inf, 0
-        if self.order != checkpoint["order"] and progress.batch > 0:
-            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        for name, now in self.order.items():
-            old = checkpoint["order"].get(name, "as recorded")
-            if old != now:
-                self.log.say(f"{name} was {old}, now {now}: goes on at epoch "
-                             f"{progress.epoch}")
-
-    def evaluate(self) -> None:
-        """Scores the dev split and writes a checkpoint."""
-        progress = self.progress
-        epoch = progress.epoch if progress.batch else progress.epoch - 1
-        self.log.mllog("eval_start", epoch_num=epoch)
-        result = evaluate(self.trainer, self.tokenizer, self.dev, self.features)
-        self.log.mllog("eval_accuracy", result["wer"], epoch_num=epoch)
-        self.log.mllog("eval_stop", epoch_num=epoch)
-        is_best = result["wer"] < progress.best_wer
-        progress.best_wer = min(result["wer"], progress.best_wer)
-        progress.evaluated = progress.step
-        self.log.write("eval", epoch=epoch, step=progress.step, hours=self.seconds() / 3600,
-                       **result)
-        self.log.say(f"epoch {epoch} | dev ema wer {100 * result['wer']:.2f} % | "
-                     f"{result['errors']:,} errors in {result['words']:,} words | "
-                     f"rtf {result['rtf']:.4f} | took {result['seconds']:.1f} s")
-        report.warn_of_evaluation(self.log, result, epoch > self.trainer.cfg.warmup_epochs)
-        self.save(is_best)
-        self.log.draw()
-
-    def finished(self) -> str | None:
-        if self.progress.best_wer <= self.trainer.cfg.target_wer:
-            return "target wer"
-        return "epochs" if self.progress.epoch > self.trainer.cfg.epochs else None
-
-    def run(self) -> str:
-        """Trains until a limit is reached or a signal arrives; returns and logs which."""
-        progress = self.progress
-        try:
-            reason = self.train_epochs()
-        except (OSError, ValueError, FloatingPointError) as error:
-            with suppress(OSError):  # perhaps it is the disk
-                self.log.write("end", reason=f"error: {data.reason(error)}", step=progress.step)
-            raise
-        best_wer = progress.best_wer if progress.evaluated else None
-        self.log.write("end", reason=reason, best_wer=best_wer, step=progress.step)
-        return reason
-
-    def train_epochs(self) -> str:
-        progress = self.progress
-        self.first_step = progress.step
-        if progress.batch == 0 and progress.evaluated < progress.step:
-            self.evaluate()  # the run ended between an epoch and its evaluation
-        reason = self.finished()
-        while reason is None:
-            epoch = progress.epoch
-            self.log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
-            self.log.mllog("epoch_start", epoch_num=epoch)
-            reason = self.run_epoch()
-            self.log.mllog("epoch_stop", epoch_num=epoch)
-            self.save()
-            if reason in (None, "time limit"):
-                self.evaluate()
-                self.log.mllog("block_stop", first_epoch_num=epoch)
-                reason = reason or self.finished() or self.stop_reason()
-        return reason
-
-
-# --------------------------------------------------------------------- MLPerf's log, and main
-
-
-def log_start(log: Log, cfg: TrainConfig, ranks: Ranks, started_s: float, reading_s: float) -> None:
-    """Start of the program and of reading data. From rules 2.0 on, the checker wants the
-    submission before init_stop."""
-    log.mllog("cache_clear", False, at_s=started_s)  # file system caches stay as they are
-    log.mllog("init_start", at_s=started_s)
-    log.mllog("submission_benchmark", "rnnt", at_s=started_s)
-    log.mllog("submission_division", cfg.submission_division, at_s=started_s)
-    log.mllog("submission_org", cfg.submission_org, at_s=started_s)
-    log.mllog("submission_platform", f"{ranks.world} ranks, {processor_name()}", at_s=started_s)
-    log.mllog("submission_status", "onprem", at_s=started_s)
-    log.mllog("init_stop", at_s=reading_s)
-    log.mllog("run_start", at_s=reading_s)
-    for tensor in ("pre_rnn", "post_rnn", "pred_embed", "dec_rnn", "joint_enc", "joint_pred",
-                   "joint_net"):
-        log.mllog("weights_initialization", tensor=tensor)
-
-
-def log_settings(run: Run) -> None:
-    """Every setting that MLPerf wants to know of an RNN-T run, with the value in force.
-
-    A resumed run says them again: the checker takes the same value twice and no other one.
-    """
-    cfg, model_cfg, features = run.trainer.cfg, run.trainer.model.cfg, run.features
-    settings = {
-        "seed": cfg.seed,
-        "global_batch_size": run.global_batch,
-        "gradient_accumulation_steps": cfg.accumulation,
-        # Whole batches only, as the published logs count: 278,528 are 272 batches of 1024.
-        "train_samples": run.steps_per_epoch * run.global_batch,
-        "eval_samples": len(run.dev),
-        "opt_name": type(run.trainer.optimizer).__name__.lower(),
-        "opt_base_learning_rate": cfg.lr,
-        "opt_lamb_learning_rate_min": cfg.lr_min,
-        "opt_learning_rate_warmup_epochs": cfg.warmup_epochs,
-        "opt_lamb_learning_rate_hold_epochs": cfg.hold_epochs,
-        "opt_lamb_learning_rate_decay_poly_power": cfg.lr_gamma,
-        "opt_learning_rate_alt_warmup_func": True,  # lr_at has this form and no other
-        "opt_learning_rate_alt_decay_func": True,
-        "opt_lamb_beta_1": cfg.beta1,
-        "opt_lamb_beta_2": cfg.beta2,
-        "opt_lamb_epsilon": cfg.epsilon,
-        "opt_weight_decay": cfg.weight_decay,
-        "opt_gradient_clip_norm": cfg.clip_norm,
-        "model_eval_ema_factor": cfg.ema_decay,
-        "model_weights_initialization_scale": model_cfg.weights_init_scale,
-        "eval_max_prediction_symbols": decode.MAX_SYMBOLS,
-        "data_train_max_duration": features.max_utterance_s,
-        "data_train_num_buckets": features.num_buckets,
-        "data_speed_perturbaton_min": features.speed_min,  # MLPerf's spelling
-        "data_speed_perturbaton_max": features.speed_max,
-        "data_spec_augment_freq_n": features.freq_masks,
-        "data_spec_augment_freq_min": 0,  # a mask may be empty
-        "data_spec_augment_freq_max": features.freq_mask_max,
-        "data_spec_augment_time_n": features.time_masks,
-        "data_spec_augment_time_min": 0,
-        "data_spec_augment_time_max": features.time_mask_max,
-    }
-    for key, value in settings.items():
-        run.log.mllog(key, value)
-
-
-def load_corpus(cfg: TrainConfig, features: FeatureConfig, log: Log) -> tuple[list, list]:
-    """Training utterances of all splits without the long ones, and the whole dev split."""
-    found, wrong = [], []
+    found, errors = [], []
     for split in (*cfg.train_splits, cfg.dev_split):
         try:
-            # A score without the bad ones would be of another set.
+            # Never of the dev split: a WER without some of its utterances is another measure.
             skip_bad = cfg.skip_bad and split != cfg.dev_split
             found.append(data.read_split(cfg.data, split, features, skip_bad))
         except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("\n".join(wrong))
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
     *parts, dev = found
     train, note = data.drop_long([u for part in parts for u in part], features)
     for name, utterances in (("train", train), ("dev", dev)):
         hours = sum(u.duration_s for u in utterances) / 3600
         log.say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
     log.say(f"train: longer than {features.max_utterance_s} s: {note}")
-    unheard = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
-    if unheard:
-        log.say(f"warning: no training text has the characters {''.join(sorted(unheard))!r} of "
-                "the dev texts: words with them will be errors")
+    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
+    if unknown:
+        log.warn(f"no training text has the characters {''.join(sorted(unknown))!r} of the dev "
+                 "texts: words with them will be errors")
     return train, dev
 
 
-def check_texts(train: Sequence[data.Utterance], tokenizer: Tokenizer, cfg: ModelConfig,
-                features: FeatureConfig, log: Log) -> None:
-    """Every training text must have labels, and should have no more of them than frames.
+def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
+                log: Log) -> None:
+    """Every training text must have labels, and should have no more of them than encoder frames.
 
+    Args:
+        frame_s: seconds of an encoder frame.
     Raises:
         ValueError: with the ids of the utterances that the tokenizer cannot express.
     """
-    frame_s = features.hop * features.splice * cfg.stack / features.sample_rate_hz
-    crowded, wrong = 0, []
+    crowded, problems = 0, []
     for utterance in train:
         try:
             crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
         except ValueError as error:
-            wrong.append(data.Problem("error", "text", utterance.id, str(error)))
-    if wrong:
-        raise ValueError("\n".join(["texts cannot be used:", *data.describe(wrong)]))
+            problems.append(data.Problem("error", "text", utterance.id, str(error)))
+    if problems:
+        raise ValueError("\n".join(["texts cannot be used:", *data.describe(problems)]))
     if crowded:
-        log.say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels "
-                f"than encoder frames of {1000 * frame_s:.0f} ms")
+        log.warn(f"{crowded:,} of {len(train):,} training utterances have more labels than encoder "
+                 f"frames of {1000 * frame_s:.0f} ms")
 
 
-def describe_corpus(utterances: Iterable[data.Utterance]) -> str:
-    """Equal for equal corpora."""
+def describe_corpus(utterances: Iterable[Utterance]) -> str:
+    """Number and checksum of the utterances: equal for equal corpora."""
     facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
     return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
-def start_run(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
-              started_s: float) -> tuple[Run, Pulse]:
-    """All that comes before the first step of a program that began at `started_s`."""
-    # 1 ranks, and what is in the run directory
-    ranks, pulse = init_ranks(cfg)
+def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features: FeatureConfig,
+                cfg: TrainConfig, ranks: Ranks, epoch: int,
+                first_step: int = 0) -> Iterator[list[Batch]]:
+    """This rank's micro-batches for every step of an epoch, from its step `first_step` on.
+
+    The order of the utterances depends on (seed, epoch) alone, their augmentation on (seed, epoch,
+    utterance): for any number of ranks a step has the same utterances.
+    """
+    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad)
+    order = data.bucket_batches(
+        dataset.durations_s(), global_batch(cfg, ranks), features.num_buckets,
+        np.random.default_rng((cfg.seed, epoch)),
+    )  # (steps, utterances of a step)
+    mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.batch_size)
+    batches = data.batch_loader(dataset, mine.tolist(), cfg.loader_workers, cfg.timeout_s / 2)
+    while step := list(islice(batches, cfg.accumulation)):
+        yield step
+
+
+# ---------------------------------------------------------------------- the run and its checkpoints
+
+
+class Run(NamedTuple):
+    """Everything that stays the same from the first step of a run to its last."""
+
+    trainer: Trainer
+    features: FeatureConfig
+    tokenizer: Tokenizer
+    train: list[Utterance]
+    dev: list[Utterance]
+    facts: dict  # see run_facts
+    log: Log
+    monitor: Monitor
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train) // self.trainer.global_batch
+
+
+@dataclass
+class State:
+    """The position and the results of a run: saved with every checkpoint."""
+
+    epoch: int = 1  # the epoch under way, or the next one
+    batch: int = 0  # steps of this epoch that are done
+    step: int = 0  # steps of the run that are done
+    loss_sum: float = 0.0  # over the steps of this epoch
+    epoch_s: float = 0.0  # seconds spent in the steps of this epoch
+    loss: float = math.nan  # mean over this epoch, or the last one if this has no step yet
+    utts_per_s: float = math.nan  # likewise
+    seconds: float = 0.0  # spent in steps and evaluations, over all restarts
+    best_wer: float = math.inf
+    evaluated: int = 0  # step of the newest evaluation
+
+    def count_step(self, loss: float, step_s: float, utterances: int) -> None:
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self.loss_sum, self.epoch_s = self.loss_sum + loss, self.epoch_s + step_s
+        self.seconds += step_s
+        self.loss = self.loss_sum / self.batch
+        self.utts_per_s = self.batch * utterances / self.epoch_s
+
+    def begin_next_epoch(self) -> None:
+        self.epoch, self.batch, self.loss_sum, self.epoch_s = self.epoch + 1, 0, 0.0, 0.0
+
+    def position(self, steps_per_epoch: int) -> dict:
+        """The fields that place a record of log.jsonl."""
+        return {"step": self.step, "epoch": self.epoch,
+                "epochs": self.epoch - 1 + self.batch / steps_per_epoch,
+                "hours": self.seconds / 3600}
+
+
+def run_facts(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig, ranks: Ranks,
+              train: Sequence[Utterance], dev: Sequence[Utterance]) -> dict:
+    """The facts about a run that decide how another run may continue it.
+
+    Another model or front end cannot continue; with other sampling facts the utterances of a step
+    change, so the run continues at the next epoch; another dev split has to be evaluated.
+    """
+    return {
+        "model_facts": {"preset": cfg.preset, **asdict(model_cfg), **asdict(features)},
+        "sampling_facts": {
+            "ranks x batch x accumulation": f"{ranks.world} x {cfg.batch_size} x "
+                                            f"{cfg.accumulation}",
+            "seed": cfg.seed, "training set": describe_corpus(train),
+        },
+        "dev_facts": describe_corpus(dev),
+    }
+
+
+def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint of the run directory; None if a new run begins.
+
+    Raises:
+        ValueError: the directory has a run, and neither --resume nor --restart is given, or none of
+            its checkpoints is readable, or another version wrote them.
+    """
     out = Path(cfg.out)
-    log = Log(out, ranks.rank, cfg.tensorboard)
-    # Denormal numbers, which small LSTM gates produce, are many times slower to multiply.
-    torch.set_flush_denormal(True)
-    found = find_checkpoint(cfg, log)
-
-    # 2 data
-    reading_s = time.time()
-    train, dev = load_corpus(cfg, features, log)
-    asked_vocab_size = model_cfg.vocab_size
+    existing = [*out.glob("best.pt"), *list_checkpoints(out)]
+    if not existing or cfg.restart:
+        return None
+    if not cfg.resume:
+        raise ValueError(f"{existing[-1]} exists: give --resume to go on, --restart to delete it, "
+                         "or another --out")
+    found = newest_checkpoint(out, log.warn)
     if found is None:
-        tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), asked_vocab_size))
-        if tokenizer.vocab_size != asked_vocab_size:
-            log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give "
-                    f"{asked_vocab_size}")
-    else:
-        path, checkpoint = found
-        tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
-        check_same_run(path, checkpoint, cfg.preset, (model_cfg, features))
-    model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
-    check_texts(train, tokenizer, model_cfg, features, log)
-    step = 0 if found is None else checkpoint["progress"]["step"]
-    pulse.compare("run", {
-        "corpus": describe_corpus(train + dev),
-        **asdict(cfg), **asdict(model_cfg), **asdict(features),
-        "checkpoint": f"step {step} in {out}",
-        "dtype": matrix_dtype(cfg.precision),
-    })
+        raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
+    return found
 
-    # 3 model and optimiser
-    trainer = make_trainer(cfg, model_cfg, ranks)
-    run = Run(trainer, features, tokenizer, train, dev, log)
-    run.asked_vocab_size = asked_vocab_size
-    if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        run.lock = lock_run(out)
-        clear(out, is_new=found is None)  # only now: nothing goes for a run that cannot begin
-    if found is not None:
-        run.restore(path, checkpoint)
-    else:
-        log_start(log, cfg, ranks, started_s, reading_s)
-    log_settings(run)
 
-    # 4 say what is about to happen
-    start = describe_start(trainer, features)
-    log.write("start", step=run.progress.step, **start)
-    log.say(f"model: {start['parameters']:,} parameters, {tokenizer.vocab_size} classes; "
-            f"{ranks.world} ranks x {start['threads']} threads, {start['precision']}; "
-            f"{run.steps_per_epoch} steps of {run.global_batch} utterances an epoch; "
+def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
+    """Raises ValueError, naming the field, if this run's model facts are not the checkpoint's."""
+    for name, value in facts["model_facts"].items():
+        stored = checkpoint["model_facts"].get(name)
+        if stored != value:
+            raise ValueError(f"{path} has {name} {stored}, this run {value}")
+
+
+def to_checkpoint(run: Run, state: State) -> dict:
+    """The contents of a checkpoint. Random numbers need no state: seed and position give them."""
+    trainer = run.trainer
+    return {
+        "model": trainer.model.state_dict(),
+        "ema": trainer.ema.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "state": asdict(state),
+        **run.facts,
+        "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
+        "model_config": asdict(trainer.model.cfg),
+        "feature_config": asdict(run.features),
+        "tokenizer": torch.frombuffer(bytearray(run.tokenizer.model), dtype=torch.uint8),
+    }
+
+
+def from_checkpoint(run: Run, checkpoint: dict) -> State:
+    """Restores weights and optimiser in `run.trainer`; returns the state from which to go on."""
+    trainer, say = run.trainer, run.log.say
+    trainer.model.load_state_dict(checkpoint["model"])
+    trainer.ema.load_state_dict(checkpoint["ema"])
+    (group,) = trainer.optimizer.param_groups
+    requested = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+    trainer.optimizer.param_groups[0].update(requested)  # this run's flags decide, as for lr
+    state = State(**checkpoint["state"])
+    run.log.rewind(state.step, state.evaluated)
+    say(f"resumed at step {state.step}, epoch {state.epoch}")
+    if checkpoint["dev_facts"] != run.facts["dev_facts"]:
+        say("the dev split is another one: its WER has yet to be measured")
+        state.best_wer, state.evaluated = math.inf, 0
+    now, before = run.facts["sampling_facts"], checkpoint["sampling_facts"]
+    if now != before and state.batch > 0:
+        state.begin_next_epoch()
+    for name in now:
+        if now[name] != before[name]:
+            say(f"{name} was {before[name]}, now {now[name]}: goes on at epoch {state.epoch}")
+    return state
+
+
+def save(run: Run, state: State, is_best: bool = False) -> None:
+    """Rank 0 writes checkpoint-<step>.pt, of which the last two stay, and best.pt."""
+    if run.trainer.ranks.rank != 0:
+        return
+    out, contents = Path(run.trainer.cfg.out), to_checkpoint(run, state)
+    # best.pt first: a run that is killed between the two evaluates again and writes both.
+    if is_best:
+        save_checkpoint(out / "best.pt", contents)
+    path = out / f"checkpoint-{state.step:08d}.pt"
+    save_checkpoint(path, contents)
+    keep_newest(out)
+    run.log.say(f"wrote {path}{' and best.pt' if is_best else ''}")
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+
+class BadInput(ValueError):
+    """A recording could not be read; raised on every rank."""
+
+
+class Stopper:
+    """Decides before every step, together with all ranks, whether the run stops there."""
+
+    def __init__(self, ranks: Ranks, time_limit_s: float) -> None:
+        self.ranks, self.time_limit_s = ranks, time_limit_s
+        self.started, self.steps = time.monotonic(), 0  # of this process
+        self.signal, self.signal_time = 0, 0.0  # the last one of STOP_SIGNALS
+        self.reason = ""  # why the run stops, empty as long as it goes on
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """Handler of STOP_SIGNALS: the run stops after the step, at a second Ctrl-C at once."""
+        now = time.monotonic()
+        # A launcher passes on the Ctrl-C that the terminal has sent to all processes: a second one
+        # within a second is the same one.
+        if number == self.signal == signal.SIGINT and now - self.signal_time > 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.ranks.rank == 0:
+            os.write(2, b"stops after this step; Ctrl-C again ends at once\n")
+        self.signal, self.signal_time = number, now
+
+    def should_stop(self, is_input_bad: bool = False) -> bool:
+        """Sets `reason` to the most urgent reason of any rank; costs one all-reduce."""
+        reasons = ("", "time limit", *(s.name for s in STOP_SIGNALS), "bad input")
+        is_late = 0 < self.time_limit_s < time.monotonic() - self.started
+        mine = ""
+        if is_input_bad:
+            mine = "bad input"
+        elif self.signal:
+            mine = signal.Signals(self.signal).name
+        elif is_late and self.steps > 0:  # or a run that is restarted for ever would not get on
+            mine = "time limit"
+        code = torch.tensor(reasons.index(mine))
+        if self.ranks.world > 1:
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+        self.reason = reasons[int(code)]
+        return bool(self.reason)
+
+    def until_stop(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        """Yields steps up to the epoch's end or the first one before which the run stops.
+
+        Raises:
+            BadInput: this rank or another one could not read a recording of the next step.
+        """
+        steps = iter(steps)
+        while True:
+            batches, problem = None, ""
+            try:
+                batches = next(steps, None)
+            except (OSError, ValueError) as error:
+                problem = data.reason(error)
+            if batches is None and not problem:
+                return
+            if self.should_stop(is_input_bad=bool(problem)):
+                if self.reason == "bad input":
+                    raise BadInput(problem or "another rank could not read a recording")
+                return
+            yield batches
+            self.steps += 1
+
+
+def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
+    """Trains until all epochs are done, the target WER is reached or `stopper` stops the run.
+
+    Returns:
+        The reason of the end.
+    """
+    cfg, log, per_epoch = run.trainer.cfg, run.log, run.steps_per_epoch
+    if state.batch == 0 and state.evaluated < state.step:
+        evaluate_and_save(run, state)  # the last run ended between an epoch and its evaluation
+    for epoch in range(state.epoch, cfg.epochs + 1):
+        if state.best_wer <= cfg.target_wer or stopper.should_stop():
+            break
+        log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
+        log.mllog("epoch_start", epoch_num=epoch)
+        left_out, saved_at = 0, time.monotonic()
+        started = time.monotonic()
+        for batches in stopper.until_stop(shown_steps(run, state)):
+            data_s = time.monotonic() - started
+            # The schedule counts by epochs: `state.step` would mix steps of different sizes if the
+            # number of ranks or the batch size changed at a restart.
+            lr = lr_at(
+                (epoch - 1) * per_epoch + state.batch + 1, epoch, lr=cfg.lr,
+                warmup_epochs=cfg.warmup_epochs, hold_epochs=cfg.hold_epochs,
+                steps_per_epoch=per_epoch, gamma=cfg.lr_gamma, lr_min=cfg.lr_min,
+            )
+            loss, grad_norm = train_step(run.trainer, batches, state.step + 1, lr)
+            step_s = time.monotonic() - started
+            state.count_step(loss, step_s, run.trainer.global_batch)
+            run.monitor.step(
+                state.batch, **state.position(per_epoch), loss=loss, lr=lr, grad_norm=grad_norm,
+                utts_per_s=run.trainer.global_batch / step_s, step_s=step_s, data_s=data_s,
+            )
+            left_out += sum(b.num_requested - len(b.ids) for b in batches)
+            is_due = time.monotonic() - saved_at >= cfg.checkpoint_every_s
+            if is_due and state.batch < per_epoch:
+                save(run, state)
+                saved_at = time.monotonic()
+            started = time.monotonic()
+        log.mllog("epoch_stop", epoch_num=epoch)
+        if not stopper.reason:
+            left_out = int(all_sum(torch.tensor(left_out), run.trainer.ranks))
+            run.monitor.epoch(state.best_wer, left_out, epoch=epoch, step=state.step,
+                              loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s)
+            state.begin_next_epoch()
+        save(run, state)
+        if stopper.reason in ("", "time limit"):
+            evaluate_and_save(run, state)
+            log.mllog("block_stop", first_epoch_num=epoch)
+        if stopper.reason:
+            break
+    return stopper.reason or ("target wer" if state.best_wer <= cfg.target_wer else "epochs")
+
+
+def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
+    """The steps that are left in the epoch, with a progress bar, and profiled with --profile."""
+    cfg, ranks = run.trainer.cfg, run.trainer.ranks
+    steps = epoch_steps(run.train, run.tokenizer, run.features, cfg, ranks, state.epoch,
+                        first_step=state.batch)
+    left = run.steps_per_epoch - state.batch
+    if cfg.profile and ranks.rank == 0 and run.monitor.steps == 0:  # the first epoch only
+        steps = report.profile_steps(steps, left, run.log)
+    return report.progress_bar(steps, ranks.rank, desc=f"epoch {state.epoch}", unit="step",
+                               total=run.steps_per_epoch, initial=state.batch)
+
+
+def evaluate_and_save(run: Run, state: State) -> None:
+    """Scores the dev split, writes the result and a checkpoint, and draws the curves."""
+    log, cfg = run.log, run.trainer.cfg
+    epoch = state.epoch if state.batch else state.epoch - 1
+    log.mllog("eval_start", epoch_num=epoch)
+    result = evaluate(run.trainer, run.tokenizer, run.dev, run.features)
+    log.mllog("eval_accuracy", result["wer"], epoch_num=epoch)
+    log.mllog("eval_stop", epoch_num=epoch)
+    state.seconds += result["seconds"]
+    is_best = result["wer"] < state.best_wer
+    state.best_wer = min(result["wer"], state.best_wer)
+    state.evaluated = state.step
+    position = state.position(run.steps_per_epoch) | {"epoch": epoch}
+    run.monitor.evaluation(epoch > cfg.warmup_epochs, **position, loss=state.loss,
+                           utts_per_s=state.utts_per_s, **result)
+    save(run, state, is_best)
+    log.draw()
+
+
+def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
+    """`run_epochs`, with an end in log.jsonl and a checkpoint if a recording cannot be read."""
+    try:
+        reason = run_epochs(run, state, stopper)
+    except (OSError, ValueError, FloatingPointError) as error:
+        if isinstance(error, BadInput):
+            save(run, state)
+        with suppress(OSError):  # a full disk may be the error itself
+            run.log.write("end", reason=f"error: {data.reason(error)}", step=state.step)
+        raise
+    best_wer = state.best_wer if state.evaluated else None
+    run.log.write("end", reason=reason, best_wer=best_wer, step=state.step)
+    return reason
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def make_tokenizer(checkpoint: dict | None, train: Sequence[Utterance], vocab_size: int,
+                   log: Log) -> Tokenizer:
+    """The checkpoint's tokenizer, or a new one for the training texts."""
+    if checkpoint is not None:
+        return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+    tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), vocab_size))
+    if tokenizer.vocab_size != vocab_size:
+        log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give {vocab_size}")
+    return tokenizer
+
+
+def check_sizes(run: Run) -> None:
+    """Raises ValueError if an epoch has no step, or too few of them to be profiled."""
+    per_epoch, global_batch = run.steps_per_epoch, run.trainer.global_batch
+    if per_epoch == 0:
+        raise ValueError(f"{len(run.train)} training utterances, fewer than a batch of "
+                         f"{global_batch}")
+    if run.trainer.cfg.profile and per_epoch < report.PROFILE_STEPS:
+        raise ValueError(f"--profile: {per_epoch} steps in an epoch, expected at least "
+                         f"{report.PROFILE_STEPS}")
+
+
+def log_settings(run: Run, state: State) -> None:
+    """Says what is about to happen, in all logs."""
+    trainer, log, per_epoch = run.trainer, run.log, run.steps_per_epoch
+    cfg, model_cfg, global_batch = trainer.cfg, trainer.model.cfg, trainer.global_batch
+    report.mllog_settings(log, cfg, model_cfg, run.features, global_batch,
+                          per_epoch * global_batch, len(run.dev), decode.MAX_SYMBOLS)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    start = report.describe_start(trainer.ranks.world, trainer.dtype, parameters, train_config=cfg,
+                                  model_config=model_cfg, feature_config=run.features)
+    log.write("start", step=state.step, **start)
+    log.say(f"model: {parameters:,} parameters, {model_cfg.vocab_size} classes; "
+            f"{trainer.ranks.world} ranks x {start['threads']} threads, {start['precision']}; "
+            f"{per_epoch} steps of {global_batch} utterances an epoch; "
             f"torch {torch.__version__}, commit {start['commit']}")
-    if run.global_batch < 64:
-        log.say(f"warning: a global batch of {run.global_batch} is under 64: gradients are noisy; "
-                "raise --batch-size or --accumulation if the WER stays at 100 %")
-
-    return run, pulse
+    if global_batch < 64:
+        log.warn(f"a global batch of {global_batch} is under 64: gradients are noisy; raise "
+                 "--batch-size or --accumulation if the WER stays at 100 %")
 
 
 def main() -> int:
+    """Trains as the command line says; returns the exit status."""
     started_s = time.time()
+
+    # 1 config
     cfg, model_cfg, features = parse_configs(sys.argv[1:])
-    try:
-        run, pulse = start_run(cfg, model_cfg, features, started_s)
-    except (OSError, ValueError) as error:
-        if "PMI_FD" in os.environ:  # ranks without this error would wait for this one
-            abort_launcher(f"train.py: {data.reason(error)}")
-            sys.exit(1)
-        raise
-    log = run.log
+    out = Path(cfg.out)
+
+    # 2 ranks
+    ranks, heartbeat = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
+    log = Log(out, ranks.rank, cfg.tensorboard)
+    torch.set_flush_denormal(True)  # small LSTM gates produce denormals, which multiply slowly
+
+    # 3 data
+    path, checkpoint = find_checkpoint(cfg, log) or (None, None)
+    reading_s = time.time()
+    train, dev = load_corpus(cfg, features, log)
+    facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
+    if checkpoint is not None:
+        check_same_model(path, checkpoint, facts)
+    tokenizer = make_tokenizer(checkpoint, train, model_cfg.vocab_size, log)
+    model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
+    check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log)
+    step = 0 if checkpoint is None else checkpoint["state"]["step"]
+    heartbeat.compare("run", {
+        "corpus": describe_corpus(train + dev),
+        **asdict(cfg), **asdict(model_cfg), **asdict(features),
+        "checkpoint": f"step {step} in {out}", "dtype": matrix_dtype(cfg.precision),
+    })
+
+    # 4 model, 5 optimiser
+    trainer = make_trainer(cfg, model_cfg, ranks)
+    monitor = Monitor(log, len(train) // trainer.global_batch, cfg.epochs, cfg.log_every)
+    run = Run(trainer, features, tokenizer, train, dev, facts, log, monitor)
+    check_sizes(run)
+
+    # 6 resume
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(out)  # noqa: F841 - the lock is held as long as this variable lives
+        clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
+    if checkpoint is None:
+        state = State()
+        report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
+                           started_s, reading_s)
+    else:
+        state = from_checkpoint(run, checkpoint)
+    log_settings(run, state)
+
+    # 7 loop
+    stopper = Stopper(ranks, cfg.time_limit_s)
     for number in STOP_SIGNALS:
-        signal.signal(number, run.heed)
-    gc.freeze()  # a collection would go through all that torch has loaded
-    with pulse.watching():
-        reason = run.run()
-    reached = run.progress.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
-    log.mllog("run_stop", status="success" if reached else "aborted")
-    log.say(f"end: {reason}, best dev wer {100 * run.progress.best_wer:.2f} %")
+        signal.signal(number, stopper.on_signal)
+    gc.freeze()  # garbage collections skip the many objects that torch has created by now
+    with heartbeat.watching():
+        reason = run_and_log_end(run, state, stopper)
+
+    # 8 finish
+    is_reached = state.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
+    log.mllog("run_stop", status="success" if is_reached else "aborted")
+    log.say(f"end: {reason}, best dev wer {100 * state.best_wer:.2f} %")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
-    if run.trainer.ranks.world > 1:
-        dist.destroy_process_group()
     return EXIT_STATUS.get(reason, 0)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # names of files and texts may not fit its encoding
+    for stream in (sys.stdout, sys.stderr):  # file names and texts may not fit its encoding
         stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {data.reason(error)}")
+        leave(1, f"train.py: {data.reason(error)}")
     except KeyboardInterrupt:
-        sys.exit(EXIT_STATUS["SIGINT"])
-    if "RNNT_STATUS_FILE" in os.environ and read_ranks().rank == 0:  # launchers change the status
-        Path(os.environ["RNNT_STATUS_FILE"]).write_text(str(status))
-    # A thread of torch's that comes back to an interpreter which is gone aborts the process, as one
-    # of two ranks did after a whole run. All is written, so nothing has to be taken apart.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        leave(EXIT_STATUS["SIGINT"], wait_s=0)
+    except SystemExit as end:  # argparse has printed its message
+        leave(end.code)
+    except Exception:  # noqa: BLE001 - a bug: the other ranks must not wait for this one
+        leave(1, traceback.format_exc())
+    leave(status, wait_s=60)  # rank 0 may still be writing its last checkpoint

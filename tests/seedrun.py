@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model of the original system with its measured values, by this project's names.
+"""A tiny model of the original system and its outputs, under this project's names.
 
-The files are ../shared/oracles/seedrun: the original's own modules (intel/e2eAIOK,
-modelzoo/rnnt/pytorch) executed on made-up weights and features. For test_encoder.py and
-test_decode.py, which skip those tests where the files are absent.
+The original's own modules (intel/e2eAIOK, modelzoo/rnnt/pytorch), executed on random weights and
+features, wrote the files in ../shared/oracles/seedrun. Tests marked `needs_seedrun` are skipped
+where the files are absent.
 """
 
 import json
@@ -19,8 +19,8 @@ from model import ModelConfig, Transducer
 FOLDER = Path(__file__).parents[2] / "shared" / "oracles" / "seedrun"
 needs_seedrun = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/oracles is not here")
 
-# Module of the original -> ours; the parameters of Linear and Embedding have torch's names in both.
-# Layer k of an LSTM, parameter `weight_ih_l<k>`, is `layers.<k>.weight_ih_l0` in ours.
+# Maps modules of the original to ours. Linear and Embedding have the same parameters in both; the
+# original's `weight_ih_l<k>` of LSTM layer k is `layers.<k>.weight_ih_l0` in ours.
 MODULES = {
     "encoder.pre_rnn.lstm": "encoder.pre",
     "encoder.post_rnn.lstm": "encoder.post",
@@ -44,7 +44,7 @@ def arrays() -> dict[str, torch.Tensor]:
 
 
 def our_name(original: str) -> str | None:
-    """None: not a parameter."""
+    """Our name of a parameter of the original, None for an array that is no parameter."""
     module, _, parameter = original.rpartition(".")
     if module.endswith(".lstm"):
         parameter, _, layer = parameter.rpartition("_l")
@@ -53,7 +53,7 @@ def our_name(original: str) -> str | None:
 
 
 def by_our_names(prefix: str) -> dict[str, torch.Tensor]:
-    """All arrays `<prefix><original name>`, under our parameter names."""
+    """Returns all arrays `<prefix><original name>` under our parameter names."""
     named = {our_name(key.removeprefix(prefix)): value for key, value in arrays().items()
              if key.startswith(prefix)}
     named.pop(None, None)
@@ -73,19 +73,19 @@ def config(**changes) -> ModelConfig:
 
 
 def model(prefix: str) -> Transducer:
-    """In evaluation mode, as the original was. Strict: both have the same parameters."""
+    """Our model with the original's weights, in evaluation mode like the original."""
     ours = Transducer(config())
     ours.load_state_dict(by_our_names(prefix))
     return ours.eval()
 
 
 def features(prefix: str, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T_in, D) and lengths with which ours repeats the original's numbers.
+    """Features (B, T_in, D) and lengths for which our model repeats the original's numbers.
 
-    The original's LSTM runs on over padding, and its StackTime puts what comes out beside the
-    last valid frames; ours puts zeros there. So a last incomplete group is declared valid as
-    far as the batch reaches: lengths round up to a multiple of the factor. The number of
-    encoder frames stays the same.
+    The original's LSTM runs on over padding, and its StackTime puts the outputs beside the last
+    valid frames, where ours puts zeros. So the lengths are rounded up to a multiple of the
+    factor: the last incomplete group counts as valid as far as the batch reaches, and the number
+    of encoder frames stays the same.
     """
     x = arrays()[f"{prefix}x"].transpose(0, 1)  # the original is time-first
     lens = arrays()[f"{prefix}x_lens"]

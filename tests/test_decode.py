@@ -3,9 +3,10 @@
 
     python -m pytest tests/test_decode.py
 
-Greedy search on lattices written by hand, against a decoder of one utterance that computes
-everything anew, and where ../shared exists against the original's; WER against published
-vectors and a search over edits; the command line on tones and a model with random weights.
+Greedy search is compared with hand-made lattices, with the code for one utterance in its
+docstring, with itself in chunks and, where ../shared exists, with the original. WER is compared
+with published vectors and with a search over edits. The command line runs on tones and a model
+with random weights.
 """
 
 import json
@@ -14,10 +15,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+import textwrap
+from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -31,21 +34,16 @@ from torch import nn
 import data
 import decode
 import features
-import train
 from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 from data import Tokenizer
 from features import FeatureConfig
-from model import ModelConfig, Transducer
-
-MISC = REPO.parent / "shared" / "oracles" / "misc_oracles.json"
-needs_misc = pytest.mark.skipif(not MISC.is_file(), reason="../shared/oracles is not here")
-
+from model import PRESETS, ModelConfig, Transducer
 
 # ---------------------------------------------------------------------------- lattices by hand
 
 
 class CountingPredictor(nn.Module):
-    """Its output is the number of labels so far; it writes down the labels it was given."""
+    """A prediction network whose output is the number of labels; it records the labels."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +61,7 @@ class CountingPredictor(nn.Module):
 class Lattice(nn.Module):
     """Stands for a Transducer: at frame t, after u labels, arcs[b][t, u] is the likeliest class.
 
-    Where arcs[b] has no entry, that is blank.
+    Nodes that arcs[b] does not name have blank.
     """
 
     def __init__(self, arcs):
@@ -84,11 +82,15 @@ class Lattice(nn.Module):
         return nn.functional.one_hot(torch.tensor(likeliest), self.cfg.vocab_size).float()
 
 
-def walk(arcs, lens, **caps):
-    """Hypotheses and what the predictor was given."""
+def walk(arcs, lens, **limits):
+    """Hypotheses, and the labels that the prediction network was given."""
     model = Lattice(arcs).eval()
     feats = torch.zeros(len(lens), max(lens), 1)
-    return decode.greedy_decode(model, feats, torch.tensor(lens), **caps), model.predictor.given
+    return decode.greedy_decode(model, feats, torch.tensor(lens), **limits), model.predictor.given
+
+
+def never_blank(frames, labels=400):
+    return {(t, u): 3 for t in range(frames) for u in range(labels)}
 
 
 def test_an_utterance_without_frames_has_no_labels():
@@ -97,11 +99,7 @@ def test_an_utterance_without_frames_has_no_labels():
     assert walk(arcs[:1], [0])[0] == [[]]
 
 
-def never_blank(frames, most=400):
-    return {(t, u): 3 for t in range(frames) for u in range(most)}
-
-
-def test_the_path_of_a_hand_made_lattice_is_followed():
+def test_search_follows_the_path_of_a_hand_made_lattice():
     arcs = [{(0, 0): 1, (0, 1): 2, (2, 2): 3}, {(1, 0): 4}, {}]
     assert walk(arcs, [3, 2, 3])[0] == [[1, 2, 3], [4], []]
 
@@ -110,8 +108,8 @@ def test_label_0_is_emitted_and_blank_is_not():
     assert walk([{(0, 0): 0, (1, 1): 8, (2, 1): 7}], [3])[0] == [[0, 7]]
 
 
-def test_the_predictor_takes_emitted_labels_alone():
-    # Were its state to move on blank, (3, 1) and (4, 2) would not be reached.
+def test_the_predictor_steps_on_labels_and_not_on_blank():
+    # A predictor that stepped on blank would miss the nodes (3, 1) and (4, 2).
     assert walk([{(0, 0): 5, (3, 1): 0, (4, 2): 6}], [5]) == ([[5, 0, 6]], [[5], [0], [6]])
 
 
@@ -120,48 +118,44 @@ def test_frames_past_an_utterances_length_are_not_read():
     assert walk(arcs, [2, 3])[0] == [[1], [2]]
 
 
-@pytest.mark.parametrize("cap", [1, 2, 3, 30])
-def test_a_frame_emits_exactly_its_cap_of_symbols(cap):
-    assert walk([never_blank(4)], [4], max_symbols_per_frame=cap)[0] == [[3] * (4 * cap)]
+@pytest.mark.parametrize("limit", [1, 2, 3, 30])
+def test_a_frame_emits_exactly_its_limit_of_labels(limit):
+    assert walk([never_blank(4)], [4], max_symbols_per_frame=limit)[0] == [[3] * (4 * limit)]
 
 
-def test_every_frame_has_the_whole_cap_whatever_earlier_frames_emitted():
+def test_labels_of_earlier_frames_do_not_count_in_the_limit_of_a_frame():
     arcs = {(0, 0): 1, (0, 1): 1} | {(1, u): 2 for u in range(50)}  # two labels and a blank
     assert walk([arcs], [2], max_symbols_per_frame=3)[0] == [[1, 1, 2, 2, 2]]
 
 
-# misc_oracles.json, decoder.never_blank_lengths; the rule is in rnnt/decoder.py:309-349 of the
-# original: the cap on all symbols counts when a frame starts, and more than the cap is too many.
+# Recorded lengths of the original, whose rnnt/decoder.py:309-349 applies the limit on all symbols
+# when a frame starts, to utterances with more symbols than the limit.
 @pytest.mark.parametrize(
-    ("per_frame", "cap", "lengths"),
+    ("per_frame", "limit", "lengths"),
     [(30, 300, [240, 150, 240]), (30, 100, [120, 120, 120]), (2, 3, [4, 4, 4])],
 )
-def test_no_frame_starts_with_more_symbols_than_the_cap(per_frame, cap, lengths):
+def test_no_frame_starts_with_more_symbols_than_the_limit(per_frame, limit, lengths):
     hypotheses, _ = walk([never_blank(8)] * 3, [8, 5, 8], max_symbols_per_frame=per_frame,
-                         max_symbols=cap)
+                         max_symbols=limit)
     assert [len(h) for h in hypotheses] == lengths
 
 
-def test_exactly_the_cap_of_symbols_lets_one_more_frame_start():
+def test_one_more_frame_starts_with_exactly_the_limit_of_symbols():
     assert len(walk([never_blank(9)], [9], max_symbols_per_frame=2, max_symbols=4)[0][0]) == 6
 
 
-def test_the_default_caps_are_the_originals():
+def test_the_default_limits_are_the_originals():
     assert [len(h) for h in walk([never_blank(14), never_blank(2)], [14, 2])[0]] == [330, 60]
 
 
-def test_one_frame_is_enough():
-    assert walk([{(0, 0): 1, (0, 1): 2}, {}], [1, 1])[0] == [[1, 2], []]
-
-
-def test_the_path_is_handed_over_arc_by_arc():
+def test_a_path_has_every_arc_with_its_probabilities():
     model = Lattice([{(0, 0): 1, (0, 1): 2, (2, 2): 3}, {}]).eval()
     paths = []
     decode.greedy_decode(model, torch.zeros(2, 3, 1), torch.tensor([3, 1]), arcs=paths)
     blank = model.cfg.blank
     taken = [(0, 1), (0, 2), (0, blank), (1, blank), (2, 3), (2, blank)]
     assert [[(a.frame, a.label) for a in path] for path in paths] == [taken, [(0, blank)]]
-    # The likeliest of 9 classes has logit 1, the others 0.
+    # The likeliest of 9 classes has logit 1, the others have 0.
     likeliest, other = 1 - math.log(math.e + 8), -math.log(math.e + 8)
     for arc in paths[0]:
         assert arc.log_prob == pytest.approx(likeliest)
@@ -195,21 +189,21 @@ def random_batch(seed, B=5, size=5):
     return torch.randn(B, int(lens.max()), size, generator=generator), lens
 
 
+def docstring_search():
+    """The code for one utterance in the docstring of greedy_search."""
+    (code,) = [part for part in decode.greedy_search.__doc__.split("\n\n")
+               if part.lstrip().startswith("for frame in encoded")]
+    return compile(textwrap.dedent(code), "docstring of greedy_search", "exec")
+
+
 @torch.no_grad()
-def decode_alone(model, feats, max_per_frame=30, max_symbols=300):
-    """Graves' decoder with the caps, one utterance (T_in, D), no state kept: all labels anew."""
-    encoded, _ = model.encode(feats[None], torch.tensor([len(feats)]))
-    labels = []
-    for frame in encoded[0]:
-        if len(labels) > max_symbols:
-            break
-        for _ in range(max_per_frame):
-            predicted = model.predict(torch.tensor([labels], dtype=torch.int64))[0, -1]
-            label = model.joint(frame[None, None], predicted[None, None]).argmax().item()
-            if label == model.cfg.blank:
-                break
-            labels.append(label)
-    return labels
+def decode_alone(model, feats, max_symbols_per_frame):
+    """Labels of one utterance (T_in, D) by the code in the docstring."""
+    (encoded,), _ = model.encode(feats[None], torch.tensor([len(feats)]))
+    names = {"torch": torch, "model": model, "encoded": encoded, "labels": [],
+             "max_symbols_per_frame": max_symbols_per_frame}
+    exec(docstring_search(), names)
+    return names["labels"]
 
 
 SEEDS = range(24)
@@ -221,13 +215,12 @@ def batch_hypotheses(seed):
 
 
 def test_random_models_emit_labels_and_blanks():
-    """Lest the two tests below compare empty or endless hypotheses."""
+    """The tests below would prove nothing on hypotheses that are empty or endless."""
     all_lens = [random_batch(seed)[1].tolist() for seed in SEEDS]
     hypotheses = [h for seed in SEEDS for h in batch_hypotheses(seed)]
     frames = [-(-n // 2) for lens in all_lens for n in lens]
     partly = [0 < len(h) < 4 * n for h, n in zip(hypotheses, frames, strict=True)]
     assert sum(partly) > 60
-    assert sum(len(h) > n for h, n in zip(hypotheses, frames, strict=True)) > 60
     assert sum(len(set(h)) > 1 for h in hypotheses) > 60
 
 
@@ -242,85 +235,80 @@ def test_a_batch_gives_exactly_what_each_utterance_gives_alone(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_decoder_agrees_with_one_that_computes_everything_anew(seed):
+def test_the_batched_search_equals_the_code_in_its_docstring(seed):
     model, (feats, lens) = random_model(seed), random_batch(seed)
-    expected = [decode_alone(model, feats[b, :n], max_per_frame=4) for b, n in enumerate(lens)]
+    expected = [decode_alone(model, feats[b, :n], 4) for b, n in enumerate(lens)]
     assert batch_hypotheses(seed) == expected
 
 
-def test_an_utterance_shorter_than_the_stack_is_one_frame():
-    model = random_model(1, stack=8)
-    feats, _ = random_batch(1)
-    lens = torch.tensor([1, 5, 8, 9, 16][: len(feats)]).clamp_max(feats.shape[1])
-    expected = [decode_alone(model, feats[b, :n]) for b, n in enumerate(lens)]
-    assert decode.greedy_decode(model, feats, lens) == expected
+def search_in_chunks(model, encoded, enc_lens, size):
+    """Labels and paths of greedy_search on `size` encoder frames at a time, and the last state."""
+    labels, paths, state = [[] for _ in encoded], [[] for _ in encoded], None
+    for start in range(0, encoded.shape[1], size):
+        new, state = decode.greedy_search(
+            model, encoded[:, start : start + size], (enc_lens - start).clamp(0, size), state,
+            max_symbols_per_frame=4, max_symbols=20, paths=paths,
+        )
+        for old, more in zip(labels, new, strict=True):
+            old += more
+    return labels, [[arc[:2] for arc in path] for path in paths], state
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_labels_of_the_path_are_the_hypothesis(seed):
-    model, batch, paths = random_model(seed), random_batch(seed), []
-    hypotheses = decode.greedy_decode(model, *batch, max_symbols_per_frame=4, arcs=paths)
-    assert hypotheses == batch_hypotheses(seed)
-    for path, hypothesis, frames in zip(paths, hypotheses, (batch[1] + 1) // 2, strict=True):
-        assert [arc.label for arc in path if arc.label != model.cfg.blank] == hypothesis
-        assert sorted({arc.frame for arc in path}) == list(range(frames))
-        assert all(arc.log_prob >= arc.blank_log_prob for arc in path)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 14])
+def test_searching_chunk_by_chunk_gives_the_labels_and_arcs_of_one_search(size):
+    for seed in SEEDS:
+        model, batch = random_model(seed), random_batch(seed)
+        with torch.no_grad():
+            encoded, enc_lens = model.encode(*batch)
+        labels, paths, end = search_in_chunks(model, encoded, enc_lens, encoded.shape[1])
+        found, found_paths, state = search_in_chunks(model, encoded, enc_lens, size)
+        assert (found, found_paths) == (labels, paths)
+        for path, emitted, frames in zip(paths, labels, enc_lens, strict=True):
+            assert [label for _, label in path if label != model.cfg.blank] == emitted
+            assert {t for t, _ in path} == set(range(frames)) or len(emitted) > 20
+        assert state.num_labels.tolist() == list(map(len, labels))
+        assert state.num_frames.tolist() == enc_lens.tolist()
+        torch.testing.assert_close(state.predicted, end.predicted)
+
+
+def test_a_search_leaves_the_state_that_it_is_given_unchanged():
+    model, batch = random_model(3), random_batch(3)
+    with torch.no_grad():
+        encoded, enc_lens = model.encode(*batch)
+    _, state = decode.greedy_search(model, encoded, enc_lens)
+    before = [x.clone() for x in (*state.predictor, *state[1:])]
+    labels, _ = decode.greedy_search(model, encoded, enc_lens, state)
+    assert any(labels)
+    assert all(map(torch.equal, before, (*state.predictor, *state[1:])))
 
 
 def test_decoding_records_no_gradient(monkeypatch):
-    model, batch = random_model(0), random_batch(0)
-    encode, encoded = model.encode, []
+    records = []
 
-    def record(*args):
-        encoded.append(encode(*args))
-        return encoded[-1]
+    def search(model, encoded, *_):
+        records.append(encoded.requires_grad)
+        return [], None
 
-    monkeypatch.setattr(model, "encode", record)
-    decode.greedy_decode(model, *batch)
-    assert not encoded[0][0].requires_grad
+    monkeypatch.setattr(decode, "greedy_search", search)
+    decode.greedy_decode(random_model(0), *random_batch(0))
+    assert records == [False]
     assert torch.is_grad_enabled()
 
 
 # ------------------------------------------------------------------- against the original's numbers
 
 
-@pytest.fixture(scope="module")
-def decode_model():
-    return seedrun.model("dec/w/")
-
-
 @seedrun.needs_seedrun
 @pytest.mark.parametrize("case", range(6))
-def test_hypotheses_are_the_originals(decode_model, case):
+def test_hypotheses_are_the_originals(case):
     entry = seedrun.facts()["decode"][case]
-    caps = {"max_symbols_per_frame": entry["max_symbols_per_step"]}
-    # The original takes None for no cap on all symbols.
-    caps["max_symbols"] = entry["max_symbol_per_sample"] or 10**9
-    hypotheses = decode.greedy_decode(decode_model, *seedrun.features("dec/", 3), **caps)
-    assert hypotheses == entry["reference"]
-
-
-@seedrun.needs_seedrun
-@pytest.mark.parametrize("case", range(3))
-def test_never_blank_lengths_are_the_originals(case):
-    entry = seedrun.facts()["decode_never_blank"][case]
-    model = seedrun.model("dec/w/")
-    with torch.no_grad():
-        model.joint_network.output.bias[model.cfg.blank] = -1e4
+    # The original's None stands for no limit on all symbols.
     hypotheses = decode.greedy_decode(
-        model, *seedrun.features("dec/", 3), max_symbols_per_frame=entry["max_symbols_per_step"],
-        max_symbols=entry["max_symbol_per_sample"],
+        seedrun.model("dec/w/"), *seedrun.features("dec/", 3),
+        max_symbols_per_frame=entry["max_symbols_per_step"],
+        max_symbols=entry["max_symbol_per_sample"] or 10**9,
     )
-    assert [len(h) for h in hypotheses] == entry["reference_lengths"]
-
-
-@needs_misc
-def test_every_never_blank_vector_holds():
-    for vector in json.loads(MISC.read_text(encoding="utf-8"))["decoder"]["never_blank_lengths"]:
-        lens = vector["enc_lens"]
-        hypotheses, _ = walk([never_blank(max(lens))] * len(lens), lens, max_symbols=vector["cap"],
-                             max_symbols_per_frame=vector["max_symbols_per_step"])
-        assert [len(h) for h in hypotheses] == vector["reference"]
+    assert hypotheses == entry["reference"]
 
 
 # --------------------------------------------------------------------------------- word error rate
@@ -330,12 +318,13 @@ def wer(hypotheses, references):
     return decode.word_error_rate(*decode.word_errors(hypotheses, references))
 
 
-# NVIDIA/NeMo tests/collections/asr/test_asr_metrics.py, and the last two from
-# Lightning-AI/torchmetrics tests: (hypothesis, reference, WER).
+# NVIDIA/NeMo tests/collections/asr/test_asr_metrics.py, then two of Lightning-AI/torchmetrics, then
+# two computed by the original: (hypothesis, reference, WER).
 PUBLISHED = [
     ("cat", "cot", 1.0), ("GPU", "G P U", 1.0), ("G P U", "GPU", 3.0),
     ("ducati motorcycle", "motorcycle", 1.0), ("ducati motorcycle", "ducuti motorcycle", 0.5),
     ("a B c", "a b c", 1 / 3), ("hello world", "hello world", 0.0), ("Firwww", "hello world", 1.0),
+    ("the bat sat on", "the cat sat", 2 / 3), ("", "one two three", 1.0),
 ]
 
 
@@ -348,7 +337,7 @@ def test_errors_and_words_are_summed_over_utterances():
     assert decode.word_errors(["a b", "c", ""], ["a x", "c d", "e f g"]) == (5, 7)
 
 
-def test_wer_counts_words_between_any_white_space():
+def test_any_white_space_separates_words():
     assert decode.word_errors(["  the  cat\tsat "], ["the cat sat"]) == (0, 3)
 
 
@@ -358,33 +347,10 @@ def test_wer_without_reference_words_is_infinite():
 
 
 @pytest.mark.parametrize(("hypotheses", "references"), [(["a"], ["a", "b"]), (["a", "b"], ["a"])])
-def test_unequal_counts_are_an_error_with_both(hypotheses, references):
+def test_unequal_counts_are_an_error_that_names_both(hypotheses, references):
     message = f"{len(hypotheses)} hypotheses for {len(references)} references"
     with pytest.raises(ValueError, match=message):
         decode.word_errors(hypotheses, references)
-
-
-def test_wer_of_the_originals_demo():
-    # The original logs 20.484347826086957 for its 1150-word demo: 23557 errors, insertions most.
-    assert decode.word_error_rate(23557, 1150) == 20.484347826086957
-
-
-@needs_misc
-def test_every_recorded_wer_vector_holds():
-    oracle = json.loads(MISC.read_text(encoding="utf-8"))["wer"]
-    for vector in oracle["seed_executed"]:
-        if len(vector["hyp"]) != len(vector["ref"]):  # the original drops surplus hypotheses
-            with pytest.raises(ValueError, match="hypotheses for"):
-                decode.word_errors(vector["hyp"], vector["ref"])
-        else:
-            assert wer(vector["hyp"], vector["ref"]) == float(vector["wer"])
-            counts = decode.word_errors(vector["hyp"], vector["ref"])
-            assert counts == (vector["edits"], vector["words"])
-    for source in ("nemo_published", "torchmetrics_published"):
-        for hypothesis, reference, expected in oracle[source]["vectors"]:
-            assert wer([hypothesis], [reference]) == expected
-    demo = oracle["seed_demo"]
-    assert decode.word_error_rate(demo["edits"], demo["words"]) == demo["eval_accuracy"]
 
 
 def edits_by_search(start, longest=4):
@@ -402,11 +368,11 @@ def edits_by_search(start, longest=4):
     return found
 
 
-def test_levenshtein_is_the_least_number_of_edits():
-    words = ["".join(letters) for n in range(5) for letters in product("ab", repeat=n)]
-    for start in words:
-        distance = edits_by_search(start)
-        assert {word: decode.levenshtein(start, word) for word in words} == distance
+def test_word_errors_are_the_least_number_of_edits():
+    strings = ["".join(letters) for n in range(5) for letters in product("ab", repeat=n)]
+    for start in strings:
+        errors = {s: decode.word_errors([" ".join(start)], [" ".join(s)])[0] for s in strings}
+        assert errors == edits_by_search(start)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +386,7 @@ def test_levenshtein_is_the_least_number_of_edits():
         ("a", "", ["a -"]),
     ],
 )
-def test_alignment_names_the_words_that_stand_for_each_other(hypothesis, reference, expected):
+def test_alignment_pairs_words_with_their_references(hypothesis, reference, expected):
     pairs = decode.align(hypothesis.split(), reference.split())
     assert [" ".join(word or "-" for word in pair) for pair in pairs] == expected
 
@@ -444,7 +410,7 @@ def test_the_most_frequent_errors_are_counted():
     assert decode.describe_errors(["A"], ["A"])[1] == "insertions: 0"
 
 
-def test_a_model_of_blanks_is_told_in_words():
+def test_a_model_that_emits_only_blanks_is_reported():
     assert decode.describe_blanks(300, 100, 50) == ["blank ratio: 0.750, 0.333 symbols a frame"]
     _, line = decode.describe_blanks(300, 4, 50)
     assert line == "the model emits (almost) only blanks: 4 symbols for 50 words"
@@ -462,7 +428,10 @@ TEXTS = ["ONE TWO THREE", "TWO", "THREE ONE", "FOUR FIVE SIX"]
 
 
 class Scene:
-    """A corpus of tones, a checkpoint, and what its averaged weights make of each tone."""
+    """A corpus of tones, a checkpoint, and the hypotheses of its averaged weights.
+
+    `texts` are decoded without a limit, `scored` with that of evaluation, which cuts the last.
+    """
 
     def __init__(self, root):
         self.root, self.checkpoint = root, root / "run" / "best.pt"
@@ -473,7 +442,7 @@ class Scene:
             3, feature_size=256, vocab_size=tokenizer.vocab_size, normalization=False
         )
         torch.manual_seed(4)
-        other = Transducer(model.cfg)  # the weights that training goes on with
+        other = Transducer(model.cfg)  # the weights before averaging, which are not decoded
         self.contents = {
             "format": CHECKPOINT_FORMAT,
             "model": other.state_dict(), "ema": model.state_dict(),
@@ -487,19 +456,12 @@ class Scene:
         self.texts = [
             tokenizer.decode(decode.greedy_decode(model, *x, max_symbols=10**9)[0]) for x in alone
         ]
-        # Evaluation has a limit.
         self.labels = [decode.greedy_decode(model, *x)[0] for x in alone]
         self.scored = [tokenizer.decode(labels) for labels in self.labels]
         assert self.texts[:3] == self.scored[:3]
         assert len(self.texts[3]) > len(self.scored[3]) > decode.MAX_SYMBOLS
         assert len(set(self.texts)) == len(TEXTS), self.texts
         assert all(self.texts)
-
-    def run(self, *words, checkpoint=None):
-        command = [sys.executable, str(REPO / "decode.py"), "--checkpoint",
-                   str(checkpoint or self.checkpoint), *map(str, words)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -508,60 +470,54 @@ def scene(tmp_path_factory):
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
-    """The command line in this process: words -> status, standard output, standard error."""
+def main(scene, monkeypatch, capsys):
+    """The command line in this process: arguments -> status, standard output, standard error."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, words)])
+    def run(*argv, checkpoint=scene.checkpoint):
+        flags = ["--checkpoint", checkpoint] if checkpoint else []
+        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, [*flags, *argv])])
         return decode.main(), *capsys.readouterr()
 
     yield run
     torch.set_flush_denormal(False)  # main turns it on for good
 
 
-def test_files_are_transcribed_in_the_order_given_by_the_averaged_weights(scene):
-    order = [2, 0, 3, 1]
-    done = scene.run(*(scene.audio[i] for i in order), "--batch-size", 3)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(f"{scene.audio[i]}\t{scene.texts[i]}\n" for i in order)
+def named(errors):
+    """File or folder of each line on standard error."""
+    return [line.split(":")[0] for line in errors.splitlines()]
 
 
-def test_bad_files_are_reported_and_good_ones_transcribed_all_the_same(scene, tmp_path):
+def test_the_command_transcribes_readable_files_in_their_order_and_names_the_others(
+    scene, tmp_path
+):
     text, empty, absent = (tmp_path / name for name in ("text.flac", "empty.wav", "absent.flac"))
     text.write_text("this is not audio")
     soundfile.write(empty, np.zeros(0, np.float32), 16000)
-    done = scene.run(text, scene.audio[0], absent, empty, scene.audio[1])
+    good = [scene.audio[i] for i in (2, 0, 0, 3, 1)]
+    command = [sys.executable, REPO / "decode.py", "--checkpoint", scene.checkpoint,
+               text, *good[:2], absent, empty, *good[2:], "--batch-size", "3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 1
-    assert done.stdout.splitlines() == [f"{scene.audio[i]}\t{scene.texts[i]}" for i in (0, 1)]
-    lines = done.stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == [str(text), str(absent), str(empty)]
+    expected = [f"{scene.audio[i]}\t{scene.texts[i]}" for i in (2, 0, 0, 3, 1)]
+    assert done.stdout.splitlines() == expected
+    assert named(done.stderr) == [str(text), str(absent), str(empty)]
 
 
-def test_a_folder_of_good_and_bad_files_is_transcribed(scene, main, tmp_path):
-    folder = tmp_path / "calls" / "monday"
-    folder.mkdir(parents=True)
-    for name, source in (("b.flac", scene.audio[0]), ("d.flac", scene.audio[2])):
-        (folder / name).write_bytes(source.read_bytes())
-    (folder / "a.wav").write_bytes(b"")
-    (folder / "c.flac").write_text("version https://git-lfs.github.com/spec/v1")
-    (folder / "notes.txt").write_text("no audio")
-    status, printed, errors = main("--checkpoint", scene.checkpoint, tmp_path / "calls")
-    assert status == 1
-    expected = [f"{folder}/{name}\t{scene.texts[i]}" for name, i in (("b.flac", 0), ("d.flac", 2))]
-    assert printed.splitlines() == expected
-    assert [line.split(":")[0] for line in errors.splitlines()] == [
-        f"{folder}/a.wav", f"{folder}/c.flac",
-    ]
+def test_decode_starts_without_importing_matplotlib():
+    code = "import sys, decode; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=300).returncode == 0
 
 
-def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
+def test_folders_are_searched_through_links_and_unreadable_ones_are_named(
     scene, main, tmp_path, monkeypatch
 ):
     real, calls = tmp_path / "real", tmp_path / "calls"
     for folder in (real, calls / "x.flac", calls / "shut"):
         folder.mkdir(parents=True)
     sound = scene.audio[0].read_bytes()
-    for path in (real / "b.flac", calls / "a.flac", calls / "._a.flac", calls / "x.flac" / "c.wav"):
+    for path in (real / "b.flac", calls / "a.flac", calls / "notes.txt", calls / "._a.flac",
+                 calls / "x.flac" / "c.wav"):
         path.write_bytes(sound if path.suffix == ".flac" else b"")
     (calls / "sub").symlink_to(real)
     (real / "above").symlink_to(calls)
@@ -575,175 +531,152 @@ def test_folders_are_searched_through_links_and_what_cannot_be_read_is_named(
 
     monkeypatch.setattr(os, "scandir", refuse)
     long = "n" * 300 + ".flac"
-    status, printed, errors = main("--checkpoint", scene.checkpoint, calls, long)
+    status, printed, errors = main(calls, long)
     assert status == 1
     expected = [f"{calls}/a.flac\t{scene.texts[0]}", f"{calls}/sub/b.flac\t{scene.texts[0]}"]
     assert printed.splitlines() == expected
-    assert [line.split(":")[0] for line in errors.splitlines()] == [
-        f"{calls}/shut", f"{calls}/x.flac/c.wav", long,
-    ]
+    assert named(errors) == [f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
 
 
-def test_long_files_are_decoded_in_smaller_batches_in_their_order():
-    feats = [torch.zeros(n, 1) for n in (4, 9, 2, 30, 1, 1, 5)]
-    grouped = decode.padded_groups(feats, most_frames=20)
-    assert [[len(f) for f in group] for group in grouped] == [[4, 9], [2], [30], [1, 1, 5]]
+def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
+    status, printed, errors = main(tmp_path, scene.audio[0])
+    assert (status, printed) == (1, f"{scene.audio[0]}\t{scene.texts[0]}\n")
+    assert f"{tmp_path}: Is a directory" in errors
 
 
-@pytest.mark.parametrize("flag", ["--ctm", "--json", "--plot"])
-def test_what_cannot_be_written_is_seen_before_anything_is_decoded(scene, main, tmp_path, flag):
-    status, printed, errors = main(
-        "--checkpoint", scene.checkpoint, scene.audio[0], flag, tmp_path / "no" / "file"
-    )
+def test_a_name_that_is_not_utf8_is_printed_with_escapes(scene, main, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.flac")
+    odd.write_bytes(scene.audio[0].read_bytes())
+    assert main(odd)[:2] == (0, f"{tmp_path}/caf\\udce9.flac\t{scene.texts[0]}\n")
+
+
+def test_audio_may_have_capital_suffixes_and_raw_samples_are_no_audio(scene, main, tmp_path):
+    for name in ("A.FLAC", "a.raw"):
+        (tmp_path / name).write_bytes(scene.audio[0].read_bytes())
+    assert main(tmp_path) == (0, f"{tmp_path}/A.FLAC\t{scene.texts[0]}\n", "")
+    assert "a.raw: not readable as audio" in main(tmp_path / "a.raw")[2]
+
+
+def test_batches_with_too_many_frames_are_decoded_in_halves(scene, monkeypatch):
+    batches, greedy_decode = [], decode.greedy_decode
+
+    def record(model, feats, feat_lens, **options):
+        batches.append(len(feats))
+        return greedy_decode(model, feats, feat_lens, **options)
+
+    monkeypatch.setattr(decode, "greedy_decode", record)
+    whole = decode.find_paths(scene.model, scene.feats)
+    monkeypatch.setattr(decode, "MAX_FRAMES", 2 * len(scene.feats[1]))
+    halves = decode.find_paths(scene.model, scene.feats)
+    assert batches == [4, 2, 1, 1]  # the last two files are longer than the second
+    assert [[a[:2] for a in p] for p in halves] == [[a[:2] for a in p] for p in whole]
+
+
+@pytest.mark.parametrize("flag", ["--ctm", "--json", "--plot", "--hypotheses"])
+def test_files_that_cannot_be_written_are_named_before_decoding(
+    scene, main, tmp_path, monkeypatch, flag
+):
+    monkeypatch.setattr(decode, "greedy_decode", None)
+    argv = ["--data", scene.root, "--split", "dev"] if flag == "--hypotheses" else scene.audio[:1]
+    status, printed, errors = main(*argv, flag, tmp_path / "no" / "file")
     assert (status, printed) == (1, "")
     assert f"{tmp_path}/no/file" in errors
 
 
-def test_hypotheses_that_cannot_be_written_are_seen_before_anything_is_decoded(
-    scene, main, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(decode, "greedy_decode", None)
-    status, _, errors = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split",
-                             "dev/", "--hypotheses", tmp_path / "no" / "a.tsv")
-    assert status == 1
-    assert f"{tmp_path}/no/a.tsv" in errors
-
-
-def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
-    status, printed, errors = main("--checkpoint", scene.checkpoint, tmp_path, scene.audio[0])
-    assert status == 1
-    assert printed == f"{scene.audio[0]}\t{scene.texts[0]}\n"
-    assert f"{tmp_path}: Is a directory" in errors
-
-
-def test_names_of_all_kinds(scene, main, tmp_path):
-    """A file given twice, capital suffixes, a name that is not UTF-8, raw samples."""
-    odd = tmp_path / os.fsdecode(b"caf\xe9.flac")
-    names = [odd, tmp_path / "A.FLAC", tmp_path / "a.raw"]
-    for path in names:
-        path.write_bytes(scene.audio[0].read_bytes())
-    first = scene.audio[0]
-    status, printed, errors = main("--checkpoint", scene.checkpoint, first, first, *names)
-    assert status == 1
-    shown = [first, first, f"{tmp_path}/caf\\udce9.flac", tmp_path / "A.FLAC"]
-    assert printed == "".join(f"{name}\t{scene.texts[0]}\n" for name in shown)
-    assert f"{tmp_path}/a.raw: not readable as audio" in errors
-    status, printed, _ = main("--checkpoint", scene.checkpoint, tmp_path)
-    assert status == 0
-    assert len(printed.splitlines()) == 2  # .raw is no suffix of audio
-
-
-def test_references_are_found_by_relative_paths_too(scene, monkeypatch):
-    monkeypatch.chdir(scene.audio[0].parent)
-    assert decode.find_reference(scene.audio[0].name) == TEXTS[0]
-    monkeypatch.chdir(scene.audio[0].parents[1])
-    assert decode.find_reference(f"2/{scene.audio[0].name}") == TEXTS[0]
-
-
-def test_scoring_a_split_prints_wer_and_writes_the_hypotheses(scene):
-    done = scene.run("--data", scene.root, "--split", "dev")
+@pytest.fixture(scope="module")
+def score(scene, tmp_path_factory):
+    """Standard output of scoring the split, and the file of hypotheses."""
+    table = tmp_path_factory.mktemp("score") / "elsewhere.tsv"
+    command = [sys.executable, REPO / "decode.py", "--checkpoint", scene.checkpoint,
+               "--data", scene.root, "--split", "dev", "--hypotheses", table]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), table
+
+
+def test_a_score_has_the_word_error_rate(scene, score):
     errors, words = decode.word_errors(scene.scored, TEXTS)
-    rate = 100 * errors / words
-    expected = f"dev: WER {rate:.2f} % ({errors:,} errors in {words:,} words), real-time factor "
-    assert done.stdout.startswith(expected)
-    factor = float(re.search(r"real-time factor ([0-9.]+)", done.stdout)[1])
-    seconds = float(re.search(r"([0-9.]+) s, hypotheses", done.stdout)[1])
+    expected = f"WER {100 * errors / words:.2f} % ({errors:,} errors in {words:,} words), "
+    assert score[0][0].startswith(f"dev: {expected}real-time factor ")
+
+
+def test_the_real_time_factor_is_seconds_of_decoding_by_seconds_of_audio(scene, score):
+    factor = float(re.search(r"real-time factor ([0-9.]+)", score[0][0])[1])
+    seconds = float(re.search(r"([0-9.]+) s, hypotheses", score[0][0])[1])
     audio_s = sum(soundfile.info(path).duration for path in scene.audio)
     assert factor == pytest.approx(seconds / audio_s, abs=0.06 / audio_s)  # seconds have a decimal
-    table = (scene.checkpoint.parent / "dev.tsv").read_text(encoding="utf-8")
-    rows = [
-        f"{p.stem}\t{h}\t{r}\n" for p, h, r in zip(scene.audio, scene.scored, TEXTS, strict=True)
+
+
+def test_a_score_names_the_errors_and_the_share_of_blanks(scene, score):
+    frames = sum(-(-len(f) // scene.model.cfg.stack) for f in scene.feats)
+    symbols = sum(map(len, scene.labels))
+    assert score[0][1:] == [
+        *decode.describe_errors(scene.scored, TEXTS),
+        *decode.describe_blanks(frames, symbols, 9),
+        "1 hypotheses end after 300 symbols, the most that evaluation allows",
     ]
-    assert "\n1 hypotheses end after 300 symbols" in done.stdout
-    assert table == "id\thypothesis\treference\n" + "".join(rows)
 
 
-def test_hypotheses_go_where_the_flag_says(scene, main, tmp_path):
-    table = tmp_path / "elsewhere.tsv"
-    status, out, _ = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "dev",
-                          "--hypotheses", table)
+def test_hypotheses_are_written_beside_their_references(scene, score):
+    rows = zip(scene.audio, scene.scored, TEXTS, strict=True)
+    table = "id\thypothesis\treference\n" + "".join(f"{p.stem}\t{h}\t{r}\n" for p, h, r in rows)
+    assert score[1].read_text(encoding="utf-8") == table
+    assert score[0][0].endswith(f"hypotheses in {score[1]}")
+
+
+def test_hypotheses_go_beside_the_checkpoint_by_default(scene, main):
+    status, printed, _ = main("--data", scene.root, "--split", "dev/")
     assert status == 0
+    table = scene.checkpoint.parent / "dev.tsv"
+    assert f"hypotheses in {table}\n" in printed
     assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(TEXTS)
-    assert str(table) in out
 
 
 def test_a_split_with_errors_is_not_scored(scene, main):
-    status, out, err = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "no")
-    assert (status, out) == (1, "")
-    assert "no such folder" in err
+    status, printed, errors = main("--data", scene.root, "--split", "no")
+    assert (status, printed) == (1, "")
+    assert "no such folder" in errors
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("argv", "message"),
     [
-        [],
-        ["--data", "corpus"],
-        ["--split", "dev"],
-        ["a.flac", "--data", "corpus", "--split", "dev"],
-        ["a.flac", "--split", "dev"],
-        ["a.flac", "--batch-size", "0"],
-        ["a.flac", "--batch-size", "two"],
-        ["--data", "corpus", "--split", "dev", "--ctm", "c.ctm"],
-        ["a.flac", "--beam", "4"],
-        ["a.flac", "--batch", "4"],  # no abbreviations
+        ([], "give either audio files, or --data and --split"),
+        (["--data", "corpus"], "give either"),
+        (["--split", "dev"], "give either"),
+        (["a.flac", "--data", "corpus", "--split", "dev"], "give either"),
+        (["a.flac", "--split", "dev"], "give either"),
+        (["a.flac", "--hypotheses", "a.tsv"], "--hypotheses is for --data and --split"),
+        (["--data", "corpus", "--split", "dev", "--ctm", "c.ctm"], "--plot are for audio files"),
+        (["a.flac", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
+        (["a.flac", "--batch-size", "two"], "invalid int value: 'two'"),
+        (["a.flac", "--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
     ],
 )
-def test_wrong_flags_end_with_status_2(words, main, capsys):
+def test_wrong_flags_end_with_status_2(argv, message, main, capsys):
     with pytest.raises(SystemExit, match="^2$"):
-        main("--checkpoint", "none.pt", *words)
-    assert "error:" in capsys.readouterr().err
+        main(*argv)
+    assert message in capsys.readouterr().err
 
 
-def test_the_checkpoint_flag_is_required(main, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        main("a.flac")
-    assert "--checkpoint" in capsys.readouterr().err
+# ---------------------------------------------------------------------------------- words and times
 
 
-def test_a_score_says_what_the_errors_are(scene, main):
-    status, out, _ = main("--checkpoint", scene.checkpoint, "--data", scene.root, "--split", "dev")
-    assert status == 0
-    lines = decode.describe_errors(scene.scored, TEXTS)
-    assert out.splitlines()[1:4] == lines
-    shares = re.fullmatch(r"blank ratio: ([0-9.]+), ([0-9.]+) symbols a frame", out.splitlines()[4])
-    frames = sum(-(-len(f) // scene.model.cfg.stack) for f in scene.feats)
-    symbols = sum(map(len, scene.labels))
-    assert shares[1] == f"{frames / (frames + symbols):.3f}"
-    assert shares[2] == f"{symbols / frames:.3f}"
-
-
-# ------------------------------------------------------------------------------ what was heard when
-
-
-def emission(frame, label, confidence):
-    return decode.Arc(frame, label, math.log(confidence), math.log(0.001))
-
-
-def test_words_begin_at_their_first_piece_and_end_after_the_frame_of_the_last(scene):
-    tokenizer = scene.tokenizer
-    pieces = [tokenizer.encode(word) for word in ("ONE", "SIX")]
-    path, frames, chances = [], iter(range(2, 99, 2)), iter(np.linspace(0.9, 0.1, 50))
-    expected = []
-    for word, ids in zip(("ONE", "SIX"), pieces, strict=True):
-        arcs = []
-        for label in ids:
-            t = next(frames)
-            arcs += [emission(t, label, next(chances)), emission(t, tokenizer.blank, 0.8)]
-        path += arcs
-        lowest = min(math.exp(a.log_prob) for a in arcs if a.label != tokenizer.blank)
-        expected.append((word, 5 + 0.12 * arcs[0].frame, 5 + 0.12 * (arcs[-1].frame + 1), lowest))
-    assert len(pieces[0]) > 1  # else the test says nothing of pieces
-    words = decode.words_of(path, tokenizer, 0.12, 5.0)
-    assert [w.text for w in words] == ["ONE", "SIX"]
-    assert [tuple(w)[1:] for w in words] == [pytest.approx(e[1:]) for e in expected]
+def test_words_begin_at_their_first_piece_and_end_after_the_frame_of_the_last():
+    # Label 0 is "_ON", 1 is "E", 2 is "_SIX", 3 is blank; columns are frame, label, posterior.
+    path = [(0, 3, 0.9), (2, 0, 0.8), (2, 3, 0.9), (3, 3, 0.9), (4, 1, 0.5), (4, 3, 0.9),
+            (5, 2, 0.7), (5, 3, 0.6)]
+    tokenizer = SimpleNamespace(blank=3, starts_word=lambda label: label in (0, 2),
+                                decode=lambda ids: {(0, 1): "ONE", (2,): "SIX"}[tuple(ids)])
+    arcs = [decode.Arc(t, label, math.log(p), -1.0) for t, label, p in path]
+    one, six = decode.words_of(arcs, tokenizer, 0.12, 5.0)
+    assert (one.text, six.text) == ("ONE", "SIX")
+    assert one[1:] == pytest.approx((5.24, 5.6, 0.5))
+    assert six[1:] == pytest.approx((5.6, 5.72, 0.7))
 
 
 def test_a_frame_of_the_democratized_model_has_240_ms():
-    cfg = train.PRESETS["democratized"]
-    assert (
-        decode.frame_seconds(train.Transducer(replace(cfg, enc_hidden=1)), FeatureConfig()) == 0.24
-    )
+    assert PRESETS["democratized"].reduction * FeatureConfig().frame_s == 0.24
 
 
 def read_ctm(path):
@@ -753,16 +686,16 @@ def read_ctm(path):
 
 
 @pytest.fixture
-def heard(scene, main, tmp_path):
-    """Words by ctm and by JSON of all files."""
-    status, *_ = main("--checkpoint", scene.checkpoint, *scene.audio, "--batch-size", 3,
-                      "--ctm", tmp_path / "a.ctm", "--json", tmp_path / "a.json")
+def written(scene, main, tmp_path):
+    """Rows of the CTM file and contents of the JSON file for all audio."""
+    status, *_ = main(*scene.audio, "--batch-size", 3, "--ctm", tmp_path / "a.ctm",
+                      "--json", tmp_path / "a.json")
     assert status == 0
     return read_ctm(tmp_path / "a.ctm"), json.loads((tmp_path / "a.json").read_text())
 
 
-def test_word_times_are_written_for_all_files(scene, heard):
-    _, as_json = heard
+def test_json_has_the_words_of_every_file_with_times_and_confidences(scene, written):
+    _, as_json = written
     assert as_json["precision_s"] == 0.06  # stack 2
     assert [f["path"] for f in as_json["files"]] == list(map(str, scene.audio))
     assert [f["text"] for f in as_json["files"]] == scene.texts
@@ -776,8 +709,8 @@ def test_word_times_are_written_for_all_files(scene, heard):
             assert 1 / 20 < w["confidence"] <= 1
 
 
-def test_ctm_and_json_say_the_same(scene, heard):
-    rows, as_json = heard
+def test_ctm_and_json_hold_the_same_words(scene, written):
+    rows, as_json = written
     expected = [
         [path.stem, "1", f"{w['start_s']:.3f}", f"{w['end_s'] - w['start_s']:.3f}", w["text"],
          f"{w['confidence']:.3f}"]
@@ -792,59 +725,62 @@ def test_names_in_ctm_have_no_white_space_and_differ(scene, main, tmp_path):
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
-    main("--checkpoint", scene.checkpoint, *paths, "--ctm", tmp_path / "a.ctm")
+    main(*paths, "--ctm", tmp_path / "a.ctm")
     rows = read_ctm(tmp_path / "a.ctm")
     assert {len(row) for row in rows} == {6}
     assert list(dict.fromkeys(row[0] for row in rows)) == ["my_call_1", *map(str, paths[1:])]
 
 
-def test_times_count_from_the_start_of_the_file(scene, main, tmp_path):
-    """Silence is cut off before decoding; it is in the times all the same."""
+def test_times_include_the_silence_that_is_trimmed_before_decoding(scene, main, tmp_path):
     sound, starts = features.load_audio(scene.audio[0]), []
     for silence in (4_000, 12_345):  # longer than trimming leaves
         path = tmp_path / f"{silence}.wav"
         soundfile.write(path, np.concatenate([np.zeros(silence), sound]), 16000, "FLOAT")
-        main("--checkpoint", scene.checkpoint, path, "--json", tmp_path / "a.json")
+        main(path, "--json", tmp_path / "a.json")
         (file,) = json.loads((tmp_path / "a.json").read_text())["files"]
         starts.append(np.array([w["start_s"] for w in file["words"]]))
     assert starts[1] - starts[0] == pytest.approx((12_345 - 4_000) / 16000)
     assert starts[0].min() > (4_000 - 2_048) / 16000  # a window of 2048 that reaches the sound
 
 
-def test_words_of_a_picture_are_labelled_with_what_was_said():
+def test_words_of_a_picture_are_labelled_with_their_references():
     words = [decode.Word(text, t, t + 0.5, 0.9) for t, text in enumerate(["A", "X", "C", "D"])]
-    heard = decode.Heard("", "A X C D", words, [], -0.25)
-    assert decode.label_words(heard, "A B C") == [
+    assert decode.label_words(words, "A B C", -0.25) == [
         (0, "A", "black"), (1, "X (B)", "red"), (2, "C", "black"), (3, "+D", "red"),
     ]
-    assert decode.label_words(heard, "A M X C D")[1] == (0.5, "-M", "red")
-    assert decode.label_words(heard, "M A X C D")[0] == (-0.25, "-M", "red")
-    assert {colour for _, _, colour in decode.label_words(heard, None)} == {"black"}
+    assert decode.label_words(words, "A M X C D", -0.25)[1] == (0.5, "-M", "red")
+    assert decode.label_words(words, "M A X C D", -0.25)[0] == (-0.25, "-M", "red")
+    assert {colour for _, _, colour in decode.label_words(words, None, 0)} == {"black"}
 
 
-def test_a_reference_is_looked_for_beside_the_file(scene, tmp_path):
+def test_a_reference_is_found_beside_the_file(scene, tmp_path, monkeypatch):
     assert [decode.find_reference(str(path)) for path in scene.audio] == TEXTS
     assert decode.find_reference(str(tmp_path / "a.flac")) is None
+    monkeypatch.chdir(scene.audio[0].parents[1])  # relative paths hide the names of folders
+    assert decode.find_reference(f"2/{scene.audio[0].name}") == TEXTS[0]
+    monkeypatch.chdir(scene.audio[0].parent)
+    assert decode.find_reference(scene.audio[0].name) == TEXTS[0]
 
 
-def test_a_picture_is_drawn(scene, main, tmp_path):
+def test_a_picture_shows_errors_in_red(scene, main, tmp_path):
     picture = tmp_path / "heard.png"
-    status, *_ = main("--checkpoint", scene.checkpoint, scene.audio[3], "--plot", picture)
-    assert status == 0
-    assert main("--checkpoint", scene.checkpoint, *scene.audio, "--plot", picture)[::2] == (
-        1, f"--plot: {len(TEXTS)} audio files, expected 1\n"
-    )
+    assert main(scene.audio[3], "--plot", picture)[0] == 0
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (500, 800)
     red = (pixels[..., 0] > 0.9) & (pixels[..., 1:3].max(-1) < 0.2)
     assert red.sum() > 100  # random weights make errors
 
 
+def test_a_picture_is_of_one_file(scene, main, tmp_path):
+    status, _, errors = main(*scene.audio, "--plot", tmp_path / "heard.png")
+    assert (status, errors) == (1, f"--plot: {len(TEXTS)} audio files, expected 1\n")
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 
 class Code:
-    """What a pickle may do when it is loaded: here, make a folder."""
+    """A pickle that makes a folder when it is loaded."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -853,27 +789,32 @@ class Code:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_checkpoint_that_holds_code_is_refused_and_the_code_not_run(scene, tmp_path):
+def test_code_in_a_checkpoint_is_refused_and_not_run(scene, main, tmp_path):
     path, made = tmp_path / "evil.pt", tmp_path / "made"
     torch.save({**scene.contents, "extra": Code(made)}, path)
-    done = scene.run(scene.audio[0], checkpoint=path)
-    assert done.returncode == 1
-    assert f"{path}: not readable as a checkpoint" in done.stderr
-    assert done.stdout == ""
+    status, printed, errors = main(scene.audio[0], checkpoint=path)
+    assert (status, printed) == (1, "")
+    assert f"{path}: not readable as a checkpoint" in errors
     assert not made.exists()
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
-        load_checkpoint(tmp_path / "none.pt")
+def test_a_missing_checkpoint_is_named(scene, main):
+    status, _, errors = main(scene.audio[0], checkpoint="none.pt")
+    assert (status, errors) == (1, "none.pt: no such checkpoint\n")
 
 
-@pytest.mark.parametrize("what", ["text", "half", "other"])
-def test_what_is_not_a_checkpoint_is_named(scene, tmp_path, what):
+def test_the_checkpoint_flag_is_required(main, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        main("a.flac", checkpoint=None)
+    assert "required: --checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["text", "half", "other"])
+def test_files_that_are_no_checkpoints_are_named(scene, tmp_path, kind):
     path = tmp_path / "bad.pt"
-    if what == "text":
+    if kind == "text":
         path.write_text("nothing to load")
-    elif what == "half":  # a copy that broke off
+    elif kind == "half":  # an interrupted copy
         whole = scene.checkpoint.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     else:
@@ -883,8 +824,8 @@ def test_what_is_not_a_checkpoint_is_named(scene, tmp_path, what):
 
 
 def test_a_checkpoint_restores_configs_and_tokenizer(scene):
-    model, tokenizer, features = decode.restore(load_checkpoint(scene.checkpoint))
+    model, tokenizer, cfg = decode.restore(load_checkpoint(scene.checkpoint))
     assert asdict(model.cfg) == scene.contents["model_config"]
-    assert asdict(features) == scene.contents["feature_config"]
+    assert asdict(cfg) == scene.contents["feature_config"]
     assert tokenizer.decode(tokenizer.encode("TWO THREE")) == "TWO THREE"
     assert not model.training

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prepare.py gets LibriSpeech whole, or says what is wrong and keeps what it has.
+"""LibriSpeech arrives whole, or an error says why and no byte is lost.
 
 python -m pytest tests/test_download.py
 
 A server on 127.0.0.1 stands in for openslr.org. Its archives have LibriSpeech's form and two short
-recordings of noise for each speaker; `corpus` puts their sizes into prepare.py's tables.
+recordings of noise for each speaker; the fixture `server` puts them into the tables of prepare.py.
 """
 
 import errno
@@ -28,6 +28,8 @@ from tools import prepare
 
 TRAIN, DEV = "train-tiny", "dev-tiny"
 UTTERANCES = {TRAIN: 6, DEV: 2}
+TRAIN_URL, DEV_URL = f"/5/{TRAIN}.tar.gz", f"/5/{DEV}.tar.gz"
+PARTIAL = f"{TRAIN}.tar.gz.partial"
 
 
 # ----------------------------------------------------------------------------------- the archives
@@ -40,10 +42,10 @@ def flac(seed):
     return file.getvalue()
 
 
-def split_files(split, utterances):
-    """Name -> contents of an archive, two utterances for each speaker."""
+def split_files(split):
+    """Return the files of an archive, name -> contents."""
     files = {"LibriSpeech/README.TXT": b"read me", "LibriSpeech/SPEAKERS.TXT": split.encode()}
-    for number in range(utterances):
+    for number in range(UTTERANCES[split]):
         chapter = f"{100 + number // 2}-7"
         folder = f"LibriSpeech/{split}/{chapter.replace('-', '/')}"
         files[f"{folder}/{chapter}-{number:04d}.flac"] = flac(number)
@@ -54,7 +56,7 @@ def split_files(split, utterances):
 
 
 def pack(files, *members):
-    """Bytes of a .tar.gz of these files, then of members that have no contents."""
+    """Make a .tar.gz of files and of members without contents."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, contents in files.items():
@@ -66,31 +68,16 @@ def pack(files, *members):
     return packed.getvalue()
 
 
-def publish(monkeypatch, split, data, utterances=None):
-    """Make `data` what prepare.py expects of a split."""
-    count = UTTERANCES[split] if utterances is None else utterances
-    published = prepare.Archive(5, len(data), hashlib.md5(data).hexdigest(), count)
-    monkeypatch.setitem(prepare.ARCHIVES, split, published)
-
-
 @pytest.fixture(scope="module")
 def packed():
-    return {split: pack(split_files(split, count)) for split, count in UTTERANCES.items()}
-
-
-@pytest.fixture
-def corpus(packed, monkeypatch):
-    monkeypatch.setattr(prepare, "ARCHIVES", {})
-    monkeypatch.setattr(prepare, "CORPORA", {"tiny": (TRAIN, DEV)})
-    for split, data in packed.items():
-        publish(monkeypatch, split, data)
+    return {split: pack(split_files(split)) for split in UTTERANCES}
 
 
 # ------------------------------------------------------------------------------------- the server
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the next of `server.script` says, plainly if nothing is left of it."""
+    """Answers as the next item of `server.script` says, and plainly when that list is empty."""
 
     timeout = 5
 
@@ -101,9 +88,9 @@ class Handler(BaseHTTPRequestHandler):
         start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         start, status = (start, 206) if how.get("ranges", True) else (0, 200)
         status = how.get("status", status)
-        if self.headers["User-Agent"].startswith("Python-urllib"):
-            status = 403  # as some servers do
-        body = data[start:] if status in (200, 206) else b""
+        if self.headers["User-Agent"].startswith("python-"):
+            status = 403  # some servers refuse the default names of Python's libraries
+        body = data[start:] + how.get("append", b"") if status in (200, 206) else b""
         headers = {"Content-Length": len(body)}
         if status == 206:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
@@ -122,16 +109,35 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """`script` lists the answers to come; `requests` collects (path, Range, bytes sent)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.script, self.requests, self.stop = {}, [], [], threading.Event()
+
+    def publish(self, split, data):
+        """Serve an archive and enter it in prepare.py's table."""
+        self.files[f"/5/{split}.tar.gz"] = data
+        prepare.ARCHIVES[split] = prepare.Archive(5, len(data), hashlib.md5(data).hexdigest(),
+                                                  UTTERANCES[split])
+
+    def ranges(self):
+        return [requested for _, requested, _ in self.requests]
+
+
 @pytest.fixture
 def server(packed, monkeypatch):
-    """The archives; `script` holds how to answer, `requests` (path, Range, bytes of the answer)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prepare, "TIMEOUT_S", 5)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.files = {f"/5/{split}.tar.gz": data for split, data in packed.items()}
-    server.script, server.requests, server.stop = [], [], threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(prepare, "ARCHIVES", {})
+    monkeypatch.setattr(prepare, "CORPORA", {"tiny": (TRAIN, DEV)})
+    server = Server()
+    for split, data in packed.items():
+        server.publish(split, data)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
@@ -144,22 +150,10 @@ def server(packed, monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that prepare.py would have waited."""
+    """Collects the seconds that prepare.py would wait."""
     waits = []
     monkeypatch.setattr(prepare.time, "sleep", waits.append)
     return waits
-
-
-@pytest.fixture
-def get(corpus, server, waits, tmp_path, capsys):
-    """Runs prepare.py on `root`; returns (exit status, stderr)."""
-
-    def get(*words):
-        words = words or ("--mirror", server.url)
-        status = prepare.main(["tiny", str(tmp_path / "corpora/root"), *map(str, words)])
-        return status, capsys.readouterr().err
-
-    return get
 
 
 @pytest.fixture
@@ -167,97 +161,109 @@ def root(tmp_path):
     return tmp_path / "corpora/root"
 
 
+@pytest.fixture
+def get(server, waits, root, capsys):
+    """Runs prepare.py on `root`, by default from the server; returns what it prints to stderr."""
+
+    def get(*argv, status=0):
+        argv = argv or ("--mirror", server.url)
+        assert prepare.main(["tiny", str(root), *map(str, argv)]) == status
+        if status == 0:
+            assert_complete(root)
+        return capsys.readouterr().err
+
+    return get
+
+
+@pytest.fixture
+def partial(root):
+    """Writes the partial training archive of an earlier call."""
+
+    def partial(contents):
+        root.mkdir(parents=True)
+        (root / PARTIAL).write_bytes(contents)
+
+    return partial
+
+
 def assert_complete(root):
-    expected = {}
-    for split, count in UTTERANCES.items():
-        expected |= split_files(split, count)
+    expected = split_files(TRAIN) | split_files(DEV)
     expected = {name.removeprefix("LibriSpeech/"): data for name, data in expected.items()}
-    assert {str(p.relative_to(root)): p.read_bytes() for p in files_of(root)} == expected
-
-
-def files_of(root):
-    return sorted(path for path in root.rglob("*") if not path.is_dir())
+    files = [path for path in root.rglob("*") if not path.is_dir()]
+    assert {str(path.relative_to(root)): path.read_bytes() for path in files} == expected
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# --------------------------------------------------------------------------------- what goes well
+def times(root):
+    return {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
 
 
-def test_a_corpus_arrives_whole_and_nothing_else_stays(get, root, server, packed, capsys):
-    assert get()[0] == 0
-    assert_complete(root)
+# -------------------------------------------------------------------------------- without failure
+
+
+def test_a_corpus_arrives_whole_and_no_other_file_stays(get, root, server, packed, capsys):
+    get()
     assert names(root) == ["README.TXT", "SPEAKERS.TXT", DEV, TRAIN]
-    assert server.requests == [
-        (f"/5/{split}.tar.gz", "bytes=0-", len(packed[split])) for split in (TRAIN, DEV)
-    ]
+    assert server.requests == [(TRAIN_URL, "bytes=0-", len(packed[TRAIN])),
+                               (DEV_URL, "bytes=0-", len(packed[DEV]))]
     assert prepare.main(["check", str(root)]) == 0
     assert f"{TRAIN}: 6 utterances" in capsys.readouterr().out
 
 
-def test_nothing_is_asked_for_or_written_when_all_is_there(get, root, server):
+def test_a_complete_corpus_causes_no_request_and_no_write(get, root, server):
     get()
     server.requests.clear()
-    before = [(path, path.stat().st_mtime_ns) for path in (root, *sorted(root.rglob("*")))]
-    assert get() == (0, "")
+    before = times(root)
+    assert get() == ""
     assert server.requests == []
-    assert before == [(path, path.stat().st_mtime_ns) for path in (root, *sorted(root.rglob("*")))]
+    assert times(root) == before
 
 
 def test_only_the_missing_split_is_downloaded(get, root, server, packed):
     get()
     server.requests.clear()
     shutil.rmtree(root / DEV)
-    server.files[f"/copy/5/{DEV}.tar.gz"] = packed[DEV]
-    assert get("--mirror", f"{server.url}/copy/")[0] == 0
-    assert [request[0] for request in server.requests] == [f"/copy/5/{DEV}.tar.gz"]
-    assert_complete(root)
+    server.files[f"/copy{DEV_URL}"] = packed[DEV]
+    get("--mirror", f"{server.url}/copy/")
+    assert [request[0] for request in server.requests] == [f"/copy{DEV_URL}"]
 
 
 def test_a_log_has_plain_lines(get):
-    lines = get()[1].splitlines()
+    lines = get().splitlines()
     assert not any("\r" in line or "|" in line for line in lines)
     done = [line for line in lines if "100 % of" in line]
     assert [line.split(":")[0] for line in done] == [
-        f"{step} {split}.tar.gz.partial"
-        for split in (TRAIN, DEV)
-        for step in ("download", "verify", "unpack")
-    ]
+        f"{step} {split}.tar.gz.partial" for split in (TRAIN, DEV)
+        for step in ("download", "verify", "unpack")]
     assert all("B/s, 00:00 left" in line for line in done)
 
 
 def test_a_terminal_has_a_bar_with_rate_and_remaining_time(get, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    last = get()[1].replace("\n", "\r").split(f"\rdownload {TRAIN}.tar.gz.partial: ")[-1]
+    last = get().replace("\n", "\r").split(f"\rdownload {PARTIAL}: ")[-1]
     assert last.startswith("100%|")
     assert "<00:00" in last
     assert "B/s]" in last
 
 
-@pytest.mark.parametrize(
-    ("split", "resource", "size", "unit"),
-    [
-        ("dev-clean", 12, 337, 10**6),
-        ("dev-other", 12, 314, 10**6),
-        ("test-clean", 12, 346, 10**6),
-        ("test-other", 12, 328, 10**6),
-        ("train-clean-100", 12, 63, 10**8),
-        ("train-clean-360", 12, 23, 10**9),
-        ("train-other-500", 12, 30, 10**9),
-        ("dev-clean-2", 31, 126, 10**6),
-        ("train-clean-5", 31, 332, 10**6),
-    ],
-)
+@pytest.mark.parametrize(("split", "resource", "size", "unit"), [
+    ("dev-clean", 12, 337, 10**6), ("dev-other", 12, 314, 10**6),
+    ("test-clean", 12, 346, 10**6), ("test-other", 12, 328, 10**6),
+    ("train-clean-100", 12, 63, 10**8), ("train-clean-360", 12, 23, 10**9),
+    ("train-other-500", 12, 30, 10**9), ("dev-clean-2", 31, 126, 10**6),
+    ("train-clean-5", 31, 332, 10**6),
+])
 def test_published_address_and_size(split, resource, size, unit, monkeypatch, tmp_path):
-    """As https://www.openslr.org/12 and /31 list them, sizes rounded down."""
-    asked = []
+    """https://www.openslr.org/12 and /31 list these sizes, rounded down."""
+    calls = []
     monkeypatch.setattr(prepare, "verify", lambda *args: None)
-    monkeypatch.setattr(prepare, "download", lambda *args: asked.append(args))
+    monkeypatch.setattr(prepare, "download", lambda *args: calls.append(args))
     path = prepare.fetch(tmp_path, split, prepare.OPENSLR)
     url = f"https://www.openslr.org/resources/{resource}/{split}.tar.gz"
-    assert asked == [(url, path, prepare.ARCHIVES[split].num_bytes)]
+    assert calls == [(url, path, prepare.ARCHIVES[split].num_bytes)]
     assert prepare.ARCHIVES[split].num_bytes // unit == size
 
 
@@ -265,198 +271,162 @@ def test_published_corpora():
     assert prepare.CORPORA["mini-librispeech"] == ("train-clean-5", "dev-clean-2")
     assert prepare.CORPORA["librispeech-100"] == ("train-clean-100", "dev-clean", "test-clean")
     full = [prepare.ARCHIVES[split] for split in prepare.CORPORA["librispeech-960"]]
-    # The three training splits and dev-clean, dev-other, test-clean, test-other: Database.md of
-    # espnet/espnet.
+    # Database.md of espnet/espnet: the three training splits together, then dev-clean, dev-other,
+    # test-clean and test-other.
     assert sum(archive.utterances for archive in full) == 281241 + 2703 + 2864 + 2620 + 2939
     assert all(re.fullmatch("[0-9a-f]{32}", archive.md5) for archive in prepare.ARCHIVES.values())
 
 
-# ------------------------------------------------------------------------ what a network does
+# --------------------------------------------------------------------------- failures that pass
+
+NO_LENGTH = {"ranges": False, "headers": {"Content-Length": None}}
 
 
-def test_a_broken_connection_is_continued(get, root, server, packed, waits):
-    server.script = [{"drop": 1000}, {"drop": 500}]
-    assert get()[0] == 0
-    size = len(packed[TRAIN])
-    assert [request[1:] for request in server.requests[:-1]] == [
-        ("bytes=0-", 1000),
-        ("bytes=1000-", 500),
-        ("bytes=1500-", size - 1500),
-    ]
+@pytest.mark.parametrize(("script", "ranges"), [
+    ([{"drop": 1000}, {"drop": 500}], ["bytes=0-", "bytes=1000-", "bytes=1500-"]),
+    ([{"drop": 1000}, {"drop": 0}], ["bytes=0-", "bytes=1000-", "bytes=1000-"]),
+    ([NO_LENGTH | {"drop": 700}] * 2, ["bytes=0-", "bytes=700-", "bytes=700-"]),
+    *[([{"status": status}] * 2, ["bytes=0-"] * 3) for status in (500, 503, 429, 408)],
+])
+def test_a_passing_failure_is_tried_again_from_the_last_byte(get, server, waits, script, ranges):
+    server.script = script.copy()
+    get()
+    assert server.ranges() == [*ranges, "bytes=0-"]  # the last request is for the other split
     assert waits == [2, 4]
-    assert_complete(root)
 
 
-def test_another_call_continues_from_the_partial_file(get, root, server, packed, monkeypatch):
-    monkeypatch.setattr(prepare, "ATTEMPTS", 1)
-    server.script = [{"drop": 1000}]
-    status, error = get()
-    assert status == 1
-    assert f"/5/{TRAIN}.tar.gz" in error
-    assert "byte 1,000 of" in error
-    assert names(root) == [f"{TRAIN}.tar.gz.partial"]
-    server.requests.clear()
-    status, log = get()
-    size = len(packed[TRAIN])
-    assert status == 0
-    assert server.requests[0][1:] == ("bytes=1000-", size - 1000)
-    assert log.startswith(f"download {TRAIN}.tar.gz.partial: {100 * 1000 / size:.0f} % of")
-    assert_complete(root)
-
-
-def test_a_whole_partial_file_is_not_downloaded_again(get, root, server, packed):
-    root.mkdir(parents=True)
-    (root / f"{TRAIN}.tar.gz.partial").write_bytes(packed[TRAIN])
-    assert get()[0] == 0
-    assert [request[0] for request in server.requests] == [f"/5/{DEV}.tar.gz"]
-    assert_complete(root)
-
-
-def test_a_server_without_ranges_starts_over(get, root, server, packed):
-    root.mkdir(parents=True)
-    (root / f"{TRAIN}.tar.gz.partial").write_bytes(b"x" * 1000)  # what must not survive
-    server.script = [{"ranges": False, "drop": 700}, {"ranges": False}]
-    assert get()[0] == 0
-    assert [request[1] for request in server.requests[:2]] == ["bytes=1000-", "bytes=700-"]
-    assert server.requests[1][2] == len(packed[TRAIN])
-    assert_complete(root)
-
-
-def test_a_silent_server_is_given_up_and_asked_again(get, root, server, monkeypatch):
+def test_a_silent_server_is_given_up_and_asked_again(get, server, monkeypatch):
     monkeypatch.setattr(prepare, "TIMEOUT_S", 0.3)
     server.script = [{"drop": 1000, "stall": True}]
-    status, error = get()
-    assert status == 0
-    assert "timed out; attempt 1 of 20, next in 2 s" in error
-    assert server.requests[1][1] == "bytes=1000-"
-    assert_complete(root)
+    assert "timed out.; attempt 1 of 20, next in 2 s" in get()
+    assert server.ranges()[1] == "bytes=1000-"
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 408])
-def test_a_passing_failure_of_the_server_is_tried_again(get, root, server, waits, status):
-    server.script = [{"status": status}] * 2
-    assert get()[0] == 0
-    assert waits == [2, 4]
-    assert_complete(root)
-
-
-def test_attempts_and_waits_are_bounded(get, root, server, waits, monkeypatch):
-    monkeypatch.setattr(prepare, "ATTEMPTS", 5)
-    monkeypatch.setattr(prepare, "LONGEST_WAIT_S", 7)
-    server.script = [{"status": 500}] * 100
-    status, error = get()
-    assert status == 1
-    assert len(server.requests) == 5
-    assert waits == [2, 4, 7, 7]
-    assert f"{server.url}/5/{TRAIN}.tar.gz: HTTP Error 500" in error.splitlines()[-1]
-    assert "attempt 5 of 5" in error.splitlines()[-1]
-
-
-@pytest.mark.parametrize("status", [404, 403, 416])
-def test_a_lasting_failure_of_the_server_is_an_error_at_once(get, root, server, waits, status):
-    server.script = [{"status": status}]
-    code, error = get()
-    assert code == 1
-    assert (len(server.requests), waits) == (1, [])
-    assert f"prepare.py: {server.url}/5/{TRAIN}.tar.gz: HTTP Error {status}" in error
-
-
-def test_a_server_that_is_not_there(get, monkeypatch, waits):
+def test_a_refused_connection_is_tried_again(get, monkeypatch, waits):
     monkeypatch.setattr(prepare, "ATTEMPTS", 3)
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: refuses
-        status, error = get("--mirror", f"http://127.0.0.1:{unused.getsockname()[1]}/")
-    assert (status, waits) == (1, [2, 4])
+        unused.bind(("127.0.0.1", 0))  # a socket that does not listen refuses connections
+        error = get("--mirror", f"http://127.0.0.1:{unused.getsockname()[1]}/", status=1)
+    assert waits == [2, 4]
     assert "Connection refused" in error
 
 
-def test_a_redirected_request_keeps_its_range(get, root, server, packed):
-    root.mkdir(parents=True)
-    (root / f"{TRAIN}.tar.gz.partial").write_bytes(packed[TRAIN][:1000])
+def test_attempts_and_waits_are_bounded(get, server, waits, monkeypatch):
+    monkeypatch.setattr(prepare, "ATTEMPTS", 5)
+    monkeypatch.setattr(prepare, "LONGEST_WAIT_S", 7)
+    server.script = [{"status": 500}] * 100
+    error = get(status=1)
+    assert len(server.requests) == 5
+    assert waits == [2, 4, 7, 7]
+    assert error.splitlines()[-1] == (
+        f"tools.prepare: {server.url}{TRAIN_URL}: HTTP status 500 Internal Server Error; "
+        "attempt 5 of 5; call again to continue")
+
+
+def test_another_call_continues_the_partial_file(get, root, server, packed, monkeypatch):
+    monkeypatch.setattr(prepare, "ATTEMPTS", 1)
+    size = len(packed[TRAIN])
+    server.script = [{"drop": 1000}]
+    assert f"(1000 bytes read, {size - 1000} more expected); attempt 1 of 1; " in get(status=1)
+    assert names(root) == [PARTIAL]
+    assert get().startswith(f"download {PARTIAL}: {100 * 1000 / size:.0f} % of")
+    assert server.requests[1] == (TRAIN_URL, "bytes=1000-", size - 1000)
+
+
+def test_a_whole_partial_file_is_not_downloaded_again(get, server, packed, partial):
+    partial(packed[TRAIN])
+    get()
+    assert [request[0] for request in server.requests] == [DEV_URL]
+
+
+def test_a_server_without_ranges_starts_over(get, server, packed, partial):
+    partial(b"x" * 1000)
+    server.script = [{"ranges": False, "drop": 700}, {"ranges": False}]
+    get()
+    assert server.ranges()[:2] == ["bytes=1000-", "bytes=700-"]
+    assert server.requests[1][2] == len(packed[TRAIN])
+
+
+def test_a_redirected_request_keeps_its_range(get, server, packed, partial):
+    partial(packed[TRAIN][:1000])
     server.files["/elsewhere"] = packed[TRAIN]
     server.script = [{"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
-    assert get()[0] == 0
+    get()
     assert server.requests[1] == ("/elsewhere", "bytes=1000-", len(packed[TRAIN]) - 1000)
-    assert_complete(root)
 
 
-def test_a_full_disk_is_an_error_at_once(monkeypatch, waits):
+@pytest.mark.parametrize("answer", [
+    NO_LENGTH,
+    NO_LENGTH | {"append": b"more than the published size"},
+    {"headers": {"Content-Encoding": "gzip"}},  # a false claim: the archive itself is a gzip file
+])
+def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer):
+    server.script = [answer]
+    get()
+    assert len(server.requests) == 2
+
+
+# --------------------------------------------------------------------------- failures that last
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    ({"status": 403}, "403 Client Error: Forbidden for url: {url}"),
+    ({"status": 404}, "404 Client Error: Not Found for url: {url}"),
+    ({"status": 416}, "416 Client Error: Requested Range Not Satisfiable for url: {url}"),
+    ({"headers": {"Content-Range": "bytes 0-99/100"}},
+     "{url}: Content-Range is 'bytes 0-99/100', expected 'bytes 1000-{last}/{size}'"),
+    ({"headers": {"Content-Range": None}},
+     "{url}: Content-Range is None, expected 'bytes 1000-{last}/{size}'"),
+    ({"ranges": False, "headers": {"Content-Length": "100"}},
+     "{url}: Content-Length is '100', expected '{size}'"),
+    ({"ranges": False, "data": b"<html>log in first</html>"},
+     "{url}: Content-Length is '25', expected '{size}'"),
+])
+def test_a_lasting_failure_is_an_error_at_once(
+        get, root, server, waits, packed, partial, answer, message):
+    partial(packed[TRAIN][:1000])
+    server.script = [answer]
+    size = len(packed[TRAIN])
+    message = message.format(url=server.url + TRAIN_URL, size=size, last=size - 1)
+    assert get(status=1) == f"tools.prepare: {message}\n"
+    assert (len(server.requests), waits) == (1, [])
+    assert (root / PARTIAL).read_bytes() == packed[TRAIN][:1000]
+
+
+def test_a_mirror_that_is_no_url_is_an_error_at_once(get, waits):
+    error = get("--mirror", "openslr.example", status=1)
+    assert f"Invalid URL 'openslr.example{TRAIN_URL}'" in error
+    assert waits == []
+
+
+def test_a_full_disk_is_an_error_at_once(server, waits):
     full = Path("/dev/full")
     if not full.is_char_device():
         pytest.skip("no /dev/full to write to")
-    monkeypatch.setattr(prepare, "receive", lambda *args: iter([(0, bytes(100_000))]))
     with pytest.raises(OSError, match="No space left") as failure:
-        prepare.download("http://127.0.0.1/x", full, 200_000)
+        prepare.download(f"{server.url}{TRAIN_URL}", full, prepare.ARCHIVES[TRAIN].num_bytes)
     assert failure.value.errno == errno.ENOSPC
     assert waits == []
 
 
-# ---------------------------------------------------------------------------- what a server sends
-
-
-@pytest.mark.parametrize(
-    ("answer", "name"),
-    [
-        ({"headers": {"Content-Range": "bytes 0-99/100"}}, "Content-Range"),
-        ({"headers": {"Content-Range": None}}, "Content-Range"),
-        ({"ranges": False, "headers": {"Content-Length": "100"}}, "Content-Length"),
-        ({"ranges": False, "data": b"<html>log in first</html>"}, "Content-Length"),
-    ],
-)
-def test_an_announced_length_that_disagrees_is_an_error(get, root, server, packed, answer, name):
-    server.script = [answer]
-    status, error = get()
-    assert status == 1
-    assert len(server.requests) == 1
-    assert f"{TRAIN}.tar.gz: {name} is " in error
-    assert str(len(packed[TRAIN])) in error
-    assert (root / f"{TRAIN}.tar.gz.partial").stat().st_size == 0
-
-
-def test_a_range_that_begins_elsewhere_is_an_error(get, root, server, packed):
-    size = len(packed[TRAIN])
-    server.script = [
-        {"drop": 1000},
-        {"headers": {"Content-Range": f"bytes 999-{size - 1}/{size}"}},
-    ]
-    status, error = get()
-    assert status == 1
-    assert f"is 'bytes 999-{size - 1}/{size}', expected 'bytes 1000-{size - 1}/{size}'" in error
-    assert (root / f"{TRAIN}.tar.gz.partial").read_bytes() == packed[TRAIN][:1000]
-
-
-def test_without_announced_length_no_more_than_the_published_is_read(get, root, server, packed):
-    server.script = [
-        {"ranges": False, "data": packed[TRAIN] + b"more", "headers": {"Content-Length": None}}
-    ]
-    assert get()[0] == 0
-    assert_complete(root)
-
-
-def test_wrong_bytes_are_removed_and_downloaded_anew(get, root, server, packed):
+def test_a_file_with_a_wrong_md5_is_removed_and_downloaded_anew(get, root, server, packed):
     wrong = b"wrong" + packed[TRAIN][5:]
     server.script = [{"data": wrong}]
-    status, error = get()
-    assert status == 1
     found, expected = (hashlib.md5(data).hexdigest() for data in (wrong, packed[TRAIN]))
-    assert f"{TRAIN}.tar.gz.partial: MD5 is {found}, expected {expected}" in error
+    assert f"{PARTIAL}: MD5 is {found}, expected {expected}" in get(status=1)
     assert names(root) == []
-    assert get()[0] == 0
-    assert server.requests[1][1] == "bytes=0-"
-    assert_complete(root)
+    get()
+    assert server.ranges()[1] == "bytes=0-"
 
 
-def test_too_long_a_partial_file_is_removed(get, root, packed):
-    root.mkdir(parents=True)
-    (root / f"{TRAIN}.tar.gz.partial").write_bytes(packed[TRAIN] + b"more")
-    status, error = get()
+def test_too_long_a_partial_file_is_removed(get, root, packed, partial):
+    partial(packed[TRAIN] + b"more")
     size = len(packed[TRAIN])
-    assert status == 1
-    assert f"{size + 4:,} bytes, expected {size:,}" in error
+    assert f"{size + 4:,} bytes, expected {size:,}" in get(status=1)
     assert names(root) == []
 
 
-# -------------------------------------------------------------------------- what an archive holds
+# --------------------------------------------------------------------------------------- unpacking
 
 
 def member(name, kind, target=""):
@@ -465,146 +435,140 @@ def member(name, kind, target=""):
     return info
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("../evil", tarfile.REGTYPE),
-        (f"LibriSpeech/{TRAIN}/../../../evil", tarfile.REGTYPE),
-        ("{outside}/evil", tarfile.REGTYPE),
-        ("../evil", tarfile.DIRTYPE),
-        (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE),
-        (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE),
-        (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE),
-        (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE),
-    ],
-)
-def test_a_malicious_member_is_an_error_and_nothing_stays(
-    get, root, server, monkeypatch, tmp_path, name, kind
-):
+@pytest.mark.parametrize(("name", "kind", "target"), [
+    ("../evil", tarfile.REGTYPE, ""),
+    (f"LibriSpeech/{TRAIN}/../../../evil", tarfile.REGTYPE, ""),
+    ("../evil", tarfile.DIRTYPE, ""),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "{outside}"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "../../../../outside"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "{outside}"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "../../outside"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE, ""),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE, ""),
+])
+def test_a_malicious_member_is_an_error_and_none_is_written(
+        get, root, server, tmp_path, name, kind, target):
     outside = tmp_path / "outside"
     outside.mkdir()
-    name = name.format(outside=outside)
-    data = pack(split_files(TRAIN, 6), member(name, kind, str(outside)))
-    publish(monkeypatch, TRAIN, data)
-    server.files[f"/5/{TRAIN}.tar.gz"] = data
-    status, error = get()
-    assert status == 1
-    assert f"{name!r} " in error
-    assert f"{TRAIN}.tar.gz" in error
-    assert names(root) == [f"{TRAIN}.tar.gz.partial"]
+    evil = member(name, kind, target.format(outside=outside))
+    server.publish(TRAIN, pack(split_files(TRAIN), evil))
+    assert f"tools.prepare: {root / PARTIAL}: {name!r} " in get(status=1)
+    assert names(root) == [PARTIAL]
     assert names(tmp_path) == ["corpora", "outside"]
     assert names(tmp_path / "corpora") == ["root"]
     assert names(outside) == []
 
 
+def test_a_member_with_an_absolute_path_is_not_written_there(get, server, tmp_path):
+    evil = member(f"{tmp_path}/evil", tarfile.REGTYPE)
+    server.publish(TRAIN, pack(split_files(TRAIN), evil))
+    get()
+    assert names(tmp_path) == ["corpora"]
+
+
+def test_a_python_without_the_data_filter_is_an_error_before_any_request(
+        get, root, server, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    error = get(status=1)
+    assert error.startswith("tools.prepare: unpacking needs Python 3.10.12, 3.11.4 or 3.12")
+    assert server.requests == []
+    assert not root.exists()
+
+
 @pytest.mark.parametrize("lost", ["-0005.flac", "102-7.trans.txt", "102-7-0005 THIS IS NUMBER 5\n"])
-def test_an_archive_with_too_few_utterances_is_an_error(get, root, server, monkeypatch, lost):
-    files = split_files(TRAIN, 6)
-    left = {name: files[name].replace(lost.encode(), b"") for name in files}
-    data = pack({name: contents for name, contents in left.items() if not name.endswith(lost)})
-    publish(monkeypatch, TRAIN, data)
-    server.files[f"/5/{TRAIN}.tar.gz"] = data
-    status, error = get()
-    assert status == 1
-    assert f"expected {UTTERANCES[TRAIN]}" in error
-    assert names(root) == [f"{TRAIN}.tar.gz.partial"]
+def test_an_archive_with_too_few_utterances_is_an_error(get, root, server, lost):
+    server.publish(TRAIN, pack({
+        name: contents.replace(lost.encode(), b"")
+        for name, contents in split_files(TRAIN).items() if not name.endswith(lost)}))
+    assert "utterances, expected 6" in get(status=1)
+    assert names(root) == [PARTIAL]
 
 
-def test_an_incomplete_split_is_an_error_before_anything_is_asked_for(get, root, server):
+def test_an_incomplete_split_is_an_error_before_any_request(get, root, server):
     get()
     server.requests.clear()
     next((root / TRAIN).rglob("*.flac")).unlink()
     shutil.rmtree(root / DEV)
-    status, error = get()
-    assert status == 1
-    assert f"{root / TRAIN}: 5 utterances, expected 6; remove it" in error
+    assert f"{root / TRAIN}: 5 utterances, expected 6; remove it" in get(status=1)
     assert server.requests == []
 
 
 # ------------------------------------------------------------------------------ disk, interruption
 
 
-def test_space_for_all_splits_and_the_largest_archive_is_needed(get, root, server, monkeypatch):
+def test_space_for_all_splits_and_the_largest_archive_is_needed(
+        get, root, server, monkeypatch, partial):
     archives = prepare.ARCHIVES.values()
     needed = sum(archive.num_bytes + 2**14 * archive.utterances for archive in archives)
     needed += prepare.ARCHIVES[TRAIN].num_bytes - 1000
-    root.mkdir(parents=True)
-    (root / f"{TRAIN}.tar.gz.partial").write_bytes(bytes(1000))
+    partial(bytes(1000))
     usage = shutil.disk_usage(root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    status, error = get()
-    assert status == 1
-    assert f"{root}: " in error
+    error = get(status=1)
+    assert error.startswith(f"tools.prepare: {root}: ")
     assert f"{needed / 1e9:.2f} GB needed for {TRAIN}, {DEV}" in error
     assert server.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    get()
-    assert server.requests[0][1] == "bytes=1000-"
+    assert "MD5 is" in get(status=1)
+    assert server.ranges() == ["bytes=1000-"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(errno.ENOSPC, "no space left")])
 def test_interrupted_unpacking_leaves_the_archive_only(get, root, server, monkeypatch, stop):
-    copy = shutil.copyfileobj
-    copied = []
+    copy, copied = tarfile.copyfileobj, []
 
-    def copy_until_interrupted(*args):
+    def copy_until_interrupted(*args, **options):
         copied.append(args)
         if len(copied) == 5:
             raise stop
-        copy(*args)
+        copy(*args, **options)
 
-    monkeypatch.setattr(shutil, "copyfileobj", copy_until_interrupted)
+    monkeypatch.setattr(tarfile, "copyfileobj", copy_until_interrupted)
     if stop is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             get()
     else:
-        assert get()[0] == 1
-    assert names(root) == [f"{TRAIN}.tar.gz.partial"]
+        assert "no space left" in get(status=1)
+    assert names(root) == [PARTIAL]
     server.requests.clear()
-    assert get()[0] == 0
-    assert [request[0] for request in server.requests] == [f"/5/{DEV}.tar.gz"]
-    assert_complete(root)
+    get()
+    assert [request[0] for request in server.requests] == [DEV_URL]
 
 
-def test_a_second_call_at_the_same_time_waits_and_finds_all_there(get, root, server, monkeypatch):
-    copy, threads = shutil.copyfileobj, []
+def test_a_second_call_at_the_same_time_waits_and_finds_the_corpus(get, root, monkeypatch):
+    copy, threads = tarfile.copyfileobj, []
 
-    def copy_while_another_begins(*args):
+    def copy_while_another_begins(*args, **options):
         if not threads:
-            words = ["mini-librispeech", str(root), "--mirror", "http://127.0.0.1:1"]
-            threads.append(threading.Thread(target=prepare.main, args=[words]))
+            argv = ["tiny", str(root), "--mirror", "http://127.0.0.1:1"]
+            threads.append(threading.Thread(target=prepare.main, args=[argv]))
             threads[0].start()
             time.sleep(0.3)
-        copy(*args)
+        copy(*args, **options)
 
-    monkeypatch.setattr(shutil, "copyfileobj", copy_while_another_begins)
-    status, _ = get()
+    monkeypatch.setattr(tarfile, "copyfileobj", copy_while_another_begins)
+    get()
     threads[0].join()
-    assert status == 0
     assert_complete(root)
 
 
-def test_what_a_killed_call_left_is_removed_before_space_is_counted(get, root, monkeypatch):
+def test_the_files_of_a_killed_call_are_removed_before_space_is_counted(get, root, monkeypatch):
     killed = root / f".{TRAIN}.unpacking/LibriSpeech/{TRAIN}"
     killed.mkdir(parents=True)
     (killed / "half.flac").touch()
-    usage = shutil.disk_usage
-
-    def assert_removed(path):
-        assert not killed.exists()
-        return usage(path)
-
-    monkeypatch.setattr(shutil, "disk_usage", assert_removed)
-    assert get()[0] == 0
-    assert_complete(root)
+    usage, existed = shutil.disk_usage, []
+    monkeypatch.setattr(shutil, "disk_usage",
+                        lambda path: existed.append(killed.exists()) or usage(path))
+    get()
+    assert existed == [False]
 
 
-# ------------------------------------------------------------------------------------- no internet
+# --------------------------------------------------------------------------------- local archives
 
 
 @pytest.fixture
 def local(packed, tmp_path):
-    """Both archives on this machine."""
+    """Puts both archives on this machine; returns split -> path."""
     folder = tmp_path / "local"
     folder.mkdir()
     paths = {split: folder / f"{split}.tar.gz" for split in packed}
@@ -613,60 +577,41 @@ def local(packed, tmp_path):
     return paths
 
 
-def test_local_archives_are_taken_and_kept(get, root, server, local, packed):
-    assert get("--archive", *local.values())[0] == 0
-    assert_complete(root)
+def test_local_archives_are_used_and_kept_and_need_space_unpacked_only(
+        get, server, local, packed, monkeypatch):
+    needed = sum(a.num_bytes + 2**14 * a.utterances for a in prepare.ARCHIVES.values())
+    usage = shutil.disk_usage(local[TRAIN])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    get("--archive", *local.values())
     assert server.requests == []
     assert {split: path.read_bytes() for split, path in local.items()} == packed
 
 
-def test_local_archives_need_space_unpacked_only(get, root, local, monkeypatch):
-    needed = sum(a.num_bytes + 2**14 * a.utterances for a in prepare.ARCHIVES.values())
-    usage = shutil.disk_usage(local[TRAIN])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert get("--archive", *local.values())[0] == 0
-    assert_complete(root)
-
-
 def test_a_lacking_local_archive_is_an_error_unless_its_split_is_there(get, root, server, local):
-    status, error = get("--archive", local[DEV])
-    assert status == 1
-    assert f"--archive lacks {TRAIN}.tar.gz" in error
+    assert f"--archive lacks {TRAIN}.tar.gz" in get("--archive", local[DEV], status=1)
     assert names(root) == []
     get("--archive", *local.values())
     shutil.rmtree(root / DEV)
-    assert get("--archive", local[DEV])[0] == 0
+    get("--archive", local[DEV])
     assert server.requests == []
-    assert_complete(root)
 
 
 def test_a_damaged_local_archive_is_an_error_and_kept(get, root, local, packed):
-    local[TRAIN].write_bytes(packed[TRAIN][:-1])
-    status, error = get("--archive", *local.values())
     size = len(packed[TRAIN])
-    assert status == 1
-    assert f"{local[TRAIN]}: {size - 1:,} bytes, expected {size:,}" in error
-    local[TRAIN].write_bytes(packed[TRAIN][:-1] + b"x")
-    status, error = get("--archive", *local.values())
-    assert status == 1
-    assert f"{local[TRAIN]}: MD5 is " in error
+    for damaged, message in ((packed[TRAIN][:-1], f"{size - 1:,} bytes, expected {size:,}"),
+                             (packed[TRAIN][:-1] + b"x", "MD5 is ")):
+        local[TRAIN].write_bytes(damaged)
+        assert f"{local[TRAIN]}: {message}" in get("--archive", *local.values(), status=1)
     assert local[TRAIN].exists()
     assert names(root) == []
 
 
-def test_a_local_archive_of_another_name_is_an_error(get, root, local):
+def test_a_local_archive_of_another_name_or_none_is_an_error(get, root, local):
     other = local[TRAIN].rename(local[TRAIN].with_name("train.tgz"))
-    status, error = get("--archive", other, local[DEV])
-    assert status == 1
+    error = get("--archive", other, local[DEV], status=1)
     assert f"{other}: expected the name {TRAIN}.tar.gz or {DEV}.tar.gz" in error
-    assert not root.exists()
-
-
-def test_a_local_archive_that_does_not_exist_is_an_error(get, root, local):
-    local[DEV].unlink()
-    status, error = get("--archive", *local.values())
-    assert status == 1
-    assert f"{local[DEV]}: no such file" in error
+    error = get("--archive", local[TRAIN], local[DEV], status=1)
+    assert f"{local[TRAIN]}: no such file" in error
     assert not root.exists()
 
 

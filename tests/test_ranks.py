@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train.py among other ranks: who it is, where it runs, whom it talks to, what it refuses.
+"""ranks.py: who a process is, where it runs, how ranks connect, disagree, get lost and leave.
 
     python -m pytest tests/test_ranks.py
 
-Environment, CPUs and back ends are stand-ins. The two processes that must agree are real.
+Launchers' variables, CPUs and back ends are simulated. Ranks that talk to each other are processes.
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import types
+from datetime import timedelta
 
 import pytest
 import torch
@@ -19,10 +21,8 @@ import torch.distributed as dist
 from tones import REPO, write_tones
 
 import ranks
-import train
-from ranks import Pulse, Ranks
+from ranks import Heartbeat, Ranks
 
-WORDS = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -30,63 +30,75 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 VARIABLES = (*sum(LAUNCHERS.values(), ()), "MASTER_ADDR", "MASTER_PORT", "I_MPI_PIN_DOMAIN",
-             "GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "TORCHELASTIC_USE_AGENT_STORE")
+             "GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "TORCHELASTIC_USE_AGENT_STORE", "PMI_FD",
+             "RNNT_STATUS_FILE")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Without a launcher's variables; what train.py sets is taken back."""
+    """Removes the variables of launchers, and afterwards those that start_ranks has set."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-def init_ranks(*words):
-    return ranks.init_ranks(train.parse_configs([*WORDS, *words])[0])
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 # ---- who and where ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ranks_are_those_that_the_launcher_says(environment, launcher):
+def test_ranks_are_read_from_the_variables_of_each_launcher(environment, launcher):
     for name, value in zip(LAUNCHERS[launcher], "351", strict=True):
         environment.setenv(name, value)
     assert ranks.read_ranks() == Ranks(rank=3, world=5, local_rank=1)
 
 
-def test_torchrun_inside_an_mpi_job_wins(environment):
+def test_variables_of_torchrun_win_inside_an_mpi_job(environment):
     for launcher, values in (("Intel MPI", "010"), ("torchrun", "120")):
         for name, value in zip(LAUNCHERS[launcher], values, strict=True):
             environment.setenv(name, value)
     assert ranks.read_ranks() == Ranks(1, 2, 0)
 
 
+def test_rank_that_is_not_a_number_is_an_error(environment):
+    environment.setenv("RANK", "")
+    environment.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^RANK: '', expected a number$"):
+        ranks.read_ranks()
+
+
 def test_one_process_needs_no_group(environment):
-    assert init_ranks()[0] == Ranks(0, 1, 0)
+    assert ranks.start_ranks()[0] == Ranks(0, 1, 0)
     environment.setenv("RANK", "0")
     environment.setenv("WORLD_SIZE", "1")
-    assert init_ranks("--ranks", "1")[0] == Ranks(0, 1, 0)
+    assert ranks.start_ranks(expected=1)[0] == Ranks(0, 1, 0)
     assert not dist.is_initialized()
 
 
-def test_other_number_of_ranks_than_expected_is_an_error():
-    """As if each process of another MPI's mpirun took itself for the only one."""
-    with pytest.raises(ValueError, match=r"ranks: expected 4, the launcher started 1\b"):
-        init_ranks("--ranks", "4")
+def test_wrong_number_of_ranks_is_an_error():
+    """Each process of another MPI's mpirun would take itself for the only one."""
+    with pytest.raises(ValueError, match=r"^ranks: expected 4, the launcher started 1: "):
+        ranks.start_ranks(expected=4)
 
 
 @pytest.fixture
 def affinity(environment):
-    """The CPUs of this process, of 104; what is set is remembered only."""
+    """The set of CPUs of this process, at first 104; binding changes this set only."""
     cpus = set(range(104))
-    environment.setattr(os, "sched_getaffinity", lambda _pid: set(cpus))
 
     def set_affinity(_pid, wanted):
+        if not wanted:  # Linux refuses an empty set
+            raise OSError(22, "Invalid argument")
         cpus.clear()
         cpus.update(wanted)
 
+    environment.setattr(os, "sched_getaffinity", lambda _pid: set(cpus))
     environment.setattr(os, "sched_setaffinity", set_affinity)
     environment.setattr(torch, "get_num_threads", lambda: 48)
     return cpus
@@ -99,31 +111,24 @@ def test_rank_binds_itself_to_its_mask(environment, affinity, local_rank, expect
     assert affinity == set(expected)
 
 
-@pytest.mark.parametrize("domain", [None, "socket", "4:compact"])
-def test_what_is_no_mask_is_left_to_intel_mpi(environment, affinity, domain):
-    if domain is not None:
-        environment.setenv("I_MPI_PIN_DOMAIN", domain)
+@pytest.mark.parametrize("domain", ["", "socket", "4:compact"])
+def test_pin_domain_without_masks_is_left_to_intel_mpi(environment, affinity, domain):
+    environment.setenv("I_MPI_PIN_DOMAIN", domain)
     ranks.bind(Ranks(1, 2, 1))
     assert affinity == set(range(104))
 
 
 @pytest.mark.parametrize("domains", ["[0x3,0xc,]", "[0x3,0xc,auto]", "[0x3,0xc,0x0]"])
 def test_rank_without_cpus_is_an_error(environment, affinity, domains):
-    def refuse(_pid, cpus):
-        if not cpus:  # as Linux does
-            raise OSError(22, "Invalid argument")
-
-    environment.setattr(os, "sched_setaffinity", refuse)
     environment.setenv("I_MPI_PIN_DOMAIN", domains)
-    with pytest.raises(ValueError, match="I_MPI_PIN_DOMAIN: .* has no CPUs .* local rank 2"):
+    with pytest.raises(ValueError, match="^I_MPI_PIN_DOMAIN: .* has no CPUs .* local rank 2$"):
         ranks.bind(Ranks(2, 3, 2))
 
 
-def test_a_rank_that_is_no_number_is_an_error(environment):
-    environment.setenv("RANK", "")
-    environment.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="RANK: '', expected a number"):
-        ranks.read_ranks()
+def test_system_without_affinity_binds_no_rank(environment):
+    environment.setenv("I_MPI_PIN_DOMAIN", "[0x1,]")
+    environment.delattr(os, "sched_setaffinity")  # macOS
+    ranks.bind(Ranks(0, 1, 0))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_a_rank_that_is_no_number_is_an_error(environment):
     [(1, 2, "", True), (1, 104, "", False), (2, 2, "", False), (1, 8, "[0xff]", True),
      (1, 8, "[0x1]", False), (1, 2, "[0x3]", False)],
 )
-def test_one_thread_on_many_cpus_is_warned_of(
+def test_one_thread_on_many_cpus_gives_a_warning(
     environment, affinity, capsys, threads, world, domain, warns
 ):
     environment.setattr(torch, "get_num_threads", lambda: threads)
@@ -141,7 +146,7 @@ def test_one_thread_on_many_cpus_is_warned_of(
 
 
 def test_loader_worker_may_use_every_cpu_of_its_rank():
-    """Its parent is bound to one CPU, another thread of its parent to another."""
+    """The worker may use the CPUs of all threads of its parent, here two with one CPU each."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one CPU only")
     program = (
@@ -166,95 +171,100 @@ def test_loader_worker_may_use_every_cpu_of_its_rank():
 # ---- back ends and addresses ------------------------------------------------------------------
 
 
-def test_backend_is_gloo_without_the_bindings_of_oneccl():
-    if ranks.load_backend("auto") == "ccl":
-        pytest.skip("oneccl_bindings_for_pytorch is installed")
-    assert ranks.load_backend("gloo") == "gloo"
-    with pytest.raises(ValueError, match="backend: ccl needs oneccl_bindings_for_pytorch: "):
-        ranks.load_backend("ccl")
+def test_backend_is_gloo_without_the_bindings_of_oneccl(environment):
+    environment.setitem(sys.modules, ranks.ONECCL, None)  # importing it raises ImportError
+    assert [ranks.choose_backend(name, 2) for name in ("auto", "gloo")] == ["gloo", "gloo"]
+    with pytest.raises(ValueError, match="^backend: ccl needs oneccl_bindings_for_pytorch: "):
+        ranks.choose_backend("ccl", 1)
 
 
 def test_backend_is_ccl_with_the_bindings(environment):
-    module = types.ModuleType("oneccl_bindings_for_pytorch")
-    environment.setitem(sys.modules, module.__name__, module)
-    assert [ranks.load_backend(name) for name in ("auto", "ccl", "gloo")] == ["ccl", "ccl", "gloo"]
+    environment.setitem(sys.modules, ranks.ONECCL, types.ModuleType(ranks.ONECCL))
+    names = ("auto", "ccl", "gloo")
+    assert [ranks.choose_backend(name, 2) for name in names] == ["ccl", "ccl", "gloo"]
 
 
 def test_backend_mpi_needs_a_torch_with_mpi(environment):
     environment.setattr(dist, "is_mpi_available", lambda: False)
     with pytest.raises(ValueError, match="a torch that was built with MPI"):
-        ranks.load_backend("mpi")
+        ranks.choose_backend("mpi", 2)
     environment.setattr(dist, "is_mpi_available", lambda: True)
-    assert ranks.load_backend("mpi") == "mpi"
+    assert ranks.choose_backend("mpi", 2) == "mpi"
 
 
 def test_interface_to_this_machine_is_the_loopback():
     assert ranks.interface_to("127.0.0.1") == "lo"
 
 
-def test_taken_port_is_named(environment):
+def test_address_that_is_not_ipv4_has_no_interface():
+    assert ranks.interface_to("::1") is None
+
+
+def test_unknown_host_is_an_error():
+    with pytest.raises(OSError):  # noqa: PT011 - the text is the system's
+        ranks.interface_to("no-such-host.invalid")
+
+
+def test_port_that_is_taken_is_named(environment):
     environment.setenv("RANK", "0")
     environment.setenv("WORLD_SIZE", "2")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         environment.setenv("MASTER_PORT", port)
         with pytest.raises(ConnectionError, match=f"MASTER_PORT={port}: .*EADDRINUSE"):
-            init_ranks("--timeout-s", "20")
+            ranks.start_ranks(timeout_s=20)
 
 
-def test_no_interface_is_told_by_an_address_that_is_not_ipv4():
-    assert ranks.interface_to("127.0.0.1") == "lo"
-    assert ranks.interface_to("::1") is None
-    with pytest.raises(OSError):  # noqa: PT011 - the system's words differ
-        ranks.interface_to("no-such-host.invalid")
-
-
-def test_without_affinity_a_rank_is_not_bound(environment):
-    environment.setenv("I_MPI_PIN_DOMAIN", "[0x1,]")
-    environment.delattr(os, "sched_setaffinity")  # macOS
-    ranks.bind(ranks.Ranks(0, 1, 0))
-
-
-@pytest.mark.parametrize(("rank", "address"), [("0", "127.0.0.1"), ("1", "127.0.0.1"),
-                                               ("1", "no-such-host.invalid")])
-def test_ranks_that_do_not_come_end_the_wait(environment, rank, address):
+@pytest.mark.parametrize(
+    ("rank", "address", "timeout_s"),
+    [("0", "127.0.0.1", 2), ("1", "127.0.0.1", 2), ("1", "no-such-host.invalid", 600)],
+)
+def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout_s):
+    """An unknown host ends the wait at once."""
     environment.setenv("RANK", rank)
     environment.setenv("WORLD_SIZE", "2")
     environment.setenv("MASTER_ADDR", address)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    environment.setenv("MASTER_PORT", free_port())
     started = time.monotonic()
-    is_known = "invalid" not in address
     with pytest.raises(ConnectionError, match=rf"^rank {rank}: no connection .*={address} "):
-        init_ranks("--timeout-s", "2" if is_known else "600")  # nobody waits for a wrong name
+        ranks.start_ranks(timeout_s=timeout_s)
     assert time.monotonic() - started < 60
 
 
-# ---- agreement and loss -----------------------------------------------------------------------
+def test_backend_that_does_not_connect_is_an_error_with_its_interfaces(environment):
+    def fail(*_, **__):
+        raise RuntimeError("no such device")
+
+    environment.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    environment.setattr(dist, "init_process_group", fail)
+    with pytest.raises(ConnectionError, match="rank 0: gloo does not .*nosuch0.*no such device"):
+        ranks.start_group("gloo", dist.HashStore(), Ranks(0, 2, 0), 60.0)
+
+
+# ---- agreement --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_two(tmp_path):
-    """Runs train.py as ranks 0 and 1, each in a folder of its own; returns what they said."""
+    """Runs train.py as ranks 0 and 1, each in a folder of its own; both must fail.
+
+    Returns what they print on standard error.
+    """
     texts = ["ONE TWO", "THREE FOUR"] * 2
     for rank in range(2):
         write_tones(tmp_path / str(rank) / "corpus", "train", texts, [0.5] * 4)
         write_tones(tmp_path / str(rank) / "corpus", "dev", texts, [0.5] * 4)
 
-    def run(*words_of):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        processes = []
-        for rank, words in enumerate(words_of):
+    def run(*flags_of):
+        port, processes = free_port(), []
+        for rank, flags in enumerate(flags_of):
             env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
                    "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, REPO / "train.py", *WORDS, "--preset", "demo", *words]
-            processes.append(
-                subprocess.Popen([*command, "--batch-size", "1"], cwd=tmp_path / str(rank), env=env,
-                                 stderr=subprocess.PIPE, text=True)
-            )
+            command = [sys.executable, REPO / "train.py", "--data", "corpus", "--train-splits",
+                       "train", "--dev-split", "dev", "--out", "run", "--preset", "demo",
+                       "--batch-size", "1", *flags]
+            processes.append(subprocess.Popen(command, cwd=tmp_path / str(rank), env=env,
+                                              stderr=subprocess.PIPE, text=True))
         errors = [process.communicate(timeout=300)[1] for process in processes]
         assert [process.returncode for process in processes] == [1, 1], errors
         assert not (tmp_path / "0/run").exists()
@@ -263,31 +273,12 @@ def run_two(tmp_path):
     return run
 
 
-def test_ranks_with_different_configs_stop_before_the_first_step(run_two):
-    errors = run_two(["--lr", "0.004"], ["--lr", "0.005"])
-    assert "train.py: lr: rank 0 has 0.004, rank 1 0.005" in errors[0]
-    assert "train.py: lr: rank 1 has 0.005, rank 0 0.004" in errors[1]
-
-
-def test_ranks_with_different_run_directories_stop_before_the_first_step(run_two):
-    errors = run_two(["--out", "a"], ["--out", "b"])
-    assert "train.py: out: rank 0 has 'a', rank 1 'b'" in errors[0]
-    assert "train.py: out: rank 1 has 'b', rank 0 'a'" in errors[1]
-
-
-def test_a_backend_that_does_not_connect_is_an_error_in_words(environment):
-    def fail(*_, **__):
-        raise RuntimeError("no such device")
-
-    environment.setenv("RANK", "0")
-    environment.setenv("WORLD_SIZE", "2")
-    environment.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    environment.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
-    environment.setattr(Pulse, "beat", lambda _: None)
-    environment.setattr(Pulse, "compare", lambda *_: None)
-    environment.setattr(dist, "init_process_group", fail)
-    with pytest.raises(ConnectionError, match="rank 0: gloo does not .*nosuch0.*no such device"):
-        init_ranks()
+@pytest.mark.parametrize(("flag", "values"), [("lr", (0.004, 0.005)), ("out", ("a", "b"))])
+def test_ranks_with_different_flags_stop_before_the_first_step(run_two, flag, values):
+    errors = run_two(*([f"--{flag}={value}"] for value in values))
+    first, second = map(repr, values)
+    assert f"train.py: {flag}: rank 0 has {first}, rank 1 {second}" in errors[0]
+    assert f"train.py: {flag}: rank 1 has {second}, rank 0 {first}" in errors[1]
 
 
 def test_ranks_with_different_corpora_stop_before_the_first_step(run_two, tmp_path):
@@ -298,80 +289,233 @@ def test_ranks_with_different_corpora_stop_before_the_first_step(run_two, tmp_pa
         assert "8 utterances, sha256 " in error
 
 
-PULSES = []
+# ---- lost ranks -------------------------------------------------------------------------------
 
 
-class Gone:
-    """A store whose keeper has ended."""
+class EndedStore:
+    """A store that has ended."""
 
     def add(self, *_):
         raise dist.DistNetworkError("reset by peer")
 
 
-def make_pulse(rank, store, timeout_s=60.0):
-    PULSES.append(Pulse(store, Ranks(rank, 3, rank), timeout_s))
-    return PULSES[-1]
-
-
-def fail_to_exchange(pulse, text="closed"):
-    with pytest.raises(RuntimeError, match=text), pulse.watching():
-        raise RuntimeError(text)
+@pytest.fixture
+def left(environment):
+    """Lists the status and message of every call of leave, which does not end this process."""
+    calls = []
+    environment.setattr(ranks, "leave", lambda status, message, wait_s: calls.append(
+        (status, message)))
+    environment.setattr(sys, "argv", ["/somewhere/train.py"])
+    return calls
 
 
 @pytest.fixture
-def ends(environment):
-    """Statuses of processes that would have ended."""
-    statuses = []
-    environment.setattr(os, "_exit", statuses.append)
-    environment.setattr(ranks.faulthandler, "dump_traceback_later", lambda *a, **k: None)
-    yield statuses
-    # Their threads have to end while os._exit is the stand-in.
-    for pulse in PULSES:
-        pulse.store, pulse.risen = Gone(), {0: time.monotonic()}
-    PULSES.clear()
-    time.sleep(2.5)
+def start_heartbeat(left):
+    """Starts the heartbeat of one of three ranks; all are stopped after the test."""
+    started = []
+
+    def start(rank, store, timeout_s=60.0):
+        started.append(Heartbeat(store, Ranks(rank, 3, rank), timeout_s))
+        return started[-1]
+
+    yield start
+    for heartbeat in started:
+        heartbeat.stop()
+    ranks.faulthandler.cancel_dump_traceback_later()
 
 
-def test_rank_that_does_not_count_is_lost(ends, capsys):
+def test_rank_that_does_not_send_its_facts_is_an_error(start_heartbeat):
     store = dist.HashStore()
-    pulses = [make_pulse(rank, store) for rank in (0, 2)]  # rank 1 never begins
-    fail_to_exchange(pulses[1])
-    assert ends == [1]
-    assert capsys.readouterr().err == "train.py: rank 2: lost rank 1: closed\n"
+    store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match="^rank 0: rank 1 has not sent its run: "):
+        start_heartbeat(0, store).compare("run", {"seed": 1})
+
+
+def fail_to_exchange(heartbeat, text="closed"):
+    with pytest.raises(RuntimeError, match=text), heartbeat.watching():
+        raise RuntimeError(text)
+
+
+def test_rank_without_heartbeat_is_lost(left, start_heartbeat):
+    store = dist.HashStore()
+    start_heartbeat(0, store)
+    fail_to_exchange(start_heartbeat(2, store))  # rank 1 never starts
+    assert left == [(1, "train.py: rank 2: lost rank 1: closed")]
 
 
 @pytest.mark.slow
-def test_nobody_is_lost_while_all_count(ends, capsys):
+def test_error_of_an_exchange_is_raised_while_all_hearts_beat(left, start_heartbeat):
     store = dist.HashStore()
-    pulses = [make_pulse(rank, store) for rank in range(3)]
-    fail_to_exchange(pulses[0], "a bug")
-    assert ends == []
-    assert capsys.readouterr().err == ""
+    heartbeats = [start_heartbeat(rank, store) for rank in range(3)]
+    fail_to_exchange(heartbeats[0], "a bug")
+    assert left == []
 
 
 @pytest.mark.slow
-def test_store_that_is_gone_went_with_rank_0(ends, environment, capsys):
-    fail_to_exchange(make_pulse(1, Gone()))
-    assert ends == [1]
-    assert "rank 1: lost rank 0, or the launcher" in capsys.readouterr().err
+def test_store_that_has_ended_means_that_rank_0_is_lost(left, start_heartbeat):
+    fail_to_exchange(start_heartbeat(1, EndedStore()))
+    assert left == [
+        (1, "train.py: rank 1: lost rank 0, or the launcher, which keeps the counts: closed")
+    ]
 
 
 @pytest.mark.slow
-def test_silence_beyond_the_timeout_ends_the_run_without_any_exchange(ends, capsys):
+def test_silence_beyond_the_timeout_ends_the_run_without_any_exchange(left, start_heartbeat):
     store = dist.HashStore()
-    pulses = [make_pulse(0, store), make_pulse(1, store), make_pulse(2, store, timeout_s=2.5)]
-    assert pulses
+    start_heartbeat(0, store)
+    second = start_heartbeat(1, store)
+    start_heartbeat(2, store, timeout_s=2.5)
     time.sleep(4)
-    assert ends == []
-    pulses[1].risen = {}  # rank 1 counts no more: its thread has nothing left to add to
+    assert left == []
+    second.stop()
     time.sleep(5)
-    assert 1 in ends
-    assert "rank 2: lost rank 1: silent for too long" in capsys.readouterr().err
+    assert left[0] == (1, "train.py: rank 2: lost rank 1: silent for too long")
 
 
-@pytest.mark.slow
-def test_hydra_is_told_to_end_the_other_ranks(ends, environment, capsys):
-    end, hydra = socket.socketpair()
-    environment.setenv("PMI_FD", str(end.fileno()))
-    fail_to_exchange(make_pulse(0, dist.HashStore()))
-    assert hydra.recv(100) == b"cmd=abort exitcode=1\n"
+# ---- the end ----------------------------------------------------------------------------------
+
+START = ("import os, sys, time\n"
+         "from ranks import *\n"
+         "ranks, heartbeat = start_ranks(backend='gloo', timeout_s=60)\n")
+
+
+@pytest.fixture
+def start_program(tmp_path):
+    """Starts a program as a rank, beside a copy of ranks.py; returns the process."""
+    shutil.copy(REPO / "ranks.py", tmp_path)
+    processes, port = [], free_port()
+
+    def start(program, rank=0, world=1, fd=None, **env):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port,
+               "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", "RNNT_STATUS_FILE": "status",
+               **env}
+        if fd is not None:
+            env["PMI_FD"] = str(fd)
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, pass_fds=[] if fd is None else [fd]))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def hydra():
+    """The two ends of a connection over which a rank (1) asks Hydra (0) to kill all ranks."""
+    pair = socket.socketpair()
+    pair[0].setblocking(False)
+    yield pair
+    for end in pair:
+        end.close()
+
+
+def request_of(end):
+    """Returns the bytes that a rank has sent to Hydra."""
+    try:
+        return end.recv(100)
+    except BlockingIOError:
+        return b""
+
+
+def end_of(process):
+    """Returns the status, standard output and standard error of a process."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_copy_of_the_file_works_with_torch_alone(start_program):
+    """Every import of ranks.py outside torch and the standard library fails."""
+    guard = (
+        "import builtins, sys\n"
+        "real_import = builtins.__import__\n"
+        "def guarded(name, names=None, *rest):\n"
+        "    allowed = {'torch', *sys.stdlib_module_names}\n"
+        "    if (names or {}).get('__name__') == 'ranks' and name.split('.')[0] not in allowed:\n"
+        "        raise ImportError(name)\n"
+        "    return real_import(name, names, *rest)\n"
+        "builtins.__import__ = guarded\n"
+    )
+    program = guard + START + (
+        "heartbeat.compare('run', {'seed': 1})\n"
+        "with heartbeat.watching():\n"
+        "    print(all_sum(torch.tensor([1.0 + ranks.rank]), ranks).item())\n"
+        "leave(0, wait_s=60)\n"
+    )
+    processes = [start_program(program, rank, world=2) for rank in range(2)]
+    assert [end_of(process) for process in processes] == [(0, "3.0\n", "")] * 2
+
+
+def test_leave_prints_flushes_and_writes_the_status_file(start_program, tmp_path):
+    program = START + "print('a line', end='')\nleave(75, 'a message')\n"
+    assert end_of(start_program(program)) == (75, "a line", "a message\n")
+    assert (tmp_path / "status").read_text() == "75\n"
+
+
+def test_only_rank_0_writes_the_status_file(start_program, tmp_path):
+    program = "from ranks import leave\nleave(1)\n"
+    assert end_of(start_program(program, rank=1, world=2)) == (1, "", "")
+    assert not (tmp_path / "status").exists()
+
+
+def test_leave_ends_the_process_although_its_outputs_fail(start_program, tmp_path):
+    program = "import os\nfrom ranks import leave\nos.close(1)\nprint('lost')\nleave(3, 'message')"
+    process = start_program(program, RNNT_STATUS_FILE="no/such/folder")
+    assert end_of(process) == (3, "", "message\n")
+
+
+def test_leave_ends_loader_workers(start_program):
+    """Standard output stays open, and end_of waits, until the worker has ended."""
+    program = (
+        "import multiprocessing, signal, time\n"
+        "from ranks import leave\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,)).start()\n"
+        "leave(0)\n"
+    )
+    assert end_of(start_program(program)) == (0, "", "")
+
+
+def test_ranks_wait_for_rank_0_to_finish_writing(start_program, tmp_path):
+    program = START + (
+        "if ranks.rank == 0:\n"
+        "    time.sleep(2)\n"
+        "    open('checkpoint', 'w').close()\n"
+        "leave(0, wait_s=60)\n"
+    )
+    first, second = (start_program(program, rank, world=2) for rank in range(2))
+    assert end_of(second) == (0, "", "")
+    assert (tmp_path / "checkpoint").exists()
+    assert end_of(first) == (0, "", "")
+
+
+def test_error_of_one_rank_ends_all_ranks_of_hydra(start_program, hydra):
+    program = START + "if ranks.rank == 0: time.sleep(600)\nleave(1, 'message', wait_s=0.5)\n"
+    start_program(program, rank=0, world=2)
+    second = start_program(program, rank=1, world=2, fd=hydra[1].fileno())
+    assert end_of(second) == (1, "", "message\n")
+    assert request_of(hydra[0]) == b"cmd=abort exitcode=1\n"
+
+
+def test_error_at_start_up_ends_all_ranks_of_hydra(start_program, hydra):
+    process = start_program("from ranks import leave\nleave(1)\n", fd=hydra[1].fileno())
+    assert end_of(process) == (1, "", "")
+    assert request_of(hydra[0]) == b"cmd=abort exitcode=1\n"
+
+
+def test_error_of_all_ranks_ends_each_with_its_own_message(start_program, hydra):
+    program = START + "leave(1, f'message of rank {ranks.rank}')\n"
+    processes = [start_program(program, rank, 2, hydra[1].fileno()) for rank in range(2)]
+    assert [end_of(process) for process in processes] == [
+        (1, "", "message of rank 0\n"), (1, "", "message of rank 1\n")
+    ]
+    assert request_of(hydra[0]) == b""
+
+
+@pytest.mark.parametrize("status", [0, 75, 130, 138, 143])
+def test_end_by_time_limit_or_signal_ends_no_other_rank(start_program, hydra, status):
+    program = f"from ranks import leave\nleave({status})\n"
+    assert end_of(start_program(program, fd=hydra[1].fileno())) == (status, "", "")
+    assert request_of(hydra[0]) == b""

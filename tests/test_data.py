@@ -1,0 +1,840 @@
+# SPDX-License-Identifier: Apache-2.0
+"""data.py finds every defect of a corpus, and turns a good one into tokens, buckets and batches.
+
+    python -m pytest tests/test_data.py
+
+Corpora are written into temporary folders. Where it exists, ../shared adds the orders that the
+original's bucketing sampler draws and the durations of train-clean-100.
+"""
+
+import gzip
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import features
+from data import Problem, Utterance
+from features import FeatureConfig
+from tools import prepare
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SAMPLERS = SHARED / "oracles" / "seedrun" / "seed_model_golden.json"
+TRAIN_CLEAN_100 = SHARED / "librispeech" / "train-clean-100.tsv.gz"
+
+NOISE = 0.1 * np.random.default_rng(1).standard_normal(16000)
+
+# ------------------------------------------------------------------------------- a corpus on disk
+
+
+class Corpus:
+    """Split "dev" of two good utterances of one second, 7-9-0000 and 7-9-0001."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.folder = root / "dev" / "7" / "9"
+        self.transcript = self.folder / "7-9.trans.txt"
+        self.flac()
+        self.flac("7-9-0001")
+        self.lines(b"7-9-0000 FIRST LINE")
+
+    def flac(self, utterance_id="7-9-0000", samples=NOISE, rate=16000) -> Path:
+        path = self.root.joinpath("dev", *utterance_id.split("-")[:2], f"{utterance_id}.flac")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, samples, rate)
+        return path
+
+    def bytes(self, contents: bytes) -> None:
+        """Overwrites the first utterance's file."""
+        (self.folder / "7-9-0000.flac").write_bytes(contents)
+
+    def wav(self, samples, subtype="FLOAT") -> Path:
+        """Replaces the first utterance's file."""
+        (self.folder / "7-9-0000.flac").unlink()
+        soundfile.write(self.folder / "7-9-0000.wav", samples, 16000, subtype=subtype)
+        return self.folder / "7-9-0000.wav"
+
+    def lines(self, *first: bytes) -> None:
+        """Writes the transcript; its last line is that of the second utterance."""
+        self.transcript.write_bytes(b"".join(x + b"\n" for x in (*first, b"7-9-0001 SECOND LINE")))
+
+    def scan(self, decode=False) -> tuple[list[Utterance], list[Problem]]:
+        return data.separate(data.scan_split(self.root, "dev", decode=decode))
+
+    def texts(self) -> list[str]:
+        return [u.text for u in self.scan()[0]]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return Corpus(tmp_path)
+
+
+def test_good_split_has_its_utterances_by_id_and_no_problem(corpus):
+    corpus.flac("7-9-0002", NOISE[:2400])
+    corpus.lines(b"7-9-0002 THIRD", b"7-9-0000 FIRST")
+    assert list(data.scan_split(corpus.root, "dev", decode=True)) == [
+        Utterance("7-9-0000", str(corpus.folder / "7-9-0000.flac"), 1.0, "FIRST"),
+        Utterance("7-9-0001", str(corpus.folder / "7-9-0001.flac"), 1.0, "SECOND LINE"),
+        Utterance("7-9-0002", str(corpus.folder / "7-9-0002.flac"), 0.15, "THIRD"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".ogg", ".FLAC"])
+def test_other_suffixes_are_audio_too(corpus, suffix):
+    path = corpus.folder / "7-9-0000.flac"
+    path.unlink()
+    name = suffix.strip(".").upper()
+    soundfile.write(path.with_suffix(suffix), NOISE, 16000, format=name)
+    utterances, problems = corpus.scan()
+    assert utterances[0].path == str(path.with_suffix(suffix))
+    assert problems == []
+
+
+def test_accents_have_one_form(corpus):
+    corpus.lines("7-9-0000 E\u0301COLE \u00c9COLE".encode())
+    assert corpus.texts()[0] == "\u00c9COLE \u00c9COLE"
+
+
+def test_white_space_in_transcripts_is_one_space(corpus):
+    corpus.lines(b"7-9-0000   FIRST   LINE  ")
+    assert corpus.texts() == ["FIRST LINE", "SECOND LINE"]
+
+
+def test_a_corpus_in_small_letters_is_no_problem(corpus):
+    corpus.transcript.write_text("7-9-0000 first\n7-9-0001 second\n")
+    assert corpus.scan()[1] == []
+
+
+def test_files_that_are_no_audio_do_not_matter(corpus):
+    (corpus.folder / "7-9-0008.txt").write_text("notes")
+    for path in list(corpus.folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")  # as macOS leaves them
+    utterances, problems = corpus.scan(decode=True)
+    assert len(utterances) == 2
+    assert problems == []
+
+
+def test_linked_speakers_are_read(corpus):
+    speaker = corpus.folder.parent
+    speaker.rename(corpus.root / "elsewhere")
+    speaker.symlink_to(corpus.root / "elsewhere")
+    assert len(corpus.scan()[0]) == 2
+
+
+def test_a_loop_of_folders_ends(corpus):
+    speaker = corpus.folder.parent
+    for place in (corpus.folder, speaker):
+        (place / "loop").symlink_to(speaker)
+    utterances, problems = corpus.scan()
+    assert len(utterances) == 2
+    assert {p.kind for p in problems} == {"not a file of a chapter"}
+
+
+def test_a_changed_corpus_is_seen_at_the_next_scan(corpus):
+    assert corpus.scan()[1] == []
+    corpus.bytes(b"")
+    assert [p.kind for p in corpus.scan()[1]] == ["audio not readable"]
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def truncated_flac(corpus):
+    path = corpus.folder / "7-9-0000.flac"
+    corpus.bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damaged_flac(corpus):
+    contents = bytearray((corpus.folder / "7-9-0000.flac").read_bytes())
+    contents[len(contents) // 2] ^= 8
+    corpus.bytes(contents)
+
+
+def short_wav(corpus):
+    path = corpus.wav(NOISE, "PCM_16")
+    path.write_bytes(path.read_bytes()[:10000])
+
+
+def mp3(corpus):
+    soundfile.write(corpus.folder / "7-9-0000.flac", NOISE, 16000, format="MP3")
+
+
+def link_to_itself(corpus):
+    path = corpus.folder / "7-9-0000.flac"
+    path.unlink()
+    path.symlink_to(path)
+
+
+def folder_named_flac(corpus):
+    (corpus.folder / "7-9-0000.flac").unlink()
+    (corpus.folder / "7-9-0000.flac").mkdir()
+
+
+def audio_in_another_chapter(corpus):
+    corpus.flac("7-8-0000")
+    (corpus.root / "dev/7/8/7-8.trans.txt").write_text("7-8-0000 OTHER\n")
+    corpus.lines(b"7-9-0000 FIRST", b"7-8-0000 STRAY")
+
+
+def second_recording(corpus, place):
+    path = corpus.root / "dev" / place
+    path.parent.mkdir(exist_ok=True)
+    path.with_name(f"7-{path.parent.name}.trans.txt").touch()
+    soundfile.write(path, NOISE, 16000)
+
+
+class Bad(NamedTuple):
+    """A way to spoil a good corpus, and the one problem that then is found."""
+
+    spoil: Callable[[Corpus], object]
+    kind: str
+    message: str  # its beginning; {folder} is that of the chapter
+    where: str = "7-9-0000"
+    level: str = "error"
+    decoded: bool = False  # only a scan that decodes all audio finds it
+
+
+FLAC, WAV = "{folder}/7-9-0000.flac: ", "{folder}/7-9-0000.wav: "
+LINE_1, LINE_2 = "{folder}/7-9.trans.txt:1", "{folder}/7-9.trans.txt:2"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NAN = np.where(np.arange(16000) == 8000, np.nan, NOISE)
+INFINITY = np.where(np.arange(16000) < 2, -np.inf, NOISE)
+AUDIO, CONTROL = "audio not readable", "control character"
+
+
+def bad_line(line: str | bytes, kind: str, message: str, **more) -> Bad:
+    """The first line of the transcript is `line`."""
+    contents = line if isinstance(line, bytes) else line.encode()
+    return Bad(lambda c: c.lines(contents), kind, message, **{"where": LINE_1, **more})
+
+
+def bad_place(place: str) -> Bad:
+    """A folder, or a file that no chapter holds."""
+    def spoil(corpus):
+        path = corpus.root / "dev" / place
+        path.touch() if path.suffix else path.mkdir()
+
+    return Bad(spoil, "not a file of a chapter", "it is ignored", "{root}/dev/" + place, "warning")
+
+
+BAD = {
+    "zero bytes": Bad(lambda c: c.bytes(b""), AUDIO, FLAC + "empty file"),
+    "git-LFS pointer": Bad(lambda c: c.bytes(LFS), AUDIO, FLAC + "a pointer of git-LFS, not the"),
+    "text": Bad(lambda c: c.bytes(b"no audio" * 999), AUDIO, FLAC + "not readable as audio: "),
+    "MP3 named flac": Bad(mp3, AUDIO, FLAC + "holds MP3, not FLAC"),
+    "no samples": Bad(lambda c: c.wav([]), AUDIO, WAV + "no samples"),
+    "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: its end is missing"),
+    "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: its end is missing"),
+    "damaged FLAC": Bad(damaged_flac, AUDIO, FLAC + "damaged audio: ", decoded=True),
+    "NaN": Bad(lambda c: c.wav(NAN), AUDIO, WAV + "1 samples not finite", decoded=True),
+    "infinity": Bad(lambda c: c.wav(INFINITY), AUDIO, WAV + "2 samples not finite", decoded=True),
+    "link to itself": Bad(link_to_itself, AUDIO, FLAC + "Too many levels of symbolic links"),
+    "folder": Bad(folder_named_flac, AUDIO, FLAC + "Is a directory"),
+    "constant": Bad(lambda c: c.flac(samples=np.full(999, 0.25)), "constant audio",
+                    FLAC + "every sample is 0.25", level="warning", decoded=True),
+    "8 kHz": Bad(lambda c: c.flac(samples=NOISE[:8000], rate=8000), "sample rate",
+                 FLAC + "8000 Hz, will be resampled to 16000", level="warning"),
+    "5 channels": Bad(lambda c: c.flac(samples=np.stack([NOISE] * 5, 1)), "channels",
+                      FLAC + "5 channels, will be averaged", level="warning"),
+    "wav beside flac": Bad(lambda c: second_recording(c, "7/9/7-9-0000.wav"), "duplicate recording",
+                           "{folder}/7-9-0000.flac and {folder}/7-9-0000.wav"),
+    "recording in two chapters": Bad(
+        lambda c: second_recording(c, "7/8/7-9-0000.flac"), "duplicate recording",
+        "{root}/dev/7/8/7-9-0000.flac and {folder}/7-9-0000.flac"),
+    "audio missing": Bad(lambda c: (c.folder / "7-9-0000.flac").unlink(), "audio missing",
+                         "{folder}/7-9-0000.flac does not exist", LINE_1),
+    "line missing": Bad(lambda c: c.flac("7-9-0007"), "transcript missing",
+                        "{folder}/7-9-0007.flac has no transcript", "7-9-0007", "warning"),
+    "transcript missing": Bad(lambda c: c.flac("7-8-0000"), "transcript file missing",
+                              "there is audio, but no .trans.txt", "{root}/dev/7/8"),
+    "Latin-1": bad_line(b"7-9-0000 CAF\xc9", "transcript not readable", "'utf-8' codec can't",
+                        where="{folder}/7-9.trans.txt"),
+    "id only": bad_line("7-9-0000", "no text", "'7-9-0000' has an id but no text"),
+    "spaces only": bad_line("7-9-0000  ", "no text", "'7-9-0000  ' has an id but no text"),
+    "empty line": bad_line("", "no text", "'' has an id but no text"),
+    "tab after the id": bad_line("7-9-0000\tA", "no text", r"'7-9-0000\tA' has an id but no text"),
+    "tab": bad_line("7-9-0000 A\tB", CONTROL, r"'7-9-0000 A\tB'"),
+    "CRLF": bad_line("7-9-0000 A\r", CONTROL, r"'7-9-0000 A\r'"),
+    "byte order mark": bad_line("\ufeff7-9-0000 A", CONTROL, r"'\ufeff7-9-0000 A'"),
+    "reserved word": bad_line("7-9-0000 A </s>", "reserved word", "'7-9-0000 A </s>'"),
+    "sentencepiece's space": bad_line("7-9-0000 A\u2581B", "reserved word", "'7-9-0000 A\u2581B'"),
+    "id of another chapter": bad_line("7-10-0000 A", "id not of its folder",
+                                      "'7-10-0000' does not begin with 7-9-"),
+    "line and audio in two chapters": Bad(audio_in_another_chapter, "id not of its folder",
+                                          "'7-8-0000' does not begin with 7-9-", LINE_2),
+    "id twice": Bad(lambda c: c.lines(b"7-9-0000 A", b"7-9-0000 B"), "duplicate id", "7-9-0000",
+                    LINE_2),
+    "digits": bad_line("7-9-0000 AT 9", "digits", "'7-9-0000 AT 9' is not written out",
+                       level="warning"),
+    "small letters": bad_line("7-9-0000 first", "small letters", "first", where="7-9-0000",
+                              level="warning"),
+    **{f"stray {place}": bad_place(place)
+       for place in ("7-9-0005.flac", "7/7-9-0005.flac", "7/7-9.trans.txt", "7/9/10")},
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_scan_finds_the_problem_and_keeps_the_other_utterance(corpus, bad):
+    bad.spoil(corpus)
+    names = {"folder": corpus.folder, "root": corpus.root}
+    utterances, problems = corpus.scan(decode=True)
+    [found] = [p for p in problems if p.kind == bad.kind]
+    assert found[:3] == (bad.level, bad.kind, bad.where.format(**names))
+    assert found.message.startswith(bad.message.format(**names))
+    # Audio whose line is bad has no transcript.
+    assert {p.kind for p in problems} <= {bad.kind, "transcript missing"}
+    assert ("7-9-0001" in [u.id for u in utterances]) == (bad.kind != "transcript not readable")
+    # Errors of a line or file leave its utterance out, warnings do not.
+    if bad.kind in (AUDIO, CONTROL, "no text") or bad.level == "warning":
+        assert ("7-9-0000" in [u.id for u in utterances]) == (bad.level == "warning")
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_headers_show_all_problems_but_those_inside_the_audio(corpus, bad):
+    bad.spoil(corpus)
+    assert (bad.kind in [p.kind for p in corpus.scan()[1]]) == (not bad.decoded)
+
+
+BAD_AUDIO = {name: bad for name, bad in BAD.items() if bad.kind == AUDIO}
+
+
+@pytest.mark.parametrize("bad", BAD_AUDIO.values(), ids=BAD_AUDIO)
+def test_loading_a_bad_file_says_the_same(corpus, bad):
+    bad.spoil(corpus)
+    [path] = corpus.folder.glob("7-9-0000.*")
+    with pytest.raises((OSError, ValueError)) as error:
+        features.load_audio(path)
+    assert str(error.value) == corpus.scan(decode=True)[1][0].message
+
+
+def test_duration_does_not_depend_on_rate_and_channels(corpus):
+    corpus.flac(samples=np.stack([NOISE] * 2, 1), rate=8000)
+    assert [u.duration_s for u in corpus.scan()[0]] == [2.0, 1.0]
+
+
+def test_a_file_without_permission_is_an_error_of_its_own(corpus, monkeypatch):
+    def refuse(path):
+        raise PermissionError(f"{path}: Permission denied")  # root may read every file
+
+    monkeypatch.setattr(data, "open_audio", refuse)
+    path = corpus.folder / "7-9-0000.flac"
+    assert corpus.scan()[1][0] == Problem("error", AUDIO, "7-9-0000", f"{path}: Permission denied")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(corpus.folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    problem = Problem("error", "folder not readable", str(corpus.folder), "Permission denied")
+    assert corpus.scan() == ([], [problem])
+
+
+def test_missing_split_is_an_error_with_the_folder(corpus):
+    problem = Problem("error", "split missing", str(corpus.root / "test"), "no such folder")
+    assert list(data.scan_split(corpus.root, "test")) == [problem]
+
+
+@pytest.mark.parametrize("name", ["", "1-2.trans.txt"], ids=["no transcript", "empty transcript"])
+def test_split_without_utterances_is_an_error_with_the_folder(corpus, name):
+    folder = corpus.root / "test" / "1" / "2"
+    folder.mkdir(parents=True)
+    if name:
+        (folder / name).touch()
+    problem = Problem("error", "split empty", str(corpus.root / "test"), "no */*/*.trans.txt in it")
+    assert list(data.scan_split(corpus.root, "test")) == [problem]
+
+
+# ----------------------------------------------------- who reads problems: training and the check
+
+
+def test_problems_are_counted_by_kind_and_the_first_ten_shown():
+    problems = [Problem("error", "no text", f"a:{i}", "nothing") for i in range(12)]
+    problems.insert(1, Problem("warning", "channels", "7-9-0000", "2 channels"))
+    assert data.describe(problems) == [
+        "error: no text: 12", *(f"    a:{i}: nothing" for i in range(10)), "    ... and 2 more",
+        "warning: channels: 1", "    7-9-0000: 2 channels",
+    ]
+
+
+FOUND = [Utterance("7-9-0000", "a.flac", 1.0, "A"), Problem("error", "no text", "b:1", "''"),
+         Problem("error", "no text", "b:2", "''"), Problem("warning", "channels", "7-9-0000", "2"),
+         Problem("warning", "channels", "7-9-0001", "2")]
+
+
+@pytest.fixture
+def found(monkeypatch) -> list:
+    """The result of every scan; tests may change it."""
+    found = list(FOUND)
+
+    def scan_split(root, split, cfg=features.DEFAULT, decode=False):
+        # Only the check has the time to decode all audio.
+        assert decode == (str(root) == "checked")
+        yield from found
+
+    for module in (data, prepare):
+        monkeypatch.setattr(module, "scan_split", scan_split)
+    return found
+
+
+def read_split(**options) -> tuple[list[Utterance], list[str]]:
+    """The utterances, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        utterances = data.read_split("root", "dev", **options)
+    return utterances, [str(w.message) for w in caught]
+
+
+def test_training_refuses_the_errors_of_a_scan(found):
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        data.read_split("root", "dev")
+    assert str(error.value).splitlines() == [
+        "root/dev cannot be used:", "error: no text: 2", "    b:1: ''", "    b:2: ''",
+    ]
+
+
+def test_training_passes_warnings_of_a_scan_on(found):
+    del found[1:3]
+    assert read_split() == (FOUND[:1], [
+        "dev: warning: channels: 2", "dev: 7-9-0000: 2", "dev: ... and 1 more",
+    ])
+
+
+def test_training_with_skip_bad_warns_of_errors_and_leaves_them_out(found):
+    utterances, messages = read_split(skip_bad=True)
+    assert utterances == FOUND[:1]
+    assert messages[:3] == [
+        "dev: 2 errors; the utterances they concern are left out", "dev: error: no text: 2",
+        "dev: b:1: ''",
+    ]
+
+
+def test_training_with_skip_bad_needs_one_good_utterance(found):
+    del found[0]
+    with pytest.raises(ValueError, match="root/dev cannot be used:\nerror: no text: 2"):
+        data.read_split("root", "dev", skip_bad=True)
+
+
+def test_check_prints_the_problems_of_a_scan_and_fails_at_errors(found, capsys):
+    assert prepare.check(Path("checked"), ["dev"]) is False
+    assert capsys.readouterr().out.splitlines()[1:] == [f"  {x}" for x in data.describe(FOUND[1:])]
+    del found[1:3]
+    assert prepare.check(Path("checked"), ["dev"]) is True
+
+
+# ------------------------------------------------------------------------------- long utterances
+
+
+def utterances_of(durations_s) -> list[Utterance]:
+    return [Utterance(str(i), "", float(s), "") for i, s in enumerate(durations_s)]
+
+
+def test_long_utterances_are_dropped_and_counted():
+    kept, note = data.drop_long(utterances_of([1, 16.7, 16.8, 3600, 5] * 600))
+    assert [u.duration_s for u in kept] == [1, 16.7, 5] * 600
+    assert note == "1,200 of 3,000 dropped, 602.8 h"
+
+
+def test_longest_duration_is_a_setting():
+    kept, note = data.drop_long(utterances_of([1, 2]), FeatureConfig(max_utterance_s=1.5))
+    assert len(kept) == 1
+    assert note == "1 of 2 dropped, 0.0 h"
+
+
+def test_dropping_all_utterances_is_an_error_with_the_limit():
+    with pytest.raises(ValueError, match=r"at most 16\.7 s: 2 of 2 dropped"):
+        data.drop_long(utterances_of([17, 18]))
+
+
+@pytest.mark.skipif(not TRAIN_CLEAN_100.is_file(), reason=f"{TRAIN_CLEAN_100} is not here")
+def test_train_clean_100_loses_286_utterances():
+    with gzip.open(TRAIN_CLEAN_100, "rt", encoding="utf-8") as lines:
+        next(lines)
+        utterances = utterances_of(line.split("\t")[1] for line in lines)
+    kept, note = data.drop_long(utterances)
+    assert note == "286 of 28,539 dropped, 1.3 h"
+    assert len(kept) == 28253
+
+
+# ------------------------------------------------------------------------------------- tokenizer
+
+TEXTS = [
+    "THE CAT SAT ON THE MAT", "A DOG RAN AFTER THE CAT", "IT'S RAINING ON THE HOUSE",
+    "NOBODY SAW THE QUICK BROWN FOX", "HE JUMPED OVER A LAZY DOG", "WE GAVE UP AT TEN",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> data.Tokenizer:
+    return data.Tokenizer(data.train_tokenizer(TEXTS, 36))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "A MAT ON A HOUSE", "IT", ""])
+def test_decode_is_the_inverse_of_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u00c9COLE \u0130ZM\u0130R \u00c5NGSTR\u00d6M",
+        "\u0645\u06cc\u200c\u062e\u0648",
+        "A\u2026 \u00bd \u2122 \ufb01\u200bX",
+    ],
+)
+def test_decode_is_the_inverse_of_encode_in_any_script(text):
+    tokenizer = data.Tokenizer(data.train_tokenizer([text, "ABC"], 64))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_are_longer_than_characters(tokenizer):
+    assert 0 == len(tokenizer.encode("")) < len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])
+
+
+def test_blank_is_the_last_class_and_no_piece(tokenizer):
+    assert tokenizer.vocab_size == 36
+    assert tokenizer.blank == 35
+    assert tokenizer.pieces.get_piece_size() == 35
+    assert {label for text in TEXTS for label in tokenizer.encode(text)} <= set(range(35))
+
+
+def test_unknown_character_is_an_error_that_names_it(tokenizer):
+    with pytest.raises(ValueError, match="^'THE CAT Ñ SAT': .* no piece for 'Ñ'$"):
+        tokenizer.encode("THE CAT Ñ SAT")
+
+
+def test_every_character_of_the_training_texts_is_known():
+    # A character coverage below 1 would drop the one that occurs once in 20,000.
+    texts = ["ABABABABAB" * 100] * 20 + ["Q"]
+    assert data.Tokenizer(data.train_tokenizer(texts, 8)).encode("Q")
+
+
+def test_model_bytes_are_a_function_of_the_texts(tokenizer):
+    assert data.train_tokenizer(iter(TEXTS), 36) == tokenizer.model
+    assert data.train_tokenizer(TEXTS[:-1], 36) != tokenizer.model
+
+
+def test_vocabulary_is_smaller_when_the_texts_hold_no_more():
+    tokenizer = data.Tokenizer(data.train_tokenizer(TEXTS, 1024))
+    assert 36 < tokenizer.vocab_size < 100
+    assert tokenizer.blank == tokenizer.vocab_size - 1
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_long_transcripts_are_not_left_out():
+    # Sentencepiece ignores sentences of more than 4192 bytes unless told otherwise.
+    tokenizer = data.Tokenizer(data.train_tokenizer(["AB " * 2000, "C"], 8))
+    assert tokenizer.encode("BA")
+
+
+# --------------------------------------------------------------------------------------- buckets
+
+
+def durations(n: int) -> list[float]:
+    """The durations of the oracle for n = 103: 1 to 16.4 s, all different, in no order."""
+    return [round(1 + 15.5 * ((37 * i) % n) / n, 3) for i in range(n)]
+
+
+def draw_order(n: int = 103, global_batch: int = 8, seed: int = 1) -> np.ndarray:
+    return data.bucket_batches(durations(n), global_batch, 6, np.random.default_rng(seed))
+
+
+def check_order(batches: np.ndarray, seconds: list[float], whole_batch: int, buckets: int = 6):
+    """Asserts the rules of one epoch of the bucketing sampler.
+
+    Args:
+        batches: (batches, whole_batch) indices, or the columns of one rank.
+    """
+    N, columns = len(seconds), batches.shape[1]
+    assert len(batches) == N // whole_batch
+    assert len(set(batches.flatten().tolist())) == batches.size  # none twice
+    assert set(batches.flatten().tolist()) <= set(range(N))
+    # Buckets of equal size by duration; the first ones take the remainder.
+    sizes = [N // buckets + (i < N % buckets) for i in range(buckets)]
+    bucket = np.empty(N, int)
+    bucket[np.argsort(seconds)] = np.repeat(np.arange(buckets), sizes)
+    # Batches are cut from the concatenated buckets: once the batches are sorted, the buckets of
+    # all utterances ascend.
+    rows = sorted(sorted(row) for row in bucket[batches].tolist())
+    flat = [b for row in rows for b in row]
+    assert flat == sorted(flat)
+    assert all(row[-1] - row[0] <= 1 for row in rows)
+    # The order within a bucket, and of the batches, is random and not by duration.
+    assert columns < 2 or any(np.diff([seconds[i] for i in row]).min() < 0 for row in batches)
+    means = np.array(seconds)[batches].mean(1)
+    assert len(batches) < 4 or not (np.all(np.diff(means) > 0) or np.all(np.diff(means) < 0))
+
+
+@pytest.mark.parametrize(("N", "global_batch"), [(103, 8), (96, 8), (97, 16), (1000, 64)])
+def test_order_obeys_the_rules_of_the_bucketing_sampler(N, global_batch):
+    for seed in range(5):
+        batches = draw_order(N, global_batch, seed)
+        assert batches.shape == (N // global_batch, global_batch)
+        check_order(batches, durations(N), global_batch)
+
+
+def test_remainder_is_random():
+    # Seven of 103 are left out of every epoch; over 200 epochs each about 14 times.
+    dropped = np.zeros(103, int)
+    for seed in range(200):
+        dropped[np.setdiff1d(np.arange(103), draw_order(seed=seed))] += 1
+    assert dropped.sum() == 200 * 7
+    assert dropped.min() > 1
+    assert dropped.max() < 32
+
+
+def test_order_is_a_function_of_the_generator():
+    assert np.array_equal(draw_order(seed=1), draw_order(seed=1))
+    assert not np.array_equal(draw_order(seed=1), draw_order(seed=2))
+
+
+def test_epochs_of_one_generator_differ():
+    rng = np.random.default_rng(1)
+    first, second = (data.bucket_batches(durations(103), 8, 6, rng) for _ in range(2))
+    assert not np.array_equal(first, second)
+
+
+def test_a_corpus_may_be_one_batch():
+    batches = draw_order(9, 8)
+    assert batches.shape == (1, 8)
+    assert len(set(batches[0])) == 8
+
+
+def test_equal_durations_are_allowed():
+    batches = data.bucket_batches([3.0] * 20, 4, 6, np.random.default_rng(1))
+    assert sorted(batches.flatten()) == list(range(20))
+
+
+def test_fewer_utterances_than_a_batch_are_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match="7 training utterances, fewer than a batch of 8"):
+        draw_order(7, 8)
+
+
+def test_share_of_a_rank_obeys_the_same_rules():
+    check_order(draw_order()[:, 0::2], durations(103), 8)
+
+
+@pytest.fixture(scope="module")
+def samplers() -> dict:
+    if not SAMPLERS.is_file():
+        pytest.skip(f"{SAMPLERS} is not here")
+    return json.loads(SAMPLERS.read_text())
+
+
+def test_original_sampler_has_our_durations_and_size(samplers):
+    assert durations(103) == samplers["sampler_in"]["durations"]
+    assert draw_order().size == 96
+    assert {s["dataset_size"] for s in samplers["samplers"].values()} == {96}
+
+
+@pytest.mark.parametrize(("name", "columns"), [("bucketing_ws1", 8), ("bucketing_ws2_rank0", 4)])
+def test_original_orders_obey_the_same_rules(samplers, name, columns):
+    # Two epochs. Rank 0 of 2 took samples 0, 2, 4 and 6 of each batch of eight.
+    epochs = np.array(samplers["samplers"][name]["labels"]).reshape(2, 12, columns)
+    for epoch in epochs:
+        check_order(epoch, durations(103), 8)
+    assert not np.array_equal(*epochs)
+
+
+# --------------------------------------------------------------------------------------- collate
+
+
+def items(*sizes: tuple[int, int]) -> list[tuple]:
+    """Items as of SpeechDataset, from (frames, labels); no value is 0."""
+    return [
+        (torch.full((frames, 256), i + 1.0), [i + 1] * labels,
+         Utterance(f"id{i}", f"{i}.flac", frames * 0.03, "TEXT"))
+        for i, (frames, labels) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "T_in", "U"),
+    [
+        ([(65, 17), (20, 3), (1, 0)], 96, 24),  # multiples of 32 frames and of 8 labels
+        ([(64, 16), (2, 2)], 64, 16),
+        ([(10, 0), (20, 0)], 32, 0),
+    ],
+)
+def test_collate_rounds_the_longest_up(sizes, T_in, U):
+    batch = data.collate(items(*sizes))
+    assert batch.feats.shape == (len(sizes), T_in, 256)
+    assert batch.targets.shape == (len(sizes), U)
+    assert batch.feat_lens.tolist() == [frames for frames, _ in sizes]
+    assert batch.target_lens.tolist() == [labels for _, labels in sizes]
+
+
+def test_collate_rounding_is_a_setting():
+    batch = data.collate(items((33, 9)), FeatureConfig(round_frames=10, round_labels=1))
+    assert batch.feats.shape == (1, 40, 256)
+    assert batch.targets.shape == (1, 9)
+
+
+def test_collate_keeps_values_and_pads_with_zeros():
+    batch = data.collate(items((33, 9), (20, 3)))
+    for b, (frames, labels) in enumerate([(33, 9), (20, 3)]):
+        assert (batch.feats[b, :frames] == b + 1).all()
+        assert not batch.feats[b, frames:].any()
+        assert (batch.targets[b, :labels] == b + 1).all()
+        assert not batch.targets[b, labels:].any()
+
+
+def test_collate_types_and_names():
+    batch = data.collate([*items((10, 2), (20, 3)), None])
+    assert batch.feats.dtype == torch.float32
+    for x in (batch.feat_lens, batch.targets, batch.target_lens):
+        assert x.dtype == torch.int64
+    assert batch.ids == ["id0", "id1"]
+    assert batch.audio_s == pytest.approx(0.9)
+    assert batch.num_requested == 3
+
+
+# --------------------------------------------------------------------------- dataset and loader
+
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory) -> list[Utterance]:
+    """Six recordings of half a second and more, with TEXTS."""
+    corpus = Corpus(tmp_path_factory.mktemp("corpus"))
+    for i in range(len(TEXTS)):
+        corpus.flac(f"7-9-000{i}", NOISE[: 8000 + 1000 * i])
+    corpus.transcript.write_text("".join(f"7-9-000{i} {text}\n" for i, text in enumerate(TEXTS)))
+    return data.read_split(corpus.root, "dev")
+
+
+@pytest.fixture
+def dataset(utterances, tokenizer) -> data.SpeechDataset:
+    return data.SpeechDataset(utterances, tokenizer, features.DEFAULT, seed=1, epoch=3)
+
+
+def test_dataset_has_features_labels_and_utterance(utterances, tokenizer):
+    dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT)
+    assert len(dataset) == 6
+    feats, labels, utterance = dataset[2]
+    assert torch.equal(feats, features.features(features.load_audio(utterances[2].path)))
+    assert tokenizer.decode(labels) == TEXTS[2]
+    assert utterance == utterances[2]
+
+
+def test_dataset_without_tokenizer_has_no_labels(utterances):
+    assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1] == []
+
+
+def feats_of(utterances, seed, epoch, index) -> bytes:
+    dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed, epoch)
+    return dataset[index][0].numpy().tobytes()
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances):
+    # The same recording six times, so that the index is all that differs.
+    same = [utterances[0]] * 6
+    first = feats_of(same, seed=1, epoch=2, index=3)
+    assert feats_of(same, seed=1, epoch=2, index=3) == first
+    changed = [(4, 2, 3), (1, 5, 3), (1, 2, 0)]
+    assert len({first, *(feats_of(same, *key) for key in changed)}) == 4
+
+
+def test_seed_0_augments_too(utterances):
+    assert feats_of(utterances, 0, 0, 0) != feats_of(utterances, None, 0, 0)
+
+
+def test_order_of_reading_does_not_change_the_augmentation(dataset):
+    forwards = [dataset[i][0] for i in range(6)]
+    backwards = [dataset[i][0] for i in reversed(range(6))]
+    assert all(map(torch.equal, forwards, reversed(backwards)))
+
+
+def test_durations_are_those_after_speed_perturbation(utterances):
+    plain = data.SpeechDataset(utterances, None, features.DEFAULT)
+    assert plain.durations_s() == [u.duration_s for u in utterances]
+    # Without trimming, a recording has as many frames of 30 ms as its duration says, and perhaps
+    # a last one that is not full.
+    cfg = FeatureConfig(trim_db=-200.0)
+    for epoch in (1, 2):
+        dataset = data.SpeechDataset(utterances, None, cfg, seed=1, epoch=epoch)
+        ratios = np.divide(dataset.durations_s(), plain.durations_s())
+        assert len(set(ratios)) == len(utterances)
+        assert ratios.min() >= 0.85
+        assert ratios.max() <= 1.15
+        for i, seconds in enumerate(dataset.durations_s()):
+            # Factors are rounded to hundredths.
+            assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1 + 0.005 * seconds / 0.03
+
+
+def test_number_of_workers_does_not_change_the_batches(dataset, utterances):
+    order = [[4, 0], [1, 5], [3, 2]]
+    here, elsewhere = (list(data.batch_loader(dataset, order, n)) for n in (0, 1))
+    assert [batch.ids for batch in here] == [[utterances[i].id for i in row] for row in order]
+    for one, other in zip(here, elsewhere, strict=True):
+        assert one[4:] == other[4:]
+        assert all(map(torch.equal, one[:4], other[:4]))
+
+
+def test_loader_pads_with_the_settings_of_the_dataset(utterances, tokenizer):
+    cfg = FeatureConfig(round_frames=1, round_labels=1)
+    [batch] = data.batch_loader(data.SpeechDataset(utterances, tokenizer, cfg), [[5]], 0)
+    assert batch.feats.shape[1] == batch.feat_lens.item()
+    assert batch.targets.shape[1] == batch.target_lens.item()
+
+
+def test_loader_accepts_the_order_of_a_rank(dataset, utterances):
+    order = data.bucket_batches(dataset.durations_s(), 4, 2, np.random.default_rng(1))[:, 1::2]
+    batches = data.batch_loader(dataset, order, 0)
+    assert [b.ids for b in batches] == [[utterances[i].id for i in row] for row in order]
+
+
+def test_a_killed_worker_is_an_error_in_words_at_the_next_batch(dataset):
+    batches = data.batch_loader(dataset, [[0]] * 500, 1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    time.sleep(0.5)  # a training step, which must not be interrupted
+    with pytest.raises(OSError, match="no batch: a worker process was killed"):
+        list(batches)
+
+
+def test_a_lost_batch_is_an_error_in_words(dataset, utterances, monkeypatch):
+    collate, seconds = data.collate, [0.6, 2.0]
+
+    def collate_late(items, cfg):
+        time.sleep(seconds.pop(0))
+        return collate(items, cfg)
+
+    monkeypatch.setattr(data, "collate", collate_late)
+    monkeypatch.setattr(data, "POLL_S", 0.2)
+    batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=1.0)
+    assert next(batches).ids == [utterances[0].id]  # after several polls, but in time
+    with pytest.raises(OSError, match="no batch: none for 1 s: .*/dev/shm is full"):
+        next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_the_loader_are_passed_on(dataset, monkeypatch, workers):
+    def fail(*_):
+        raise RuntimeError("a mistake in the front end")
+
+    monkeypatch.setattr(data, "features", fail)
+    with pytest.raises(RuntimeError, match="a mistake in the front end"):
+        next(data.batch_loader(dataset, [[0]], workers))
+
+
+def test_the_reason_of_a_worker_s_error_is_its_own_message(tokenizer):
+    dataset = data.SpeechDataset([Utterance("a", "a.flac", 1.0, "A")], tokenizer, features.DEFAULT)
+    with pytest.raises(OSError, match="Traceback") as error:
+        next(data.batch_loader(dataset, [[0]], 1))
+    assert data.reason(error.value) == "FileNotFoundError: a.flac: No such file or directory"
