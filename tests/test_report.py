@@ -16,7 +16,6 @@ from collections import defaultdict
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 from tones import TINY, run_here, run_train, tiny_corpus
 
 import data
@@ -264,24 +263,6 @@ def test_the_profile_of_two_ranks_sees_their_communication(tmp_path):
     assert done.returncode == 0, done.stderr
     (share,) = re.findall(r"Communication was under way ([0-9.]+) % of the time", done.stdout)
     assert 0 < float(share) < 100
-
-
-def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys, tmp_path):
-    root = tiny_corpus(tmp_path)
-    words = ["report", "--data", root, "--split", "train", "--turns", "3", "--preset", "demo",
-             "--batch-size", "1", "--enc-hidden", "8", "--vocab-size", "32",
-             "--loader-workers", "0"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
-    bench.main()
-    torch.set_flush_denormal(False)
-    *lines, result = capsys.readouterr().out.splitlines()
-    result = json.loads(result)
-    assert "3 steps with against as many without" in lines[-1]
-    assert len(result["turns"]) == 3
-    shares = sorted(a / b - 1 for a, b in result["turns"])
-    assert result["report_share"] == shares[1]
-    assert 0 < result["report_s"] < result["step_s"]
-    assert result["draw_s"] > 0
 
 
 def test_a_run_that_waits_for_its_data_says_so_while_it_runs(tmp_path, monkeypatch, capsys):
