@@ -10,11 +10,13 @@ cores are those of Intel's launcher.
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from tones import REPO
 
 from tools import launch
 from tools.launch import Core, Machine
@@ -280,6 +282,15 @@ def test_two_sockets_of_52_cores_as_intels_launcher():
 def test_unknown_value_of_a_knob_is_an_error(knob, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         decide(machine(), **knob)
+
+
+def test_standard_library_is_enough():
+    """A dry run happens before the set-up; -S hides all installed packages."""
+    env = {**KNOBS, "HOSTS": str(REPO / "hosts")}
+    done = subprocess.run([sys.executable, "-S", "-B", "-m", "tools.launch", "decide", os.devnull],
+                          cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("launch  .venv/bin/python train.py ")
 
 
 # ---- the user's environment -------------------------------------------------------------------

@@ -22,7 +22,7 @@ from launched import FLAGS, PATH, PYTHON, Run, StandIn, kill_processes, write_sc
 from tones import REPO
 
 from checkpoint import load_checkpoint
-from tools import ladder, launch
+from tools import launch, measure
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def test_time_limit_ends_every_launcher_with_75(run, launcher):
 
 SYSTEM = f"{PATH}:/usr/sbin:/sbin"
 HOSTS = 4
-ADDRESS = f"{ladder.SUBNET}{{}}"
+ADDRESS = f"{measure.SUBNET}{{}}"
 
 
 def missing_for_hosts():
@@ -405,7 +405,7 @@ def missing_for_hosts():
     for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
         if shutil.which(program, path=SYSTEM) is None:
             return f"there is no {program}"
-    return "" if ladder.can_make_hosts() else "no right to make network namespaces here"
+    return "" if measure.can_make_hosts() else "no right to make network namespaces here"
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def cluster(tmp_path):
         f"#!/bin/sh\nexec ssh -F none -p 2222 -i {key} -o StrictHostKeyChecking=no"
         ' -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
-    with ladder.made_hosts(HOSTS, gbit=10) as hosts:
+    with measure.made_hosts(HOSTS, gbit=10) as hosts:
         sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
         daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
         yield folder / "ssh", hosts[0]
