@@ -378,11 +378,10 @@ class Machine(NamedTuple):
 
 
 def read_machine(env: Mapping[str, str]) -> Machine:
-    """The one place that looks at this machine."""
-
     def output(*command: str) -> str:
-        with suppress(OSError):
-            return subprocess.run(command, capture_output=True, text=True).stdout
+        with suppress(OSError):  # there is no such program
+            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, errors="replace").stdout
         return ""
 
     cpus = list(range(os.cpu_count() or 1))
@@ -400,7 +399,7 @@ def read_machine(env: Mapping[str, str]) -> Machine:
         ipexrun=shutil.which(f"{venv}/bin/ipexrun") or "",
         bindings=try_bindings(Path(venv)) if env["BACKEND"] == "auto" else "",
         preload=find_preload(folders, output(ldconfig or "", "-p")),
-        # Two runs that start together have two process ids, so they do not try the same port.
+        # The process id keeps two runs that start together from trying the same port.
         port=free_port(20000 + os.getpid() % 10000),
     )
 
