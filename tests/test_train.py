@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train.py: schedule, LAMB, EMA, steps, ranks, flags, and whole runs on a tiny corpus of tones.
+"""train.py: schedule, LAMB, averaged weights, steps, ranks, flags, and whole runs on tones.
 
     python -m pytest tests/test_train.py
 
-Optimiser and schedule against values typed in here and, where ../shared exists, against float64
-runs of the formulas, the published MLPerf v1.0 logs and the reference convergence points. Steps
-in float64, so that accumulation and two ranks (processes of this file) must repeat one big batch
-to the rounding. Runs are processes: what they log, write, refuse, and repeat after a resume.
+Optimiser and schedule are compared with values typed in here and, where ../shared exists, with
+float64 runs of the formulas, the published MLPerf v1.0 logs and the reference convergence points.
+Steps run in float64, so that accumulation and two ranks repeat one big batch to the rounding.
 """
 
 import copy
@@ -17,7 +16,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -39,12 +37,14 @@ from torch import nn
 
 import data
 import decode
+import report
 import train
-from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
 from features import FeatureConfig
 from loss import transducer_loss
 from model import PRESETS, ModelConfig
-from ranks import Ranks, init_ranks
+from ranks import Ranks, start_ranks
+from report import Log
 from train import TrainConfig, lr_at
 
 ORACLES = REPO.parent / "shared" / "oracles"
@@ -95,10 +95,9 @@ def test_rate_warms_up_holds_and_decays_once_an_epoch():
 
 
 def test_rate_has_a_floor_in_warm_up_and_decay():
-    schedule = dict(
-        lr=1.0, warmup_epochs=1, hold_epochs=0, steps_per_epoch=9, gamma=0.1, lr_min=0.3
-    )
-    rates = rates_by_epoch({**schedule, "lr_min": 0.3}, 3)
+    schedule = dict(lr=1.0, warmup_epochs=1, hold_epochs=0, steps_per_epoch=9, gamma=0.1,
+                    lr_min=0.3)
+    rates = rates_by_epoch(schedule, 3)
     assert rates[1][:3] == [0.3, 0.3, 0.4]
     assert rates[3] == [0.3] * 9
 
@@ -169,15 +168,14 @@ def test_schedule_of_a_reference_convergence_point(hyperparameters, global_batch
 
 # ------------------------------------------------------------------------------ published recipes
 
-# What MLPerf logs of every closed RNN-T run, with the value of minimal_closed_rnnt.log, and our
-# default for it.
+# MLPerf's name -> the value that every closed RNN-T run logs, and our default.
 CONSTANTS = {
     "opt_base_learning_rate": (0.004, TrainConfig.lr),
     "opt_learning_rate_warmup_epochs": (6, TrainConfig.warmup_epochs),
     "opt_lamb_learning_rate_hold_epochs": (40, TrainConfig.hold_epochs),
     "opt_lamb_learning_rate_decay_poly_power": (0.935, TrainConfig.lr_gamma),
     "opt_lamb_learning_rate_min": (1e-5, TrainConfig.lr_min),
-    "opt_lamb_epsilon": (1e-9, TrainConfig.epsilon),
+    "opt_lamb_epsilon": (1e-9, TrainConfig.eps),
     "opt_lamb_beta_1": (0.9, TrainConfig.beta1),
     "opt_lamb_beta_2": (0.999, TrainConfig.beta2),
     "opt_weight_decay": (1e-3, TrainConfig.weight_decay),
@@ -196,8 +194,8 @@ CONSTANTS = {
     "data_spec_augment_time_n": (10, FeatureConfig.time_masks),
     "data_spec_augment_time_max": (0.03, FeatureConfig.time_mask_max),
 }
-# No setting of ours, masks may be empty and the schedule has one form; or a run's corpus, cluster,
-# seed, result or clock decides. test_mllog.py looks at these.
+# MLPerf's names whose values no setting of ours decides: our code has one form of mask and schedule,
+# or the corpus, cluster, seed, result or clock of the run decides. test_report.py checks these.
 OF_A_RUN = {
     "data_spec_augment_freq_min", "data_spec_augment_time_min",
     "opt_learning_rate_alt_decay_func", "opt_learning_rate_alt_warmup_func",
@@ -208,14 +206,11 @@ OF_A_RUN = {
     "weights_initialization",
 }
 
-# MLPerf's name -> field of TrainConfig, for what differs between published runs.
+# MLPerf's name -> field of TrainConfig, for the settings that differ between published runs.
 RECIPE_FIELDS = {
-    "opt_base_learning_rate": "lr",
-    "opt_learning_rate_warmup_epochs": "warmup_epochs",
-    "opt_lamb_learning_rate_hold_epochs": "hold_epochs",
+    **SCHEDULE,
     "opt_lamb_learning_rate_decay_poly_power": "lr_gamma",
-    "opt_lamb_learning_rate_min": "lr_min",
-    "opt_lamb_epsilon": "epsilon",
+    "opt_lamb_epsilon": "eps",
     "opt_lamb_beta_1": "beta1",
     "opt_lamb_beta_2": "beta2",
     "opt_weight_decay": "weight_decay",
@@ -224,11 +219,11 @@ RECIPE_FIELDS = {
     "model_eval_ema_factor": "ema_decay",
     "model_eva_ema_factor": "ema_decay",  # spelt so in the convergence points
 }
-WORDS = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
+REQUIRED = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
 
 
-def parse(*words):
-    return train.parse_configs([*WORDS, *words])
+def parse(*argv):
+    return train.parse_configs([*REQUIRED, *argv])
 
 
 def read_mllog(name):
@@ -287,14 +282,14 @@ def as_parameters(values):
     return [nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in values]
 
 
-def lamb_by_the_formula(param, grads, lr, betas, epsilon, weight_decay):
+def lamb_by_the_formula(param, grads, lr, betas, eps, weight_decay):
     """You et al. (2019), algorithm 2 with bias correction, one tensor after another."""
     mean, square = torch.zeros_like(param), torch.zeros_like(param)
     for t, grad in enumerate(grads, 1):
         mean = betas[0] * mean + (1 - betas[0]) * grad
         square = betas[1] * square + (1 - betas[1]) * grad**2
         update = mean / (1 - betas[0] ** t)
-        update = update / ((square / (1 - betas[1] ** t)).sqrt() + epsilon)
+        update = update / ((square / (1 - betas[1] ** t)).sqrt() + eps)
         update = update + weight_decay * param
         norms = param.norm(), update.norm()
         ratio = norms[0] / norms[1] if norms[0] > 0 and norms[1] > 0 else 1.0
@@ -302,7 +297,7 @@ def lamb_by_the_formula(param, grads, lr, betas, epsilon, weight_decay):
     return param
 
 
-LAMB = dict(betas=(0.8, 0.95), epsilon=1e-3, weight_decay=0.1)
+LAMB = dict(betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 
 
 def random_problem():
@@ -316,10 +311,17 @@ def random_problem():
     return values, grads
 
 
+def test_lamb_has_the_defaults_of_torchs_adam():
+    (param,) = as_parameters([[1.0]])
+    ours, torchs = (o([param]).defaults for o in (train.Lamb, torch.optim.Adam))
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        assert ours[name] == torchs[name]
+
+
 def run_lamb(optimizer, params, grads, steps):
     for t in steps:
-        for param, of_param in zip(params, grads, strict=True):
-            param.grad = of_param[t].clone()
+        for param, param_grads in zip(params, grads, strict=True):
+            param.grad = param_grads[t].clone()
         optimizer.step()
 
 
@@ -329,16 +331,16 @@ def test_lamb_follows_the_formula(monkeypatch, part):
     values, grads = random_problem()
     params = [nn.Parameter(v.clone()) for v in values]
     run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
-    for param, value, of_param in zip(params, values, grads, strict=True):
-        expected = lamb_by_the_formula(value, of_param, 0.02, **LAMB)
-        # float64, six steps, other order of operations.
+    for param, value, param_grads in zip(params, values, grads, strict=True):
+        expected = lamb_by_the_formula(value, param_grads, 0.02, **LAMB)
+        # The order of operations differs, in float64.
         torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-14)
 
 
 def test_lamb_moves_a_tensor_without_gradient_by_its_weight_decay_alone():
     (param,) = as_parameters([[3.0, -4.0]])
     param.grad = torch.zeros_like(param)
-    train.Lamb([param], 0.1, (0.9, 0.999), 1e-9, 0.01).step()
+    train.Lamb([param], lr=0.1, weight_decay=0.01).step()
     # The update is 0.01 * param, the ratio 100: the step is lr * param.
     assert param.tolist() == pytest.approx([2.7, -3.6], rel=1e-12)
 
@@ -346,7 +348,7 @@ def test_lamb_moves_a_tensor_without_gradient_by_its_weight_decay_alone():
 def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
     zeros, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
     zeros.grad = torch.zeros(3)
-    train.Lamb([zeros, unused], 0.1, (0.9, 0.999), 1e-9, 0.01).step()
+    train.Lamb([zeros, unused], lr=0.1, weight_decay=0.01).step()
     assert torch.equal(zeros, torch.zeros(3))
     assert torch.equal(unused, torch.ones(3))
 
@@ -375,7 +377,7 @@ def test_lamb_goes_on_from_its_state():
     others = [nn.Parameter(v.clone()) for v in values]
     first = train.Lamb(others, 0.02, **LAMB)
     run_lamb(first, others, grads, range(3))
-    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), epsilon=1.0, weight_decay=0.0)
+    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0, weight_decay=0.0)
     second.load_state_dict(first.state_dict())
     run_lamb(second, others, grads, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
@@ -385,9 +387,7 @@ def golden_lamb_run():
     """Parameters after each of the five steps, and the gradient norms."""
     golden = oracle("optim/optim_oracles.json")["lamb"]
     hyper, params = golden["hyper"], as_parameters(golden["initial_params"])
-    optimizer = train.Lamb(
-        params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"]
-    )
+    optimizer = train.Lamb(params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"])
     seen, norms = [], []
     for grads, lr in zip(golden["grads_by_step"], hyper["lr"], strict=True):
         for param, grad in zip(params, grads, strict=True):
@@ -515,7 +515,7 @@ def make_trainer(model_cfg=SMALL, ranks=ALONE, **changes):
     cfg = TrainConfig(**{**dict(
         data="", train_splits=(), dev_split="", out="", precision="fp32", lr=0.02, ema_decay=0.9,
         # Sizes the update like the gradient where that is tiny: rounding stays rounding.
-        epsilon=1e-3,
+        eps=1e-3,
     ), **changes})
     return train.make_trainer(cfg, model_cfg, ranks)
 
@@ -536,7 +536,7 @@ def assert_same_weights(ours, expected, tolerance):
 
 
 def test_twenty_steps_drive_the_loss_down():
-    trainer = make_trainer(replace(DROPOUT, enc_dropout=0.05), epsilon=1e-9)
+    trainer = make_trainer(replace(DROPOUT, enc_dropout=0.05), eps=1e-9)
     losses = [
         train.train_step(trainer, [make_batch(0, 1, 2, 3)], step, lr=0.05)[0]
         for step in range(1, 21)
@@ -557,7 +557,7 @@ def test_a_step_returns_the_mean_cost_and_the_norm_of_its_gradient(float64):
 
 
 def test_a_step_is_clipped_lamb_with_the_configs_values(float64):
-    settings = dict(beta1=0.7, beta2=0.8, epsilon=1e-2, weight_decay=0.3, clip_norm=0.1)
+    settings = dict(beta1=0.7, beta2=0.8, eps=1e-2, weight_decay=0.3, clip_norm=0.1)
     trainer, batch = make_trainer(**settings, ema_decay=0.75), make_batch(0, 1, 2)
     before = weights_of(trainer)
     _, norm = train.train_step(trainer, [batch], 1, lr=0.05)
@@ -662,7 +662,7 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32():
     ],
 )
 def test_auto_precision_is_bf16_where_the_processor_multiplies_it_faster(monkeypatch, words, dtype):
-    monkeypatch.setattr(train, "processor", lambda: words)
+    monkeypatch.setattr(report, "processor_info", lambda: words)
     assert make_trainer(precision="auto").dtype == dtype
 
 
@@ -690,9 +690,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weights():
 
 
 def rank_main(folder):
-    """What each of two processes does; its results are in <folder>/rank<r>.pt."""
+    """Runs in each of two processes and writes its results to <folder>/rank<r>.pt."""
     torch.set_default_dtype(torch.float64)
-    ranks, _ = init_ranks(parse("--timeout-s", "60")[0])
+    ranks, _ = start_ranks(expected=2, timeout_s=60)
     assert ranks == (int(os.environ["RANK"]), 2, int(os.environ["LOCAL_RANK"]))
     results = {"ranks": tuple(ranks)}
     for name, split in (
@@ -790,7 +790,7 @@ def test_every_field_is_a_flag(config):
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
         if field.name in ("data", "train_splits", "dev_split", "out"):
-            continue  # WORDS has them
+            continue  # REQUIRED has them
         if field.name == "feature_size":  # follows from FeatureConfig
             with pytest.raises(SystemExit):
                 parse("--feature-size", "256")
@@ -911,9 +911,9 @@ def test_a_wrong_flag_ends_with_status_2_and_is_named(words, capsys):
 
 @pytest.mark.parametrize("flag", ["--data", "--train-splits", "--dev-split", "--out"])
 def test_the_corpus_and_the_run_directory_must_be_given(flag, capsys):
-    i = WORDS.index(flag)
+    i = REQUIRED.index(flag)
     with pytest.raises(SystemExit, match="^2$"):
-        train.parse_configs(WORDS[:i] + WORDS[i + 2 :])
+        train.parse_configs(REQUIRED[:i] + REQUIRED[i + 2 :])
     assert flag in capsys.readouterr().err
 
 
