@@ -108,7 +108,7 @@ def set_value(lines, key, value):
     return [{**line, "value": value} if line["key"] == key else line for line in lines]
 
 
-# ------------------------------------------------------------------------------------- what it says
+# -------------------------------------------------------------------------- contents of the log
 
 
 def one(lines, key):
@@ -192,7 +192,7 @@ def test_the_closed_log_has_every_key_and_fixed_value_of_the_minimal_one(closed)
         assert one(closed, key)["value"] == one(minimal, key)["value"]
 
 
-# ------------------------------------------------------------------------ what the checker says
+# ------------------------------------------------------------------- verdict of MLPerf's checker
 
 RULESETS = ["1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0"]  # all that have rnnt
 
