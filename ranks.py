@@ -7,7 +7,7 @@ This file needs torch and the standard library only, so it can be copied into an
     heartbeat.compare("run", {"seed": seed})  # every rank must have the same values
     with heartbeat.watching():
         ...  # training: all_sum, DistributedDataParallel
-    leave(0, wait_s=60)
+    leave(0, wait_s=60)  # never returns
 
 A rank is one of these processes. Their number is called the world size, as in torch.distributed.
 """
@@ -100,7 +100,7 @@ def bind(ranks: Ranks) -> None:
     """
     if not hasattr(os, "sched_setaffinity"):  # macOS
         return
-    num_sharing = ranks.world  # unbound ranks share the CPUs of this host, at most all of them
+    num_sharing = ranks.world  # without masks all ranks may share the CPUs of this host
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
     if domains.startswith("["):
         try:
@@ -246,10 +246,13 @@ class Heartbeat:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """If an exchange in the block fails, names the ranks whose heartbeat stopped and leaves."""
+        """If an exchange in the block fails, leaves and names the ranks without a heartbeat.
+
+        Other errors, and those of an exchange among living ranks, are raised.
+        """
         try:
             yield
-        except RuntimeError as error:  # torch has no class of its own for a failed exchange
+        except RuntimeError as error:  # torch raises no more specific class
             if self.ranks.world > 1:
                 failed_at = time.monotonic()
                 time.sleep(5)
@@ -283,7 +286,7 @@ class Heartbeat:
                                       f"{key}: {error}") from error
             for name, value in json.loads(mine).items():
                 if theirs.get(name) != value:
-                    time.sleep(1)  # the other ranks may not have read the store, which ends with us
+                    time.sleep(1)  # the store ends with rank 0: let the others read it, too
                     raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
                                      f"rank {rank} {theirs.get(name)!r}")
 
@@ -310,19 +313,19 @@ class Heartbeat:
 
 # -------------------------------------------------------------------------------------- the end
 
-_heartbeat: Heartbeat | None = None  # of this process, set by start_ranks for `leave`
+_heartbeat: Heartbeat | None = None  # start_ranks sets it, leave reads it
 
 
 def leave(status: int, message: str = "", wait_s: float = 5.0) -> NoReturn:
-    """Prints the message on stderr and ends this process, at once and whatever else fails.
+    """Prints the message on stderr and ends this process; no failure on the way keeps it alive.
 
     The ranks wait up to `wait_s` for each other, because rank 0 may still be writing a checkpoint
     and Intel MPI kills all ranks as soon as one that has called MPI is gone. If some do not come,
     an error ends them too. Rank 0 writes the status to the file that the environment variable
-    RNNT_STATUS_FILE names: torchrun and mpirun return another one. Loader workers are killed.
+    RNNT_STATUS_FILE names, since torchrun and mpirun return another one. Loader workers are killed.
 
-    Functions registered with atexit do not run, because the interpreter is not finalised: a torch
-    thread that returns to a finalised interpreter aborts the process.
+    The interpreter is not finalised, because a torch thread that returns to a finalised interpreter
+    aborts the process. Hence functions registered with atexit do not run.
     """
     # A time limit (status 75) and signal n (128 + n) stop all ranks, an error may stop only one.
     is_error = 0 < status < 128 and status != os.EX_TEMPFAIL
@@ -331,9 +334,11 @@ def leave(status: int, message: str = "", wait_s: float = 5.0) -> NoReturn:
         together = _heartbeat is not None and _heartbeat.leave_together(wait_s)
         for worker in multiprocessing.active_children():
             worker.kill()
-        if is_error and not together:
-            abort_launcher(status)
-        elif together and dist.is_initialized():
+        if is_error and not together and "PMI_FD" in os.environ:
+            # Hydra, the launcher of Intel MPI and MPICH, ends the other ranks on this request only,
+            # unless the failed rank has called MPI. Other launchers end them in any case.
+            os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())
+        if not is_error and together and dist.is_initialized():
             dist.destroy_process_group()
     finally:
         os._exit(status)
@@ -349,11 +354,3 @@ def write_end(status: int, message: str) -> None:
         sys.stdout.flush()
     with suppress(OSError, ValueError):
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
-
-
-def abort_launcher(status: int) -> None:
-    """Asks Hydra (Intel MPI, MPICH) to kill all ranks. Other launchers do so when one rank fails;
-    Hydra waits for the others if the failed rank has not called MPI."""
-    if "PMI_FD" in os.environ:
-        with suppress(OSError):  # Hydra has ended already
-            os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())

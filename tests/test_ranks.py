@@ -220,7 +220,7 @@ def test_port_that_is_taken_is_named(environment):
     [("0", "127.0.0.1", 2), ("1", "127.0.0.1", 2), ("1", "no-such-host.invalid", 600)],
 )
 def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout_s):
-    """An unknown host ends it at once."""
+    """An unknown host ends the wait at once."""
     environment.setenv("RANK", rank)
     environment.setenv("WORLD_SIZE", "2")
     environment.setenv("MASTER_ADDR", address)
@@ -242,21 +242,6 @@ def test_backend_that_does_not_connect_is_an_error_with_its_interfaces(environme
 
 
 # ---- agreement --------------------------------------------------------------------------------
-
-
-def two_heartbeats(timeout_s=60.0):
-    """Heartbeats of ranks 0 and 1 with one store; no thread is started."""
-    store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=timeout_s))
-    pair = [Heartbeat(store, Ranks(0, 1, 0), timeout_s) for _ in range(2)]
-    for rank, heartbeat in enumerate(pair):
-        heartbeat.ranks, heartbeat.last_beat = Ranks(rank, 2, rank), {0: 0.0, 1: 0.0}
-    return pair
-
-
-def test_rank_that_sends_no_facts_is_an_error():
-    with pytest.raises(ConnectionError, match="^rank 0: rank 1 has not sent its run: "):
-        two_heartbeats(timeout_s=1.0)[0].compare("run", {"seed": 1})
 
 
 @pytest.fixture
@@ -316,7 +301,7 @@ class EndedStore:
 
 @pytest.fixture
 def left(environment):
-    """(status, message) of every call of leave, which returns here."""
+    """Lists the status and message of every call of leave, which does not end this process."""
     calls = []
     environment.setattr(ranks, "leave", lambda status, message, wait_s: calls.append(
         (status, message)))
@@ -337,6 +322,13 @@ def start_heartbeat(left):
     for heartbeat in started:
         heartbeat.stop()
     ranks.faulthandler.cancel_dump_traceback_later()
+
+
+def test_rank_that_does_not_send_its_facts_is_an_error(start_heartbeat):
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match="^rank 0: rank 1 has not sent its run: "):
+        start_heartbeat(0, store).compare("run", {"seed": 1})
 
 
 def fail_to_exchange(heartbeat, text="closed"):
@@ -412,7 +404,7 @@ def start_program(tmp_path):
 
 @pytest.fixture
 def hydra():
-    """(Hydra's end, a rank's end) of the connection over which a rank asks for the others' end."""
+    """The two ends of a connection over which a rank (1) asks Hydra (0) to kill all ranks."""
     pair = socket.socketpair()
     pair[0].setblocking(False)
     yield pair
