@@ -108,7 +108,8 @@ class FeatureNorm(nn.Module):
     Ioffe & Szegedy (2015), arXiv:1502.03167; eps and momentum are those of
     torch.nn.BatchNorm1d. A training forward uses the statistics of its own batch, unless a step
     has begun: a step that is split into micro-batches and ranks normalises all of them alike.
-    The features depend on no parameter, so their moments can be added up beforehand.
+    The features depend on no parameter, so their moments can be added up beforehand, and no
+    gradient flows through the statistics.
 
         moments = sum(norm.moments(feats, feat_lens) for feats, feat_lens in micro_batches)
         norm.begin_step(all_sum(moments, ranks))

@@ -293,7 +293,7 @@ def test_second_derivative_is_refused(loss_of):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @both
-def test_lattices_go_with_the_costs(loss_of, dtype):
+def test_lattice_is_freed_with_the_costs(loss_of, dtype):
     problem = random_problem([3, 2], [2, 3], V=4, blank=1)
     gc.collect()
     gc.disable()  # so a reference cycle would keep the lattice
@@ -699,7 +699,7 @@ class ProductRows(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_matrix_products_have_few_numbers_of_rows():
+def test_matrix_products_have_few_distinct_numbers_of_rows():
     # oneDNN builds and keeps a kernel for each of them.
     lens, target_lens, V = list(range(20, 60, 3)), list(range(8, 36, 2)), 16
     problem = random_problem(lens, target_lens, V, blank=0)
