@@ -229,13 +229,13 @@ def bad_place(place: str) -> Bad:
 
 
 BAD = {
-    "zero bytes": Bad(lambda c: c.bytes(b""), AUDIO, FLAC + "empty file"),
-    "git-LFS pointer": Bad(lambda c: c.bytes(LFS), AUDIO, FLAC + "a pointer of git-LFS, not the"),
+    "zero bytes": Bad(lambda c: c.bytes(b""), AUDIO, FLAC + "the file is empty"),
+    "git-LFS pointer": Bad(lambda c: c.bytes(LFS), AUDIO, FLAC + "the file is a git-LFS pointer"),
     "text": Bad(lambda c: c.bytes(b"no audio" * 999), AUDIO, FLAC + "not readable as audio: "),
-    "MP3 named flac": Bad(mp3, AUDIO, FLAC + "holds MP3, not FLAC"),
-    "no samples": Bad(lambda c: c.wav([]), AUDIO, WAV + "no samples"),
-    "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: its end is missing"),
-    "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: its end is missing"),
+    "MP3 named flac": Bad(mp3, AUDIO, FLAC + "the file holds MP3, not FLAC"),
+    "no samples": Bad(lambda c: c.wav([]), AUDIO, WAV + "the file has no samples"),
+    "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: the end is missing"),
+    "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: the end is missing"),
     "damaged FLAC": Bad(damaged_flac, AUDIO, FLAC + "damaged audio: ", decoded=True),
     "NaN": Bad(lambda c: c.wav(NAN), AUDIO, WAV + "1 samples not finite", decoded=True),
     "infinity": Bad(lambda c: c.wav(INFINITY), AUDIO, WAV + "2 samples not finite", decoded=True),
@@ -356,8 +356,18 @@ def test_split_without_utterances_is_an_error_with_the_folder(corpus, name):
     folder.mkdir(parents=True)
     if name:
         (folder / name).touch()
-    problem = Problem("error", "split empty", str(corpus.root / "test"), "no */*/*.trans.txt in it")
+    message = "it has no utterance in */*/*.trans.txt"
+    problem = Problem("error", "split empty", str(corpus.root / "test"), message)
     assert list(data.scan_split(corpus.root, "test")) == [problem]
+
+
+def test_the_documentation_has_every_kind_of_problem():
+    text = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    assert {(row[1].strip(" `"), row[2].strip()) for row in rows} == {
+        *((bad.kind, bad.level) for bad in BAD.values()), ("folder not readable", "error"),
+        ("split missing", "error"), ("split empty", "error"),
+    }
 
 
 # ----------------------------------------------------- who reads problems: training and the check
