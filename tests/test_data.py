@@ -613,12 +613,6 @@ def test_order_is_a_function_of_the_generator():
     assert not np.array_equal(draw_order(seed=1), draw_order(seed=2))
 
 
-def test_epochs_of_one_generator_differ():
-    rng = np.random.default_rng(1)
-    first, second = (data.bucket_batches(durations(103), 8, 6, rng) for _ in range(2))
-    assert not np.array_equal(first, second)
-
-
 def test_a_corpus_may_be_one_batch():
     batches = draw_order(9, 8)
     assert batches.shape == (1, 8)
@@ -819,7 +813,7 @@ def test_a_killed_worker_is_an_error_in_words_at_the_next_batch(dataset):
 
 
 def test_a_lost_batch_is_an_error_in_words(dataset, utterances, monkeypatch):
-    collate, seconds = data.collate, [0.6, 2.0]
+    collate, seconds = data.collate, [0.6, 5.0]
 
     def collate_late(items, cfg):
         time.sleep(seconds.pop(0))
@@ -827,9 +821,9 @@ def test_a_lost_batch_is_an_error_in_words(dataset, utterances, monkeypatch):
 
     monkeypatch.setattr(data, "collate", collate_late)
     monkeypatch.setattr(data, "POLL_S", 0.2)
-    batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=1.0)
+    batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=4.0)
     assert next(batches).ids == [utterances[0].id]  # after several polls, but in time
-    with pytest.raises(OSError, match="no batch: none for 1 s: .*/dev/shm is full"):
+    with pytest.raises(OSError, match="no batch: none for 4 s: .*/dev/shm is full"):
         next(batches)
 
 
