@@ -68,7 +68,7 @@ class FeatureConfig:
     time_masks: int = 10
     time_mask_max: float = 0.03  # share of the utterance's own length
     max_utterance_s: float = 16.7  # longer utterances are not trained on
-    num_buckets: int = 6  # by perturbed duration; every batch is drawn inside one bucket
+    num_buckets: int = 6  # parts of the training set, by perturbed duration, that are shuffled
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U likewise
 
