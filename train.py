@@ -338,11 +338,7 @@ class Trainer(NamedTuple):
     @property
     def global_batch(self) -> int:
         """Utterances of a step."""
-        return global_batch(self.cfg, self.ranks)
-
-
-def global_batch(cfg: TrainConfig, ranks: Ranks) -> int:
-    return cfg.batch_size * cfg.accumulation * ranks.world
+        return self.cfg.batch_size * self.cfg.accumulation * self.ranks.world
 
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
@@ -532,10 +528,10 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     utterance): for any number of ranks a step has the same utterances.
     """
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad)
-    order = data.bucket_batches(
-        dataset.durations_s(), global_batch(cfg, ranks), features.num_buckets,
-        np.random.default_rng((cfg.seed, epoch)),
-    )  # (steps, utterances of a step)
+    global_batch = cfg.batch_size * cfg.accumulation * ranks.world
+    rng = np.random.default_rng((cfg.seed, epoch))
+    order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
+    # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
     mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.batch_size)
     batches = data.batch_loader(dataset, mine.tolist(), cfg.loader_workers, cfg.timeout_s / 2)
     while step := list(islice(batches, cfg.accumulation)):
