@@ -8,7 +8,6 @@ float64 runs of the formulas, the published MLPerf v1.0 logs and the reference c
 Steps run in float64, so that accumulation and two ranks repeat one big batch to the rounding.
 """
 
-import copy
 import json
 import math
 import os
@@ -353,33 +352,19 @@ def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
     assert torch.equal(unused, torch.ones(3))
 
 
-def test_a_copy_of_lamb_takes_the_same_steps():
+def test_lamb_goes_on_from_its_state_with_gradients_of_any_strides():
     values, grads = random_problem()
     params = [nn.Parameter(v.clone()) for v in values]
-    optimizer = train.Lamb(params, 0.02, **LAMB)
-    run_lamb(optimizer, params, grads, range(3))
-    other = copy.deepcopy(optimizer)
-    copies = other.param_groups[0]["params"]
-    run_lamb(optimizer, params, grads, range(3, 6))
-    # Gradients may have any strides.
-    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
-    assert not strided[0][0].is_contiguous()
-    run_lamb(other, copies, strided, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
-
-
-def test_lamb_goes_on_from_its_state():
-    values, grads = random_problem()
-    params = [nn.Parameter(v.clone()) for v in values]
-    whole = train.Lamb(params, 0.02, **LAMB)
-    run_lamb(whole, params, grads, range(6))
+    run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
 
     others = [nn.Parameter(v.clone()) for v in values]
     first = train.Lamb(others, 0.02, **LAMB)
     run_lamb(first, others, grads, range(3))
-    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0, weight_decay=0.0)
+    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0)
     second.load_state_dict(first.state_dict())
-    run_lamb(second, others, grads, range(3, 6))
+    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
+    assert not strided[0][0].is_contiguous()
+    run_lamb(second, others, strided, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
@@ -514,7 +499,7 @@ def spoil(batch, row):
 def make_trainer(model_cfg=SMALL, ranks=ALONE, **changes):
     cfg = TrainConfig(**{**dict(
         data="", train_splits=(), dev_split="", out="", precision="fp32", lr=0.02, ema_decay=0.9,
-        # Sizes the update like the gradient where that is tiny: rounding stays rounding.
+        # A large eps keeps the rounding errors of tiny gradients from becoming large updates.
         eps=1e-3,
     ), **changes})
     return train.make_trainer(cfg, model_cfg, ranks)
@@ -825,11 +810,6 @@ def test_a_preset_brings_its_model_and_recipe(preset):
     assert features == FeatureConfig(num_buckets=buckets)
     assert asdict(cfg) == asdict(TrainConfig(**required, preset=preset, **recipe))
     assert model_cfg == PRESETS[preset]
-
-
-def test_recipes_are_of_presets():
-    assert train.RECIPES
-    assert train.RECIPES.keys() <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("argv", [
