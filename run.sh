@@ -51,8 +51,9 @@ set_up() {
   cp "$REQUIREMENTS" "$stamp"
 }
 
-# run_step COMMAND ...: runs a program and returns its status. After a signal to run.sh, it ends the program and all that
-# the program started: by SIGTERM, on which train.py saves a checkpoint, and two minutes later by SIGKILL. Then it exits.
+# run_step COMMAND ...: runs a program and returns its status. After a signal to run.sh, it ends the program and all
+# that the program started: by SIGTERM, on which train.py saves a checkpoint, and two minutes later by SIGKILL. Then it
+# exits.
 run_step() {
   local group tenths status=0
   set -m # a process group of its own, to be signalled as a whole
