@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From a clone to a transcript: set up, prepare a corpus, train, score the dev split, transcribe three files.
+# Leads from a clone to a transcript: set up, prepare a corpus, train, score the dev split, transcribe three files.
 #
 #   bash run.sh                                   the demo corpus, one process for each NUMA node
 #   RANKS=2 bash run.sh --epochs 20               two ranks on this machine; flags go to train.py and win
@@ -32,7 +32,8 @@ DRY_RUN=${DRY_RUN:-0}            # 1: decide and print only
 PYTHON=$VENV/bin/python
 
 # ---- functions ----
-# launch TASK ...: ends with tools/launch.py, which makes every decision; before the set-up, any python3 can run it.
+# launch TASK ...: replaces this shell by tools/launch.py, which makes every decision. Before the set-up, the python3 of
+# the system runs it.
 launch() {
   local python=$PYTHON
   [[ -x $python ]] || python=python3
@@ -50,8 +51,9 @@ set_up() {
   cp "$REQUIREMENTS" "$stamp"
 }
 
-# run_step COMMAND ...: runs a program and returns its status. After a signal to run.sh it ends everything that the
-# program started, by SIGTERM, on which train.py saves a checkpoint, or after two minutes by SIGKILL; then it exits.
+# run_step COMMAND ...: runs a program and returns its status. After a signal to run.sh, it ends the program and all
+# that the program started: by SIGTERM, on which train.py saves a checkpoint, and two minutes later by SIGKILL. Then it
+# exits.
 run_step() {
   local group tenths status=0
   set -m # a process group of its own, to be signalled as a whole

@@ -496,7 +496,8 @@ def test_status_of_rank_0_survives_its_launcher(folder, monkeypatch, recorded, l
     monkeypatch.setattr(launch.tempfile, "tempdir", str(folder))
     end = f"os.kill(os.getpid(), {-launcher})" if launcher < 0 else f"sys.exit({launcher})"
     script = ("import os, sys\n"
-              f"open(os.environ['RNNT_STATUS_FILE'], 'w').write('{recorded}')\n{end}")
+              f"if '{recorded}': open(os.environ['RNNT_STATUS_FILE'], 'w').write('{recorded}')\n"
+              f"{end}")
     assert launch.run_command([sys.executable, "-c", script]) == expected
     assert list(folder.iterdir()) == []
 

@@ -380,11 +380,14 @@ def test_stopped_rank_is_named_and_ended(run, launcher, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("launcher", ["python", *LAUNCHERS])
-def test_signal_leaves_no_process(run, launcher, number, status):
+def test_signal_leaves_no_process_and_no_status_file(run, launcher, number, status):
     chosen = {"RANKS": "1"} if launcher == "python" else {"LAUNCHER": launcher}
-    run.start("--loader-workers", "1", **chosen).wait_for_steps(2)
+    folder = run.folder / "tmp"
+    folder.mkdir()
+    run.start("--loader-workers", "1", TMPDIR=str(folder), **chosen).wait_for_steps(2)
     run.child.send_signal(number)
     assert run.expect_end(60) == status
+    assert list(folder.glob("rnnt-*")) == []
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def read_cores(cpus: Iterable[int], folder: Path = Path("/sys/devices/system/cpu
 
 
 def read_text(path: Path) -> str:
-    """The text of one of the kernel's files, or "" if there is no such file."""
+    """The text of a file, or "" if there is no such file."""
     with suppress(OSError):
         return path.read_text()
     return ""
@@ -580,13 +580,11 @@ def run_command(command: Sequence[str]) -> int:
     # run.sh signals this process together with the launcher; this process waits for the launcher.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    handle, path = tempfile.mkstemp(prefix="rnnt-status-")
-    os.close(handle)
-    try:
-        status = subprocess.run(command, env=os.environ | {STATUS_FILE: path}).returncode
-        recorded = Path(path).read_text().strip()
-    finally:
-        os.unlink(path)
+    # mpirun may end before rank 0 does, which then finds no folder to leave a file in.
+    with tempfile.TemporaryDirectory(prefix="rnnt-") as folder:
+        path = Path(folder, "status")
+        status = subprocess.run(command, env=os.environ | {STATUS_FILE: str(path)}).returncode
+        recorded = read_text(path).strip()
     if not recorded and status == 0:
         print("run.sh: the launcher ended with status 0, but rank 0 wrote no exit status on this "
               "host", file=sys.stderr)
