@@ -24,8 +24,6 @@ from tools.launch import Core, Machine
 KNOBS = {"RANKS": "", "LAUNCHER": "auto", "BACKEND": "auto", "SSH": "ssh", "VENV": ".venv",
          "CORPUS": "demo", "DATA": "data/demo", "OUT": "out/demo", "CGROUPS": "none",
          "DRY_RUN": "1"}
-MISSING = "is not in .venv"
-USABLE = "is in .venv"
 VERSIONS = {
     "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.18 Build 20260626",
     "Open MPI": "mpirun (Open MPI) 4.1.4",
@@ -36,7 +34,7 @@ VERSIONS = {
 @pytest.fixture(autouse=True)
 def resolved(monkeypatch):
     """Host names -> addresses, instead of a name server."""
-    names = {}
+    names = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1"}
     monkeypatch.setattr(launch, "resolve", lambda host: names.get(host, ""))
     return names
 
@@ -56,8 +54,8 @@ def cores_of(sockets, cores, cpus=None):
 def machine(cores=None, mpi="", **facts):
     cores = cores or cores_of(1, 4)
     mpirun = "/opt/mpirun" if mpi else ""
-    facts = {"quota": None, "bindings": MISSING, "port": 4711, **facts}
-    return Machine([core.cpu for core in cores], cores, mpirun=mpirun,
+    facts = {"quota": None, "port": 4711, **facts}
+    return Machine(2 * len(cores), cores, mpirun=mpirun,
                    mpi_version=VERSIONS.get(mpi, ""), **facts)
 
 
@@ -118,8 +116,7 @@ def test_machine_without_affinity_has_all_cpus(monkeypatch, folder):
     """macOS has neither affinity nor /sys nor /proc."""
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    there = launch.read_machine({**KNOBS, "VENV": str(folder)})
-    assert there.cpus == [0, 1, 2]
+    assert launch.read_machine({**KNOBS, "VENV": str(folder)}).num_cpus == 3
 
 
 @pytest.mark.parametrize(
@@ -147,10 +144,6 @@ def test_ranks_threads_and_masks(cores, ranks, threads, domains):
     assert printed["ranks"].split()[0] == str(expected)
 
 
-def test_allowed_cpus_are_printed_as_ranges():
-    assert launch.format_cpus([8, 0, 1, 2, 3, 10, 11]) == "0-3,8,10-11"
-
-
 def test_more_ranks_than_cores_share_them_unbound():
     printed = decide(machine(cores_of(1, 2)), RANKS="8")
     assert printed["OMP_NUM_THREADS"] == "1"
@@ -172,7 +165,7 @@ def test_quota_limits_threads_and_leaves_them_unbound(quota, threads, bound):
         ("0::/job/step\n", "job/step", {"cpu.max": "250000 100000"}, 3),
         ("0::/job/step\n", "job", {"cpu.max": "200000 100000"}, 2),  # of the group around it
         ("0::/not/seen/from/here\n", "", {"cpu.max": "200000 100000"}, 2),
-        ("4:cpu,cpuacct:/docker/1\n", "cpu,cpuacct/docker/1",
+        ("4:cpu,cpuacct:/docker/1\n", "cpu/docker/1",
          {"cpu.cfs_quota_us": "200000", "cpu.cfs_period_us": "100000"}, 2),
         ("4:cpuacct,cpu:/docker/1\n0::/\n", "cpu",  # the container sees its group as the root
          {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}, 2),
@@ -204,7 +197,7 @@ def test_decisions_of_the_default():
     assert plan.lines == [
         "corpus  demo in data/demo",
         "output  out/demo (new run)",
-        "cores   4 physical in 1 NUMA nodes behind CPUs 0-3",
+        "cores   4 physical in 1 NUMA nodes behind 8 usable CPUs",
         "ranks   1 on localhost, by python (one process needs no launcher)",
         "set     OMP_NUM_THREADS=4  (4 cores / 1, less 0 for oneCCL)",
         "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)",
@@ -224,9 +217,9 @@ def test_decisions_of_two_ranks():
     assert plan.lines == [
         "corpus  demo in data/demo",
         "output  out/demo (new run)",
-        "cores   4 physical in 1 NUMA nodes behind CPUs 0-3",
+        "cores   4 physical in 1 NUMA nodes behind 8 usable CPUs",
         "ranks   2 on localhost, by torchrun (there is no mpirun)",
-        "backend gloo (oneccl_bindings_for_pytorch is not in .venv)",
+        "backend gloo (oneccl_bindings_for_pytorch is not usable in .venv)",
         "set     OMP_NUM_THREADS=2  (4 cores / 2, less 0 for oneCCL)",
         "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)",
         "set     KMP_BLOCKTIME=1  (ms)",
@@ -249,7 +242,7 @@ def test_two_sockets_of_52_cores_as_intels_launcher():
     assert decide(there, BACKEND="ccl", CCL_WORKER_COUNT="4") == {
         "corpus": "demo in data/demo",
         "output": "out/demo (new run)",
-        "cores": "104 physical in 2 NUMA nodes behind CPUs 0-103",
+        "cores": "104 physical in 2 NUMA nodes behind 208 usable CPUs",
         "ranks": "2 on localhost, by Intel MPI (/opt/mpirun)",
         "backend": "ccl (as you set it)",
         "OMP_NUM_THREADS": "48",
@@ -275,7 +268,7 @@ def test_two_sockets_of_52_cores_as_intels_launcher():
         ({"RANKS": "two"}, "RANKS=two, expected a positive number"),
         ({"LAUNCHER": "srun"}, "LAUNCHER=srun, expected auto, mpirun, torchrun or ipex"),
         ({"BACKEND": "nccl"}, "BACKEND=nccl, expected auto, ccl, gloo or mpi"),
-        ({"HOSTS": "nowhere"}, "HOSTS=nowhere cannot be read: No such file"),
+        ({"CCL_WORKER_COUNT": "many"}, "CCL_WORKER_COUNT=many, expected a positive number"),
         ({"DRY_RUN": "true"}, "DRY_RUN=true, expected 0 or 1"),
     ],
 )
@@ -349,57 +342,47 @@ def test_worker_of_oneccl_shares_a_core_where_none_is_to_spare():
     lines = launch.decide(env, [], machine(cores_of(1, 2))).lines
     assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in lines
     assert "set     I_MPI_PIN_DOMAIN=[0x1,0x2,]  (cores of each rank)" in lines
-    assert ("set     CCL_WORKER_COUNT=1  (threads of oneCCL in each rank, each on a core that "
-            "computes too)") in lines
+    assert ("set     CCL_WORKER_COUNT=1  (threads of oneCCL in each rank, on cores that compute "
+            "too)") in lines
     assert "set     CCL_WORKER_AFFINITY=0,1  (the first cores of each rank)" in lines
 
 
-@pytest.mark.parametrize("count", ["1", "many"])
-def test_workers_that_the_user_asks_for_need_cores(count):
-    with pytest.raises(ValueError, match=f"CCL_WORKER_COUNT={count} leaves no core of the 1 of a"):
-        decide(machine(cores_of(1, 2)), RANKS="2", BACKEND="ccl", CCL_WORKER_COUNT=count)
-
-
 @pytest.mark.parametrize(
-    ("present", "preloaded"),
+    ("in_environment", "in_system", "preloaded"),
     [
-        ([], ""),
-        (["libiomp5.so"], "/lib/libiomp5.so"),
-        (["libjemalloc.so.2"], "/lib/libjemalloc.so.2"),
-        (["libiomp5.so", "libjemalloc.so.2", "libtcmalloc.so.4"],
-         "/lib/libiomp5.so:/lib/libtcmalloc.so.4"),
+        ([], [], ""),
+        (["libiomp5.so"], [], "{}/libiomp5.so"),
+        ([], ["jemalloc"], "libjemalloc.so.2"),
+        (["libiomp5.so", "libtcmalloc.so.4"], ["jemalloc"],
+         "{0}/libiomp5.so:{0}/libtcmalloc.so.4"),
     ],
 )
-def test_openmp_and_one_allocator_are_preloaded(present, preloaded):
-    cache = "".join(f"\t{name} (libc6,x86-64) => /lib/{name}\n" for name in present)
-    assert launch.find_preload([], cache) == preloaded
+def test_openmp_and_one_allocator_are_preloaded(folder, monkeypatch, in_environment, in_system,
+                                                preloaded):
+    (folder / "lib").mkdir()
+    for name in in_environment:
+        (folder / "lib" / name).touch()
+    monkeypatch.setattr(launch, "find_library",
+                        lambda name: f"lib{name}.so.2" if name in in_system else None)
+    assert launch.find_preload([str(folder), None]) == preloaded.format(folder / "lib")
 
 
-@pytest.mark.parametrize(("name", "is_found"), [("conda", True), ("my conda", False)])
-def test_library_below_a_space_is_left_out(folder, name, is_found):
-    """The loader would take its path for two."""
-    library = folder / name / "lib/libiomp5.so"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    assert launch.find_preload([str(folder / name)], "") == (str(library) if is_found else "")
-
-
-def test_backend_is_ccl_where_its_bindings_can_be_imported():
+def test_backend_is_ccl_where_its_bindings_are_usable():
     assert decide(machine(), RANKS="2")["launch"].endswith("--backend gloo")
-    assert decide(machine(bindings=USABLE), RANKS="2")["launch"].endswith("--backend ccl")
-    assert launch.choose_backend("auto", USABLE) == (
-        "ccl", "oneccl_bindings_for_pytorch is in .venv")
-    assert launch.choose_backend("gloo", USABLE) == ("gloo", "as you set it")
+    there = machine(has_bindings=True)
+    assert decide(there, RANKS="2")["backend"] == (
+        "ccl (oneccl_bindings_for_pytorch is usable in .venv)")
+    assert decide(there, RANKS="2", BACKEND="gloo")["backend"] == "gloo (as you set it)"
 
 
-@pytest.mark.parametrize(("status", "state"), [(0, "is in {}"), (1, "in {} cannot be imported")])
-def test_bindings_are_imported_to_see_whether_they_fit(folder, status, state):
-    assert launch.try_bindings(folder) == f"is not in {folder}"
+@pytest.mark.parametrize("status", [0, 1])
+def test_bindings_are_imported_to_see_whether_they_fit(folder, status):
+    assert not launch.try_bindings(folder)
     (folder / "lib/python3.11/site-packages/oneccl_bindings_for_pytorch").mkdir(parents=True)
     (folder / "bin").mkdir()
     (folder / "bin/python").write_text(f"#!/bin/sh\nexit {status}\n")
     (folder / "bin/python").chmod(0o755)
-    assert launch.try_bindings(folder) == state.format(folder)
+    assert launch.try_bindings(folder) == (status == 0)
 
 
 def test_backend_that_one_rank_does_not_need_reaches_train_py():
@@ -471,13 +454,6 @@ def test_words_reach_ipexrun_quoted_for_its_shell():
     assert plan.command[-1] == "'my run'"
 
 
-def test_port_is_a_free_one():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        taken = server.getsockname()[1]
-        assert launch.free_port(taken) > taken
-    assert launch.free_port(taken) == taken
-
-
 # ---- status of training -----------------------------------------------------------------------
 
 
@@ -532,20 +508,18 @@ def test_hosts_file(text, expected):
     [
         ("", "hosts names no host"),
         ("# nobody\n", "hosts names no host"),
-        ("a\nb,c\n", "hosts:2: 'b,c' is no host name"),
-        ("-a\n", "hosts:1: '-a' is no host name"),
-        ("me@a\n", "hosts:1: 'me@a' is no host name"),
-        ("node[1-2]\n", "hosts:1: 'node[1-2]' is no host name"),
-        ("a slots=0\n", "hosts:1: 'slots=0', expected slots=N"),
-        ("a:0\n", "hosts:1: 'slots=0', expected slots=N"),
-        ("a slot=2\n", "hosts:1: 'slot=2', expected slots=N"),
-        ("a slots=2 b\n", "hosts:1: 'slots=2 b', expected slots=N"),
-        ("a slots = 2\n", "hosts:1: 'slots = 2', expected slots=N"),
+        ("a\nb,c\n", "hosts:2: 'b,c', expected a host name or IPv4 address, alone or followed by "),
+        ("-a\n", "hosts:1: '-a', expected"),
+        ("me@a\n", "hosts:1: 'me@a', expected"),
+        ("node[1-2]\n", "hosts:1: 'node[1-2]', expected"),
+        ("a slots=0\n", "hosts:1: 'a slots=0', expected"),
+        ("a:0\n", "hosts:1: 'a:0', expected"),
+        ("a slots=2 b\n", "hosts:1: 'a slots=2 b', expected"),
+        ("a slots = 2\n", "hosts:1: 'a slots = 2', expected"),
+        ("fd00::1\n", "hosts:1: 'fd00::1', expected"),
         ("a\n\nb\na\n", "hosts:4: a stands twice"),
-        ("a slots=2\nb slots=3\n", "hosts:2: 'slots=3' after 'slots=2'"),
-        ("a slots=2\nb\n", "hosts:2: '' after 'slots=2'"),
-        ("fd00::1\n", "hosts:1: fd00::1 is an IPv6 address; give the host's name or IPv4 address"),
-        ("[::1]:2\n", "hosts:1: [::1]:2 is an IPv6 address"),
+        ("a slots=2\nb slots=3\n", "hosts:2: 'b slots=3', but every host runs the same number"),
+        ("a slots=2\nb\n", "hosts:2: 'b', but every host runs the same number of ranks"),
     ],
 )
 def test_wrong_hosts_file_is_an_error_that_names_the_line(text, message):
@@ -555,21 +529,20 @@ def test_wrong_hosts_file_is_an_error_that_names_the_line(text, message):
 
 @pytest.mark.parametrize("hosts", ["localhost\nb\n", "b\n127.0.0.1\n"])
 def test_loopback_among_several_hosts_is_an_error(hosts):
-    with pytest.raises(ValueError, match="hosts: (localhost|127.0.0.1) is another machine on ever"):
+    with pytest.raises(ValueError, match="hosts: (localhost|127.0.0.1) is 127.0.0.1 here"):
         decide(machine(mpi="Intel MPI"), hosts=hosts)
 
 
-def test_slots_and_ranks_must_agree():
-    assert decide(machine(), hosts="localhost:2\n", RANKS="2")["ranks"].startswith("2 on localhost")
-    with pytest.raises(ValueError, match="RANKS=3, but hosts says slots=2"):
-        decide(machine(), hosts="localhost slots=2\n", RANKS="3")
+def test_ranks_win_over_slots():
+    assert decide(machine(), hosts="localhost:2\n")["ranks"].startswith("2 on localhost")
+    assert decide(machine(), hosts="localhost:2\n", RANKS="3")["ranks"].startswith("3 on ")
 
 
 @pytest.mark.parametrize("name", ["own", "OWN", "own.cluster.local", "127.0.0.1", "LOCALHOST",
                                   "alias"])
 def test_this_machine_by_any_of_its_names_needs_no_mpirun(monkeypatch, resolved, name):
     monkeypatch.setattr(socket, "gethostname", lambda: "own")
-    resolved.update({"alias": "127.0.0.1", "127.0.0.1": "127.0.0.1"})
+    resolved["alias"] = "127.0.0.1"
     printed = decide(machine(), hosts=f"{name}\n", RANKS="2")
     assert printed["ranks"] == f"2 on {name}, by torchrun (there is no mpirun)"
     assert printed["MASTER_ADDR"] == "127.0.0.1"
@@ -594,7 +567,6 @@ def test_first_host_whose_name_leads_to_its_loopback_is_an_error(resolved):
     with pytest.raises(ValueError, match="hosts: a is 127.0.1.1 here, where no other host reaches"):
         decide(there, hosts="a\nb\n")
     assert decide(there, hosts="a\nb\n", MASTER_ADDR="a-eth0")["MASTER_ADDR"] == "a-eth0"
-    assert decide(there, hosts="b\na\n")["MASTER_ADDR"] == "b"
 
 
 @pytest.mark.parametrize("has_corpus", [False, True])
@@ -643,7 +615,6 @@ def test_flags_for_train_py_win_over_knobs(flags):
         (["a", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], True),
         (["a", "b"], ["--train-splits=a", "--dev-split", "b"], False),
         (["train-demo", "dev-demo"], [], False),  # --data alone says whose corpus it is
-        (["train-demo", "dev-demo", "recipe.txt"], [], True),  # it may be of another version
         (["train-demo"], [], True),
     ],
 )

@@ -13,6 +13,7 @@ before the set-up, so this file needs only the standard library of Python 3.10.
 
 import argparse
 import os
+import random
 import re
 import shlex
 import shutil
@@ -23,9 +24,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from ctypes.util import find_library
+from pathlib import Path
 from typing import NamedTuple
 
 CORPORA = {  # name: training splits, dev split, preset
@@ -41,8 +42,7 @@ CHOICES = {"CORPUS": tuple(CORPORA), "LAUNCHER": ("auto", "mpirun", "torchrun", 
 VARIABLES = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "LD_PRELOAD", "I_MPI_PIN_DOMAIN",
              "MASTER_ADDR", "MASTER_PORT", "CCL_WORKER_COUNT", "CCL_WORKER_AFFINITY",
              "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-OPENMP = "libiomp5.so"
-ALLOCATORS = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libjemalloc.so.2")
+OPENMP, ALLOCATORS = "iomp5", ("tcmalloc", "tcmalloc_minimal", "jemalloc")
 BINDINGS = "oneccl_bindings_for_pytorch"
 STATUS_FILE = "RNNT_STATUS_FILE"  # this variable names the file for rank 0's exit status
 PASSED_ON = ("GLOO_", "CCL_", "FI_", "KMP_", "OMP_", "ONEDNN_", "DNNL_", "TORCH_")  # by Open MPI
@@ -80,34 +80,28 @@ def read_text(path: Path) -> str:
     return ""
 
 
-def read_limit(group: Path) -> list[int]:
-    """The CPUs' time that one control group grants, rounded up; an empty list without a limit."""
-    words = read_text(group / "cpu.max").split()  # version 2: quota and period, or "max" and period
-    for name in () if words else ("cpu.cfs_quota_us", "cpu.cfs_period_us"):  # version 1
-        words += read_text(group / name).split()
-    if len(words) < 2 or words[0] in ("max", "-1"):
-        return []
-    return [-(-int(words[0]) // int(words[1]))]
-
-
 def cpu_quota(membership: str, mounts: Path) -> int | None:
-    """The smallest limit among the control groups of this process and all groups around them.
+    """The smallest limit in CPUs, rounded up, that a control group of this process or one around
+    it sets; None without a limit.
 
     `membership` is the text of /proc/self/cgroup. A container may see its own group as the root of
-    `mounts`, so the root is always asked.
+    `mounts`, so the roots of both versions are always read.
     """
-    unified = cpu = "/"
+    groups = {".": "/", "cpu": "/"}  # version 2 stands in `mounts` itself, version 1 in its `cpu`
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            unified = path
-        elif "cpu" in controllers.split(","):
-            cpu = path
+        if not controllers or "cpu" in controllers.split(","):
+            groups["cpu" if controllers else "."] = path
     limits = []
-    for folder, path in ((".", unified), ("cpu", cpu), ("cpu,cpuacct", cpu)):
-        group = PurePosixPath(path.lstrip("/"))
+    for folder, path in groups.items():
+        group = mounts / folder / path.lstrip("/")
         for level in (group, *group.parents):
-            limits += read_limit(mounts / folder / level)
+            words = read_text(level / "cpu.max").split()  # quota and period, or "max" and period
+            if not words:
+                words = [read_text(level / f"cpu.cfs_{name}_us").strip()
+                         for name in ("quota", "period")]
+            if words[0] not in ("", "max", "-1"):
+                limits.append(-(-int(words[0]) // int(words[1])))
     return min(limits, default=None)
 
 
@@ -118,24 +112,6 @@ def default_ranks(cores: Sequence[Core]) -> int:
     return len(sizes) if len(set(sizes.values())) == 1 else 1
 
 
-def share_cores(cores: Sequence[Core], usable: int, ranks: int) -> list[list[int]]:
-    """CPUs of each rank. Rank i begins at core i * usable / ranks, so that with one rank for each
-    of equal NUMA nodes no rank reaches over two."""
-    firsts = [rank * usable // ranks for rank in range(ranks)]
-    return [[core.cpu for core in cores[first:first + max(usable // ranks, 1)]] for first in firsts]
-
-
-def format_cpus(cpus: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 8] -> "0-3,8"."""
-    ranges: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if ranges and ranges[-1][1] == cpu - 1:
-            ranges[-1][1] = cpu
-        else:
-            ranges.append([cpu, cpu])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
-
-
 # ---- hosts ---------------------------------------------------------------------------------------
 
 
@@ -144,47 +120,28 @@ def read_hosts(text: str, source: str) -> tuple[list[str], int | None]:
 
     A line holds `name`, `name slots=N` or `name:N`; the rest of a line from # on is a comment.
     """
-    hosts: list[str] = []
-    slots = ""
+    slots: dict[str, str | None] = {}  # of each host
     for number, line in enumerate(text.split("\n"), 1):
-        name, *options = line.split("#")[0].split() or [""]
-        option, where = " ".join(options), f"{source}:{number}"
-        if not name:
+        line, where = line.split("#")[0].strip(), f"{source}:{number}"
+        if not line:
             continue
-        if name.count(":") > 1:
-            raise ValueError(f"{where}: {name} is an IPv6 address; give the host's name or IPv4 "
-                             "address")
-        if ":" in name and not option:
-            name, count = name.split(":")
-            option = f"slots={count}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{where}: {name!r} is no host name")
-        if not re.fullmatch(r"(slots=[1-9][0-9]*)?", option):
-            raise ValueError(f"{where}: {option!r}, expected slots=N")
-        if name in hosts:
-            raise ValueError(f"{where}: {name} stands twice")
-        if hosts and option != slots:
-            raise ValueError(f"{where}: {option!r} after {slots!r}; every host runs the same "
-                             "number of ranks")
-        hosts.append(name)
-        slots = option
-    if not hosts:
+        found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)((\s+slots=|:)([1-9][0-9]*))?", line)
+        if not found:
+            raise ValueError(f"{where}: {line!r}, expected a host name or IPv4 address, alone or "
+                             "followed by slots=N")
+        if found[1] in slots:
+            raise ValueError(f"{where}: {found[1]} stands twice")
+        slots[found[1]] = found[4]
+        if len(set(slots.values())) > 1:
+            raise ValueError(f"{where}: {line!r}, but every host runs the same number of ranks")
+    if not slots:
         raise ValueError(f"{source} names no host")
-    return hosts, int(slots.removeprefix("slots=")) if slots else None
+    count = next(iter(slots.values()))
+    return list(slots), int(count) if count else None
 
 
-def read_hosts_file(env: Mapping[str, str]) -> tuple[list[str], int | None]:
-    """`read_hosts` of $HOSTS, whose number of ranks must agree with $RANKS; the latter if set."""
-    path = env["HOSTS"]
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"HOSTS={path} cannot be read: {error.strerror}") from error
-    hosts, slots = read_hosts(text, path)
-    ranks = int(env["RANKS"]) if env["RANKS"] else slots
-    if slots is not None and ranks != slots:
-        raise ValueError(f"RANKS={ranks}, but {path} says slots={slots}")
-    return hosts, ranks
+def read_hosts_file(path: str) -> tuple[list[str], int | None]:
+    return read_hosts(Path(path).read_text(encoding="utf-8", errors="replace"), path)
 
 
 def resolve(host: str) -> str:
@@ -205,20 +162,8 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
-def check_addresses(hosts: Sequence[str], address: str, source: str) -> None:
-    """Raises ValueError if a name means another machine on every host, or a loopback address."""
-    for host in hosts:
-        if host.lower() == "localhost" or host.startswith("127."):
-            raise ValueError(f"{source}: {host} is another machine on every host; give one name "
-                             "for all")
-    found = resolve(address)  # Debian's /etc/hosts leads a machine's own name to 127.0.1.1
-    if found.startswith("127."):
-        raise ValueError(f"{source}: {address} is {found} here, where no other host reaches it; "
-                         "give its address")
-
-
 def check_hosts(hosts: Sequence[str], ssh: str, python: str, data: str,
-                timeout_s: float = 25) -> None:
+                timeout_s: int = 25) -> None:
     """Raises ValueError that names every host without login, Python environment or data folder.
 
     All hosts are asked at once; mpirun alone may take minutes until it gives up.
@@ -226,16 +171,13 @@ def check_hosts(hosts: Sequence[str], ssh: str, python: str, data: str,
     wanted = f"test -x {shlex.quote(os.path.abspath(python))}"
     if os.path.isdir(data):  # the corpus is prepared, so every host has to see it
         wanted += f" && test -d {shlex.quote(os.path.abspath(data))}"
-
-    def status_of(host: str) -> int:
-        command = [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", host, wanted]
-        with suppress(subprocess.TimeoutExpired):
-            return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=timeout_s).returncode
-        return 124
-
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        statuses = dict(zip(hosts, pool.map(status_of, hosts), strict=True))
-    failed = [f"{host} (status {status})" for host, status in statuses.items() if status]
+    # In the foreground a signal to run.sh reaches ssh too.
+    command = ["timeout", "--foreground", str(timeout_s), ssh, "-o", "BatchMode=yes",
+               "-o", "ConnectTimeout=20"]
+    checks = {host: subprocess.Popen([*command, host, wanted], stdin=subprocess.DEVNULL)
+              for host in hosts}
+    failed = [f"{host} (status {check.returncode})" for host, check in checks.items()
+              if check.wait()]
     if failed:
         raise ValueError(f"{ssh} finds these hosts unusable: {', '.join(failed)}; status 1: "
                          f"`{wanted}` fails, 124: no answer, 255: no login")
@@ -276,132 +218,68 @@ def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
             resume, state = [], f"{word} as you say"
 
     # The user's own folders are taken as they are, if all exist. prepare.py checks whether a corpus
-    # of CORPORA is complete; a demo contains recipe.txt.
+    # of CORPORA is complete.
     splits = [*(flags.train_splits or train_splits), dev_split]
     is_there = all(Path(data, split).is_dir() for split in splits)
     is_own = flags.data or flags.train_splits or flags.dev_split
-    is_demo = Path(data, "recipe.txt").exists()
     arguments = ["--data", data, "--train-splits", *train_splits, "--dev-split", dev_split,
                  "--out", out, "--preset", preset, *resume]
-    return Run(data, out, dev_split, not (is_there and is_own) or is_demo, arguments, state)
+    return Run(data, out, dev_split, not (is_there and is_own), arguments, state)
 
 
-# ---- launcher, backend, libraries ----------------------------------------------------------------
-
-
-def mpi_kind(version: str) -> str:
-    """Which MPI `mpirun --version` belongs to; they differ in almost every flag."""
-    for mark, kind in (("Intel(R) MPI", "Intel MPI"), ("Open MPI", "Open MPI"),
-                       ("OpenRTE", "Open MPI"), ("HYDRA", "MPICH")):
-        if mark in version:
-            return kind
-    raise ValueError("mpirun is neither Intel MPI nor Open MPI nor MPICH")
-
-
-def choose_launcher(requested: str, world: int, is_single: bool, mpirun: str,
-                    ipexrun: str) -> tuple[str, str]:
-    """Launcher (python, mpirun, torchrun or ipex) and reason; "" stands for a missing program."""
-    launcher, reason = requested, AS_SET
-    if requested == "auto":
-        if world == 1 and is_single:
-            launcher, reason = "python", "one process needs no launcher"
-        else:
-            launcher, reason = ("mpirun", mpirun) if mpirun else ("torchrun", "there is no mpirun")
-    if launcher == "mpirun" and not mpirun:
-        raise ValueError("LAUNCHER=mpirun, but there is no mpirun on the PATH; pip install impi-rt "
-                         "brings one")
-    if launcher == "ipex" and not ipexrun:
-        raise ValueError("LAUNCHER=ipex, but there is no ipexrun; requirements-intel.txt brings it")
-    if launcher in ("torchrun", "ipex") and not is_single:
-        raise ValueError(f"{launcher} starts ranks on this machine alone; other hosts need an "
-                         "mpirun, and pip install impi-rt brings one")
-    return launcher, reason
-
-
-def choose_backend(requested: str, bindings: str) -> tuple[str, str]:
-    """Backend of torch.distributed and reason; `bindings` is the answer of `try_bindings`."""
-    if requested != "auto":
-        return requested, AS_SET
-    return "ccl" if bindings.startswith("is in ") else "gloo", f"{BINDINGS} {bindings}"
-
-
-def try_bindings(venv: Path) -> str:
-    """The state of oneCCL's bindings. They are imported, since they fit one version of torch."""
-    if not any(venv.glob(f"lib/python3*/site-packages/{BINDINGS}")):
-        return f"is not in {venv}"
-    done = subprocess.run([f"{venv}/bin/python", "-c", f"import torch, {BINDINGS}"])
-    return f"in {venv} cannot be imported" if done.returncode else f"is in {venv}"
-
-
-def find_preload(folders: Sequence[str], cache: str) -> str:
-    """LD_PRELOAD: Intel's OpenMP and one allocator, as far as `folders` or the loader's cache (the
-    text of `ldconfig -p`) have them."""
-
-    def find(name: str) -> str:
-        for folder in folders:
-            path = os.path.realpath(f"{folder}/lib/{name}")
-            # The loader takes spaces and colons for the end of a path.
-            if os.path.exists(path) and not re.search(r"[\s:]", path):
-                return path
-        lines = [line.split() for line in cache.splitlines()]
-        return next((words[-1] for words in lines if words[:1] == [name]), "")
-
-    allocators = filter(None, map(find, ALLOCATORS))
-    return ":".join(filter(None, (find(OPENMP), next(allocators, ""))))
-
-
-def free_port(first: int) -> int:
-    """The first free TCP port from `first` on."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", first))
-            return first
-        first += 1
-
-
-# ---- the environment of the ranks ----------------------------------------------------------------
+# ---- machine and launcher ------------------------------------------------------------------------
 
 
 class Machine(NamedTuple):
     """Facts about this machine and its software."""
 
-    cpus: list[int]  # CPUs that this process may use; batch systems and containers narrow them
+    num_cpus: int  # that this process may use; batch systems and containers narrow them
     cores: list[Core]
     quota: int | None  # see cpu_quota
     mpirun: str = ""  # path, "" if there is none
     mpi_version: str = ""
     ipexrun: str = ""
-    bindings: str = ""  # see try_bindings
+    has_bindings: bool = False  # of oneCCL
     preload: str = ""
     port: int = 29500
 
 
 def read_machine(env: Mapping[str, str]) -> Machine:
-    def output(*command: str) -> str:
-        with suppress(OSError):  # there is no such program
-            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True, errors="replace").stdout
-        return ""
-
     cpus = list(range(os.cpu_count() or 1))
     if hasattr(os, "sched_getaffinity"):  # macOS has none
-        cpus = sorted(os.sched_getaffinity(0))
+        cpus = list(os.sched_getaffinity(0))
     venv = env["VENV"]
-    folders = [venv, *filter(None, (env.get("CONDA_PREFIX"), env.get("CMPLR_ROOT")))]
-    ldconfig = shutil.which("ldconfig", path=f"{env.get('PATH', '')}:/sbin:/usr/sbin")
     mpirun = shutil.which("mpirun", path=env.get("PATH")) or ""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True,
+                             errors="replace").stdout if mpirun else ""
     return Machine(
-        cpus, read_cores(cpus),
-        quota=cpu_quota(read_text(Path("/proc/self/cgroup")), Path(env["CGROUPS"])),
-        mpirun=mpirun,
-        mpi_version=output(mpirun, "--version"),
-        ipexrun=shutil.which(f"{venv}/bin/ipexrun") or "",
-        bindings=try_bindings(Path(venv)) if env["BACKEND"] == "auto" else "",
-        preload=find_preload(folders, output(ldconfig or "", "-p")),
-        # The process id keeps two runs that start together from trying the same port.
-        port=free_port(20000 + os.getpid() % 10000),
+        len(cpus), read_cores(cpus), cpu_quota(read_text(Path("/proc/self/cgroup")),
+                                               Path(env["CGROUPS"])),
+        mpirun=mpirun, mpi_version=version, ipexrun=shutil.which(f"{venv}/bin/ipexrun") or "",
+        has_bindings=env["BACKEND"] == "auto" and try_bindings(Path(venv)),
+        preload=find_preload([venv, env.get("CONDA_PREFIX"), env.get("CMPLR_ROOT")]),
+        port=random.randrange(20000, 30000),  # below the ports that Linux gives to connections
     )
+
+
+def try_bindings(venv: Path) -> bool:
+    """Can oneCCL's bindings be imported? They fit one version of torch only."""
+    is_installed = any(venv.glob(f"lib/python3*/site-packages/{BINDINGS}"))
+    command = [f"{venv}/bin/python", "-c", f"import torch, {BINDINGS}"]
+    return is_installed and subprocess.run(command).returncode == 0
+
+
+def find_preload(folders: Sequence[str | None]) -> str:
+    """LD_PRELOAD: Intel's OpenMP and one allocator, as far as `folders` or the system has them."""
+
+    def find(name: str) -> str:
+        for folder in filter(None, folders):
+            for path in sorted(Path(folder, "lib").glob(f"lib{name}.so*")):
+                return str(path.resolve())
+        return find_library(name) or ""
+
+    allocators = filter(None, map(find, ALLOCATORS))
+    return ":".join(filter(None, (find(OPENMP), next(allocators, ""))))
 
 
 class Group(NamedTuple):
@@ -420,25 +298,47 @@ class Group(NamedTuple):
 
 def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
     """Hosts and ranks by the knobs and the hosts file; address of rank 0."""
-    hosts, ranks = read_hosts_file(env)
-    num_cores = len(machine.cores)
+    hosts, slots = read_hosts_file(env["HOSTS"])
+    ranks = int(env["RANKS"] or 0) or slots or default_ranks(machine.cores)
     # A quota limits how many cores the ranks may use, but does not say which.
-    usable = min(machine.quota or num_cores, num_cores)
+    usable = min(machine.quota or len(machine.cores), len(machine.cores))
     is_single = len(hosts) == 1 and is_this_machine(hosts[0])
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
-    if not is_single:
-        check_addresses(hosts, address, env["HOSTS"])
-    return Group(hosts, ranks or default_ranks(machine.cores), is_single, address, usable)
+    for name in () if is_single else (address, *hosts[1:]):
+        # Debian's /etc/hosts leads a machine's own name to a loopback address.
+        if (found := resolve(name)).startswith("127."):
+            raise ValueError(f"{env['HOSTS']}: {name} is {found} here, where no other host "
+                             "reaches it; give its address")
+    return Group(hosts, ranks, is_single, address, usable)
 
 
-def count_workers(requested: str, per_rank: int) -> tuple[int, bool]:
-    """oneCCL's threads in each rank, and whether they share a core with computation because the
-    rank has none to spare."""
-    if not requested:
-        return 1, per_rank == 1
-    if not requested.isdecimal() or int(requested) >= per_rank:
-        raise ValueError(f"CCL_WORKER_COUNT={requested} leaves no core of the {per_rank} of a rank")
-    return int(requested), False
+def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str, str]:
+    """Launcher (python, torchrun, ipex or the name of an MPI) and reason."""
+    launcher, reason = requested, AS_SET
+    if requested == "auto":
+        if group.world == 1 and group.is_single:
+            return "python", "one process needs no launcher"
+        launcher, reason = "mpirun", machine.mpirun
+        if not machine.mpirun:
+            launcher, reason = "torchrun", "there is no mpirun"
+    if launcher == "mpirun" and not machine.mpirun:
+        raise ValueError("LAUNCHER=mpirun, but there is no mpirun on the PATH; pip install impi-rt "
+                         "brings one")
+    if launcher == "ipex" and not machine.ipexrun:
+        raise ValueError("LAUNCHER=ipex, but there is no ipexrun; requirements-intel.txt brings it")
+    if launcher != "mpirun":
+        if not group.is_single:
+            raise ValueError(f"{launcher} starts ranks on this machine alone; other hosts need an "
+                             "mpirun, and pip install impi-rt brings one")
+        return launcher, reason
+    for mark, kind in (("Intel(R) MPI", "Intel MPI"), ("Open MPI", "Open MPI"),
+                       ("OpenRTE", "Open MPI"), ("HYDRA", "MPICH")):
+        if mark in machine.mpi_version:
+            return kind, reason
+    raise ValueError("mpirun is neither Intel MPI nor Open MPI nor MPICH")
+
+
+# ---- the launch ----------------------------------------------------------------------------------
 
 
 def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launcher: str,
@@ -446,21 +346,26 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     """Name, value and reason of each variable of the ranks. A value that the user has set wins; a
     variable without any value is left out."""
     ranks, usable = group.ranks, group.usable
-    own = share_cores(machine.cores, usable, ranks)  # CPUs of each rank
+    # Rank i begins at core i * usable / ranks, so that with one rank for each of equal NUMA nodes
+    # no rank reaches over two.
+    firsts = [rank * usable // ranks for rank in range(ranks)]
+    own = [[core.cpu for core in machine.cores[first:first + max(usable // ranks, 1)]]
+           for first in firsts]  # CPUs of each rank
     # Ranks that a quota bound to the first cores would collide with those of other containers.
     is_bound = usable == len(machine.cores) and ranks <= usable
-    workers, is_shared = 0, False
+    workers = 0
     if group.world > 1 and backend == "ccl":
-        workers, is_shared = count_workers(env.get("CCL_WORKER_COUNT", ""), len(own[0]))
-    # oneCCL's threads get the first cores of a rank, and the others compute.
-    computing = own if is_shared else [cpus[workers:] for cpus in own]
+        workers = int(env.get("CCL_WORKER_COUNT") or 1)
+    # oneCCL's threads get the first cores of a rank, and the others compute; a rank that has too
+    # few cores for that computes on all of them.
+    reserved = workers if workers < len(own[0]) else 0
+    computing = [cpus[reserved:] for cpus in own]
     masks = [hex(sum(1 << cpu for cpu in cpus)) + "," for cpus in computing]
-    shared = ", each on a core that computes too" if is_shared else ""
     # Only Intel's OpenMP reads KMP_*; Intel's launcher sets the same values. A waiting thread goes
     # to sleep after 1 ms, because other threads need its core.
     variables = [
         ("OMP_NUM_THREADS", len(computing[0]),
-         f"{usable} cores / {ranks}, less {0 if is_shared else workers} for oneCCL"),
+         f"{usable} cores / {ranks}, less {reserved} for oneCCL"),
         ("KMP_AFFINITY", "granularity=fine,compact,1,0" if is_bound else "", "one thread a core"),
         ("KMP_BLOCKTIME", 1, "ms"),
         ("LD_PRELOAD", machine.preload, "found"),
@@ -470,10 +375,11 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
             # Intel MPI binds each rank to its mask; ranks.py does so under other launchers.
             ("I_MPI_PIN_DOMAIN", f"[{''.join(masks)}]" if is_bound else "", "cores of each rank"),
             ("MASTER_ADDR", group.address, "host of rank 0"),
-            ("MASTER_PORT", machine.port, "free here"),
+            ("MASTER_PORT", machine.port, "drawn at random"),
         ]
     if workers:
-        cpus = ",".join(str(cpu) for cpus in own for cpu in cpus[:workers])
+        cpus = ",".join(str(cpu) for cpus in own for cpu in (cpus * workers)[:workers])
+        shared = "" if reserved else ", on cores that compute too"
         variables += [
             ("CCL_WORKER_COUNT", workers, f"threads of oneCCL in each rank{shared}"),
             ("CCL_WORKER_AFFINITY", cpus, "the first cores of each rank"),
@@ -484,9 +390,6 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     decided = [(name, env[name], AS_SET) if env.get(name) else (name, str(value), reason)
                for name, value, reason in variables]
     return [row for row in decided if row[1]]
-
-
-# ---- the launch ----------------------------------------------------------------------------------
 
 
 def start_command(launcher: str, env: Mapping[str, str], group: Group, port: str,
@@ -531,11 +434,11 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     check_knobs(env)
     group = choose_ranks(env, machine)
     run = choose_run(env, argv)
-    backend, why_backend = choose_backend(env["BACKEND"], machine.bindings)
-    launcher, why_launcher = choose_launcher(env["LAUNCHER"], group.world, group.is_single,
-                                             machine.mpirun, machine.ipexrun)
-    if launcher == "mpirun":
-        launcher = mpi_kind(machine.mpi_version)
+    backend, why_backend = env["BACKEND"], AS_SET
+    if backend == "auto":
+        backend, verb = ("ccl", "is") if machine.has_bindings else ("gloo", "is not")
+        why_backend = f"{BINDINGS} {verb} usable in {env['VENV']}"
+    launcher, why_launcher = choose_launcher(env["LAUNCHER"], group, machine)
     rows = rank_variables(env, machine, group, launcher, backend)
     variables = {name: value for name, value, _ in rows}
 
@@ -553,8 +456,8 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     granted = "" if machine.quota is None else f", time of {machine.quota} granted"
     lines = [f"corpus  {env['CORPUS']} in {run.data}",
              f"output  {run.out} ({run.state})",
-             f"cores   {len(machine.cores)} physical in {num_nodes} NUMA nodes behind CPUs "
-             f"{format_cpus(machine.cpus)}{granted}",
+             f"cores   {len(machine.cores)} physical in {num_nodes} NUMA nodes behind "
+             f"{machine.num_cpus} usable CPUs{granted}",
              f"ranks   {group.ranks} on {', '.join(group.hosts)}, by {launcher} ({why_launcher})",
              *([f"backend {backend} ({why_backend})"] if group.world > 1 else []),
              *(f"set     {name}={value}  ({reason})" for name, value, reason in rows),
@@ -597,8 +500,9 @@ def check_knobs(env: Mapping[str, str]) -> None:
         if env[name] not in choices:
             expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ValueError(f"{name}={env[name]}, expected {expected}")
-    if not re.fullmatch("([1-9][0-9]*)?", env["RANKS"]):
-        raise ValueError(f"RANKS={env['RANKS']}, expected a positive number")
+    for name in ("RANKS", "CCL_WORKER_COUNT"):
+        if not re.fullmatch("([1-9][0-9]*)?", env.get(name, "")):
+            raise ValueError(f"{name}={env[name]}, expected a positive number")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -608,7 +512,7 @@ def main(argv: Sequence[str]) -> int:
         return run_command(rest)
     if task == "check":
         check_knobs(env)
-        read_hosts_file(env)
+        read_hosts_file(env["HOSTS"])
         return 0
     path, *flags = rest
     plan = decide(env, flags, read_machine(env))
