@@ -61,12 +61,13 @@ def start_ranks(expected: int = 0, backend: str = "auto",
     """
     global _heartbeat
     ranks = read_ranks(expected)
-    bind(ranks)
+    bind(ranks.local_rank)
     backend = choose_backend(backend, ranks.world)
     store = rendezvous(ranks, timeout_s)
     _heartbeat = heartbeat = Heartbeat(store, ranks, timeout_s)
     heartbeat.compare("installation", {"torch": torch.__version__, "backend": backend})
-    start_group(backend, store, ranks, timeout_s)
+    if ranks.world > 1:
+        start_group(backend, store, ranks, timeout_s)
     return ranks, heartbeat
 
 
@@ -80,11 +81,7 @@ def read_ranks(expected: int = 0) -> Ranks:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         if names[0] in os.environ and names[1] in os.environ:
-            values = {name: os.environ.get(name, "0") for name in names}
-            for name, value in values.items():
-                if not value.isdecimal():
-                    raise ValueError(f"{name}: {value!r}, expected a number")
-            ranks = Ranks(*map(int, values.values()))
+            ranks = Ranks(*(int(os.environ.get(name, "0")) for name in names))
             break
     if expected not in (0, ranks.world):
         raise ValueError(f"ranks: expected {expected}, the launcher started {ranks.world}: does "
@@ -92,29 +89,21 @@ def read_ranks(expected: int = 0) -> Ranks:
     return ranks
 
 
-def bind(ranks: Ranks) -> None:
+def bind(local_rank: int) -> None:
     """Binds this process and its threads to their CPUs, as Intel MPI does before it starts a rank.
 
     I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
-    1. Its other forms (`socket`, `core` ...) are left to Intel MPI. Warns if cores stay idle.
+    1. Its other forms (`socket`, `core` ...) are left to Intel MPI.
     """
-    if not hasattr(os, "sched_setaffinity"):  # macOS
-        return
-    num_sharing = ranks.world  # without masks all ranks may share the CPUs of this host
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
-    if domains.startswith("["):
-        try:
-            mask = int(domains.strip("[],").split(",")[ranks.local_rank], 16)
-            os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
-        except (IndexError, ValueError, OSError) as error:
-            raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
-                             f"{ranks.local_rank}") from error
-        num_sharing = 1
-    # Count the CPUs before torch is asked: its OpenMP may bind this thread to a single one.
-    num_cpus = len(os.sched_getaffinity(0)) // num_sharing
-    if torch.get_num_threads() == 1 and num_cpus > 2:  # two CPUs may be one core's hyper-threads
-        print(f"warning: rank {ranks.rank} computes with one thread on {num_cpus} CPUs; set "
-              "OMP_NUM_THREADS", file=sys.stderr)
+    if not domains.startswith("[") or not hasattr(os, "sched_setaffinity"):  # macOS has none
+        return
+    try:
+        mask = int(domains.strip("[],").split(",")[local_rank], 16)
+        os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
+    except (IndexError, ValueError, OSError) as error:
+        raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
+                         f"{local_rank}") from error
 
 
 ONECCL = "oneccl_bindings_for_pytorch"  # registers "ccl" when it is imported
@@ -123,11 +112,9 @@ ONECCL = "oneccl_bindings_for_pytorch"  # registers "ccl" when it is imported
 def choose_backend(name: str, world: int) -> str:
     """Returns torch.distributed's name of the backend; `auto` prefers ccl to gloo.
 
-    A backend that is requested by name must be installed even if a single rank does not use it.
+    If ccl is requested by name, it must be installed even if a single rank does not use it.
     """
-    if name == "auto" and world == 1:
-        return ""
-    if name in ("auto", "ccl"):
+    if name == "ccl" or name == "auto" and world > 1:
         try:
             importlib.import_module(ONECCL)
         except ImportError as error:
@@ -135,8 +122,6 @@ def choose_backend(name: str, world: int) -> str:
                 raise ValueError(f"backend: ccl needs {ONECCL}: {error}") from error
             return "gloo"
         return "ccl"
-    if name == "mpi" and not dist.is_mpi_available():
-        raise ValueError("backend: mpi needs a torch that was built with MPI; PyPI's was not")
     return name
 
 
@@ -161,32 +146,20 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
 
 
 def interface_to(host: str) -> str | None:
-    """Returns the network interface that leads to `host`, None if it has no IPv4 address.
-
-    Raises OSError if the name of the host is unknown.
-    """
+    """Returns the network interface that leads to `host`, None if the system does not tell it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 1))  # chooses a route and sends nothing
-        except socket.gaierror:
-            socket.getaddrinfo(host, 1)  # raises unless the host has an IPv6 address
-            return None
+        probe.connect((host, 1))  # chooses a route and sends nothing
         own_address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
-            try:
+            with suppress(OSError):  # this interface has no IPv4 address
                 request = struct.pack("256s", name.encode())
                 answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
-            except OSError:  # this interface has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own_address:
-                return name
+                if socket.inet_ntoa(answer[20:24]) == own_address:
+                    return name
     return None
 
 
 def start_group(backend: str, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
-    """Starts the default process group of torch.distributed."""
-    if ranks.world == 1:
-        return
     try:
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world,
                                 timeout=timedelta(seconds=timeout_s))
