@@ -83,20 +83,18 @@ trap 'stop 15' TERM
 
 # transcribe DATA DEV_SPLIT OUT: prints the transcripts of three files, each with its reference.
 transcribe() {
-  local folder=$1/$2 checkpoint=$3/best.pt path text utterance status=0
+  local folder=$1/$2 checkpoint=$3/best.pt path text utterance
   set --
   while IFS= read -r path; do set -- "$@" "$path"; done < <(
     find -L "$folder" -mindepth 3 -maxdepth 3 -name '[!.]*' \
       \( -iname '*.flac' -o -iname '*.wav' -o -iname '*.ogg' \) | sort | head -n 3
   )
-  run_step "$PYTHON" decode.py --checkpoint "$checkpoint" "$@" >"$work/transcripts" || status=$?
+  run_step "$PYTHON" decode.py --checkpoint "$checkpoint" "$@" >"$work/transcripts"
   while IFS=$'\t' read -r path text; do
-    utterance=${path##*/}
-    utterance=${utterance%.*}
+    utterance=$(basename "${path%.*}")
     printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
       "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
   done <"$work/transcripts"
-  return "$status"
 }
 
 # ---- help and tests ----
@@ -109,16 +107,9 @@ case ${1-} in
     ;;
   test)
     shift
-    slow=""
-    for word in "$@"; do
-      shift
-      if [[ $word == --slow ]]; then slow=yes; else set -- "$@" "$word"; fi
-    done
-    [[ $slow ]] || set -- -m "not slow" "$@"
+    if [[ ${1-} == --slow ]]; then shift; else set -- -m "not slow" "$@"; fi
     set -- "$PYTHON" -m pytest "$@"
-    printf 'launch '
-    printf ' %q' "$@"
-    printf '\n'
+    printf 'launch %s\n' "$(printf ' %q' "$@")"
     if [[ $DRY_RUN == 1 ]]; then exit; fi
     set_up
     exec "$@"

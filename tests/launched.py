@@ -69,7 +69,7 @@ class StandIn:
                     "LAUNCHER": "torchrun"}
 
     def run(self, *argv, **env):
-        """run.sh with one rank, unless RANKS says otherwise; then with torchrun."""
+        """Runs run.sh with one rank, unless RANKS says otherwise; then with torchrun."""
         command = ["bash", str(self.folder / "run.sh"), *argv]
         return subprocess.run(command, env=self.merge(env), capture_output=True, text=True,
                               timeout=300)
@@ -79,7 +79,7 @@ class StandIn:
                                 env=self.merge(env), preexec_fn=heed_signals)
 
     def merge(self, env):
-        alone = {} if "RANKS" in env else {"RANKS": "1", "LAUNCHER": "auto"}
+        alone = {"RANKS": "1", "LAUNCHER": "auto"} if env.get("RANKS", "1") == "1" else {}
         return {**self.env, **alone, **env}
 
     def calls(self, start=""):

@@ -47,8 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 def cores_of(sockets, cores, cpus=None):
     """CPU n is core n; each socket is a NUMA node."""
-    return [Core(cpu // cores, cpu) for cpu in range(sockets * cores) if cpus in (None, [cpu])
-            or cpus and cpu in cpus]
+    return [Core(cpu // cores, cpu) for cpu in cpus or range(sockets * cores)]
 
 
 def machine(cores=None, mpi="", **facts):
@@ -59,12 +58,15 @@ def machine(cores=None, mpi="", **facts):
                    mpi_version=VERSIONS.get(mpi, ""), **facts)
 
 
-def decide(there, *argv, hosts="localhost\n", **env):
-    """What would be printed: NAME -> value of `set` lines, other words -> rest of the line."""
+def plan_of(there, *argv, hosts="localhost\n", **env):
     Path("hosts").write_text(hosts)
-    plan = launch.decide({**KNOBS, "HOSTS": "hosts", **env}, list(argv), there)
+    return launch.decide({**KNOBS, "HOSTS": "hosts", **env}, list(argv), there)
+
+
+def decide(there, *argv, **env):
+    """What would be printed: NAME -> value of `set` lines, other words -> rest of the line."""
     printed = {}
-    for line in plan.lines:
+    for line in plan_of(there, *argv, **env).lines:
         word, rest = line.split(maxsplit=1)
         if word == "set":
             word, rest = rest.split("  (")[0].split("=", 1)
@@ -131,7 +133,7 @@ def test_machine_without_affinity_has_all_cpus(monkeypatch, folder):
         ([Core(cpu // 8, cpu) for cpu in range(0, 16, 2)], "", 4, "[0x55,0x5500,]"),
         (cores_of(2, 16, range(6)), "", 6, None),  # a cpuset on one socket
         (cores_of(2, 16, range(13, 19)), "", 3, "[0xe000,0x70000,]"),  # and on both
-        (cores_of(2, 16, [3, 20, 5, 7, 8, 29, 30, 31]), "", 4, "[0x1a8,0xe0100000,]"),
+        (cores_of(2, 16, [3, 5, 7, 8, 20, 29, 30, 31]), "", 4, "[0x1a8,0xe0100000,]"),
         (cores_of(2, 16, range(13, 21)), "", 8, None),  # three cores of one, five of the other
         (cores_of(2, 16, [0, 1, 2, 3, 4, 5, 16]), "", 7, None),
     ],
@@ -192,8 +194,7 @@ def test_smallest_quota_of_nested_groups_counts(folder):
 
 
 def test_decisions_of_the_default():
-    Path("hosts").write_text("localhost\n")
-    plan = launch.decide({**KNOBS, "HOSTS": "hosts"}, [], machine())
+    plan = plan_of(machine())
     assert plan.lines == [
         "corpus  demo in data/demo",
         "output  out/demo (new run)",
@@ -211,9 +212,7 @@ def test_decisions_of_the_default():
 
 
 def test_decisions_of_two_ranks():
-    Path("hosts").write_text("localhost\n")
-    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "MASTER_PORT": "4712"}
-    plan = launch.decide(env, [], machine())
+    plan = plan_of(machine(), RANKS="2", MASTER_PORT="4712")
     assert plan.lines == [
         "corpus  demo in data/demo",
         "output  out/demo (new run)",
@@ -306,40 +305,29 @@ def test_standard_library_is_enough():
 )
 def test_variable_that_the_user_has_set_wins_and_is_shown_as_theirs(name, value):
     there = machine(cores_of(2, 8), preload="/lib/libiomp5.so")
-    Path("hosts").write_text("localhost\n")
-    env = {**KNOBS, "HOSTS": "hosts", "BACKEND": "ccl"}
-    assert f"set     {name}={value}  (as you set it)" in launch.decide(
-        {**env, name: value}, [], there).lines
-    (line,) = [x for x in launch.decide(env, [], there).lines if x.startswith(f"set     {name}=")]
+    lines = plan_of(there, BACKEND="ccl", **{name: value}).lines
+    assert f"set     {name}={value}  (as you set it)" in lines
+    lines = plan_of(there, BACKEND="ccl").lines
+    (line,) = [line for line in lines if line.startswith(f"set     {name}=")]
     assert "as you set it" not in line
     assert name in launch.VARIABLES
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "Intel MPI", "Open MPI"])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("KMP_AFFINITY", "disabled"), ("LD_PRELOAD", "libmine.so"), ("I_MPI_PIN_DOMAIN", "socket")],
 )
-def test_variable_of_the_user_wins_where_no_value_is_decided(name, value, launcher):
+def test_variable_of_the_user_wins_where_no_value_is_decided(name, value):
     """More ranks than cores are not bound, and no library is found."""
-    there = machine(cores_of(1, 2), mpi=launcher.replace("torchrun", ""))
+    there = machine(cores_of(1, 2), mpi="Open MPI")
     assert name not in decide(there, RANKS="8")
     printed = decide(there, RANKS="8", **{name: value})
     assert printed[name] == value
-    assert (f" -x {name} " in printed["launch"]) == (launcher == "Open MPI")
-
-
-def test_two_workers_of_oneccl_leave_six_of_eight_cores():
-    printed = decide(machine(cores_of(2, 8)), BACKEND="ccl", CCL_WORKER_COUNT="2")
-    assert printed["OMP_NUM_THREADS"] == "6"
-    assert printed["CCL_WORKER_AFFINITY"] == "0,1,8,9"
-    assert printed["I_MPI_PIN_DOMAIN"] == "[0xfc,0xfc00,]"
+    assert f" -x {name} " in printed["launch"]
 
 
 def test_worker_of_oneccl_shares_a_core_where_none_is_to_spare():
-    Path("hosts").write_text("localhost\n")
-    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "BACKEND": "ccl"}
-    lines = launch.decide(env, [], machine(cores_of(1, 2))).lines
+    lines = plan_of(machine(cores_of(1, 2)), RANKS="2", BACKEND="ccl").lines
     assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in lines
     assert "set     I_MPI_PIN_DOMAIN=[0x1,0x2,]  (cores of each rank)" in lines
     assert ("set     CCL_WORKER_COUNT=1  (threads of oneCCL in each rank, on cores that compute "
@@ -448,9 +436,7 @@ def test_ipexrun(ranks, options):
 
 
 def test_words_reach_ipexrun_quoted_for_its_shell():
-    Path("hosts").write_text("localhost\n")
-    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "LAUNCHER": "ipex"}
-    plan = launch.decide(env, ["--out", "my run"], machine(ipexrun="/opt/ipexrun"))
+    plan = plan_of(machine(ipexrun="/opt/ipexrun"), "--out", "my run", RANKS="2", LAUNCHER="ipex")
     assert plan.command[-1] == "'my run'"
 
 
@@ -476,12 +462,6 @@ def test_status_of_rank_0_survives_its_launcher(folder, monkeypatch, recorded, l
               f"{end}")
     assert launch.run_command([sys.executable, "-c", script]) == expected
     assert list(folder.iterdir()) == []
-
-
-def test_launcher_that_succeeds_without_a_status_of_rank_0_is_an_error(capsys):
-    assert launch.run_command([sys.executable, "-c", ""]) == 1
-    assert capsys.readouterr().err == (
-        "run.sh: the launcher ended with status 0, but rank 0 wrote no exit status on this host\n")
 
 
 # ---- hosts ------------------------------------------------------------------------------------
@@ -598,14 +578,6 @@ def test_three_training_splits_reach_train_py():
         "--data /mnt/speech --train-splits train-clean-100 train-clean-360 train-other-500"
         " --dev-split dev-clean --out out/demo --preset democratized"
     ) in printed["launch"]
-
-
-@pytest.mark.parametrize("flags", [
-    ["--out", "my run", "--data", "a", "--dev-split", "b"], ["--out=my run", "--data=c", "--data=a",
-                                                             "--dev-split=b"]])
-def test_flags_for_train_py_win_over_knobs(flags):
-    run = launch.choose_run(KNOBS, ["--note", "two words", *flags])
-    assert (run.out, run.data, run.dev_split) == ("my run", "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import types
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 from tones import REPO, write_tones
 
@@ -387,19 +386,8 @@ def end_of(process):
     return process.returncode, out, err
 
 
-def test_copy_of_the_file_works_with_torch_alone(start_program):
-    """Every import of ranks.py outside torch and the standard library fails."""
-    guard = (
-        "import builtins, sys\n"
-        "real_import = builtins.__import__\n"
-        "def guarded(name, names=None, *rest):\n"
-        "    allowed = {'torch', *sys.stdlib_module_names}\n"
-        "    if (names or {}).get('__name__') == 'ranks' and name.split('.')[0] not in allowed:\n"
-        "        raise ImportError(name)\n"
-        "    return real_import(name, names, *rest)\n"
-        "builtins.__import__ = guarded\n"
-    )
-    program = guard + START + (
+def test_two_ranks_compare_sum_and_leave(start_program):
+    program = START + (
         "heartbeat.compare('run', {'seed': 1})\n"
         "with heartbeat.watching():\n"
         "    print(all_sum(torch.tensor([1.0 + ranks.rank]), ranks).item())\n"
