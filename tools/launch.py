@@ -238,7 +238,6 @@ class Machine(NamedTuple):
     quota: int | None  # see cpu_quota
     mpirun: str = ""  # path, "" if there is none
     mpi_version: str = ""
-    ipexrun: str = ""
     has_bindings: bool = False  # of oneCCL
     preload: str = ""
     port: int = 29500
@@ -253,9 +252,9 @@ def read_machine(env: Mapping[str, str]) -> Machine:
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True,
                              errors="replace").stdout if mpirun else ""
     return Machine(
-        len(cpus), read_cores(cpus), cpu_quota(read_text(Path("/proc/self/cgroup")),
-                                               Path(env["CGROUPS"])),
-        mpirun=mpirun, mpi_version=version, ipexrun=shutil.which(f"{venv}/bin/ipexrun") or "",
+        len(cpus), read_cores(cpus),
+        cpu_quota(read_text(Path("/proc/self/cgroup")), Path(env["CGROUPS"])),
+        mpirun=mpirun, mpi_version=version,
         has_bindings=env["BACKEND"] == "auto" and try_bindings(Path(venv)),
         preload=find_preload([venv, env.get("CONDA_PREFIX"), env.get("CMPLR_ROOT")]),
         port=random.randrange(20000, 30000),  # below the ports that Linux gives to connections
@@ -324,8 +323,6 @@ def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str
     if launcher == "mpirun" and not machine.mpirun:
         raise ValueError("LAUNCHER=mpirun, but there is no mpirun on the PATH; pip install impi-rt "
                          "brings one")
-    if launcher == "ipex" and not machine.ipexrun:
-        raise ValueError("LAUNCHER=ipex, but there is no ipexrun; requirements-intel.txt brings it")
     if launcher != "mpirun":
         if not group.is_single:
             raise ValueError(f"{launcher} starts ranks on this machine alone; other hosts need an "
