@@ -164,8 +164,9 @@ def start_group(backend: str, store: dist.Store, ranks: Ranks, timeout_s: float)
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world,
                                 timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks: "
-                              f"{error}") from error
+        used = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE")}
+        raise ConnectionError(f"rank {ranks.rank}: {backend} does not connect the ranks, with "
+                              f"{used}: {error}") from error
 
 
 def all_sum(x: Tensor, ranks: Ranks) -> Tensor:

@@ -326,6 +326,12 @@ def test_variable_of_the_user_wins_where_no_value_is_decided(name, value):
     assert f" -x {name} " in printed["launch"]
 
 
+def test_two_workers_of_oneccl_leave_six_of_eight_cores():
+    printed = decide(machine(cores_of(2, 8)), BACKEND="ccl", CCL_WORKER_COUNT="2")
+    assert printed["OMP_NUM_THREADS"] == "6"
+    assert printed["CCL_WORKER_AFFINITY"] == "0,1,8,9"
+
+
 def test_worker_of_oneccl_shares_a_core_where_none_is_to_spare():
     lines = plan_of(machine(cores_of(1, 2)), RANKS="2", BACKEND="ccl").lines
     assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in lines
@@ -355,7 +361,7 @@ def test_openmp_and_one_allocator_are_preloaded(folder, monkeypatch, in_environm
     assert launch.find_preload([str(folder), None]) == preloaded.format(folder / "lib")
 
 
-def test_backend_is_ccl_where_its_bindings_are_usable():
+def test_backend_is_ccl_where_its_bindings_can_be_imported():
     assert decide(machine(), RANKS="2")["launch"].endswith("--backend gloo")
     there = machine(has_bindings=True)
     assert decide(there, RANKS="2")["backend"] == (
@@ -429,7 +435,8 @@ def test_torchrun_although_there_is_an_mpirun():
 @pytest.mark.parametrize(
     ("ranks", "options"), [("1", ""), ("2", " --nnodes 1 --nprocs-per-node 2 --ccl-worker-count 0")]
 )
-def test_ipexrun_gets_words_quoted_for_its_shell(ranks, options):
+def test_ipexrun(ranks, options):
+    """ipexrun gives its arguments to a shell."""
     plan = plan_of(machine(), "--out", "my run", LAUNCHER="ipex", RANKS=ranks)
     assert f"launch  ipexrun{options} train.py --data" in plan.lines[-1]
     assert plan.command[-2:] == ["--out", "'my run'"]
@@ -573,6 +580,11 @@ def test_three_training_splits_reach_train_py():
         "--data /mnt/speech --train-splits train-clean-100 train-clean-360 train-other-500"
         " --dev-split dev-clean --out out/demo --preset democratized"
     ) in printed["launch"]
+
+
+def test_flags_for_train_py_win_over_knobs():
+    run = launch.choose_run(KNOBS, ["--note", "x", "--out=my run", "--data", "a", "--dev-split=b"])
+    assert (run.out, run.data, run.dev_split) == ("my run", "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,13 @@ def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout
     assert time.monotonic() - started < 60
 
 
-def test_backend_that_does_not_connect_is_an_error(environment):
+def test_backend_that_does_not_connect_is_an_error_with_its_interfaces(environment):
     def fail(*_, **__):
         raise RuntimeError("no such device")
 
+    environment.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     environment.setattr(dist, "init_process_group", fail)
-    with pytest.raises(ConnectionError, match="rank 0: gloo does not connect .*: no such device"):
+    with pytest.raises(ConnectionError, match="rank 0: gloo does not .*nosuch0.*no such device"):
         ranks.start_group("gloo", dist.HashStore(), Ranks(0, 2, 0), 60.0)
 
 
