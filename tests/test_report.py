@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows of itself: curves from log.jsonl, TensorBoard, warnings, the profile.
+"""report.py: log and curves, warnings, progress bars, profile, TensorBoard.
 
     python -m pytest tests/test_report.py
 
-Curves and warnings from logs written by hand, the rest from one short run on tones.
+Curves and warnings come from records written by hand, the rest from short runs on tones.
 """
 
 import io
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tones import TINY, run_here, run_train, tiny_corpus
+from torch.profiler import ProfilerActivity, profile
 
 import data
 import features
@@ -26,24 +27,25 @@ from tools import bench
 
 
 def step(number, epoch, **changes):
-    values = dict(loss=100.0 / number, lr=0.01, grad_norm=1.0, utts_per_s=4.0, step_s=36.0,
-                  data_s=1.0)
+    """The record of a step in epochs of four steps; an hour has 100 steps."""
+    values = dict(epochs=number / 4, hours=number / 100, loss=100.0 / number, lr=0.01,
+                  grad_norm=1.0, utts_per_s=4.0, step_s=36.0, data_s=1.0)
     return {"event": "step", "step": number, "epoch": epoch, **values, **changes}
 
 
 def evaluation(number, epoch, wer):
-    return {"event": "eval", "step": number, "epoch": epoch, "wer": wer, "errors": 1, "words": 2,
-            "rtf": 0.1, "seconds": 18.0}
+    return {"event": "eval", "step": number, "epoch": epoch, "epochs": number / 4,
+            "hours": number / 100, "loss": 7.0, "utts_per_s": 4.0, "wer": wer, "errors": 1,
+            "words": 2, "labels": 3, "rtf": 0.1, "seconds": 18.0}
 
 
 LOG = [
-    {"event": "start"},
-    *[step(n, 1) for n in (1, 2, 3)],
-    step(4, 1, step_s=72.0, utts_per_s=2.0),
+    {"event": "start", "step": 0},
+    *[step(n, 1) for n in (1, 2, 3, 4)],
+    {"event": "epoch", "step": 4, "epoch": 1},
     evaluation(4, 1, 2.5),
-    {"event": "start"},  # resumed
-    *[step(n, 2, loss=7.0) for n in (5, 6, 7)],
-    evaluation(7, 2, 0.5),  # the time limit ended epoch 2 before its last step
+    *[step(n, 2) for n in (5, 6, 7)],
+    evaluation(7, 2, 0.5),
 ]
 
 
@@ -54,24 +56,16 @@ def write_log(folder, records=LOG):
     return folder
 
 
-# ------------------------------------------------------------------------------------------ curves
+# ---------------------------------------------------------------------------------- log and curves
 
 
-def test_steps_and_evaluations_have_their_epochs_and_hours(tmp_path):
+def test_steps_and_evaluations_are_read_as_they_were_logged(tmp_path):
     steps, evals = report.read_run(write_log(tmp_path / "run"))
-    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6, 7]
-    assert [r["epochs"] for r in steps] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
-    # An hour has 100 steps of 36 s; step 4 took as long as two, an evaluation as half of one.
-    hundredths = [1, 2, 3, 5, 6.5, 7.5, 8.5]
-    assert [r["hours"] for r in steps] == pytest.approx([x / 100 for x in hundredths])
-    assert [(r["epochs"], r["wer"]) for r in evals] == [(1.0, 2.5), (1.75, 0.5)]
-    means = [(100 + 50 + 100 / 3 + 25) / 4, 7.0]
-    assert [r["loss"] for r in evals] == pytest.approx(means)
-    assert [r["utts_per_s"] for r in evals] == pytest.approx([4 * (4 * 36) / (5 * 36), 4.0])
-    assert [r["hours"] for r in evals] == pytest.approx([0.055, 0.09])
+    assert steps == [r for r in LOG if r["event"] == "step"]
+    assert evals == [evaluation(4, 1, 2.5), evaluation(7, 2, 0.5)]
 
 
-def test_half_a_line_of_a_killed_process_is_left_out(tmp_path):
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     folder = write_log(tmp_path / "run")
     whole = report.read_run(folder)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -79,10 +73,24 @@ def test_half_a_line_of_a_killed_process_is_left_out(tmp_path):
     assert report.read_run(folder) == whole
 
 
-def test_an_evaluation_without_steps_has_no_loss(tmp_path):
-    steps, (scored,) = report.read_run(write_log(tmp_path / "run", [evaluation(4, 1, 0.5)]))
-    assert steps == []
-    assert np.isnan([scored["loss"], scored["utts_per_s"]]).all()
+def test_rewinding_keeps_the_records_up_to_the_checkpoint(tmp_path):
+    """The checkpoint of step 7 was written before that step's evaluation."""
+    folder = write_log(tmp_path / "run")
+    report.Log(folder, rank=0).rewind(step=7, evaluated=4)
+    assert list(report.read_log(folder / "log.jsonl")) == LOG[:-1]
+    report.Log(folder, rank=0).rewind(step=5, evaluated=4)
+    assert list(report.read_log(folder / "log.jsonl")) == LOG[:-3]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = report.Log(tmp_path, rank=1)
+    log.write("step", step=1)
+    log.mllog("run_start")
+    log.say("hello")
+    log.draw()
+    log.rewind(0, 0)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_without_steps_can_be_drawn(tmp_path):
@@ -92,107 +100,135 @@ def test_a_run_without_steps_can_be_drawn(tmp_path):
 
 
 def pixels(png, colour):
-    """How many have this colour, one of matplotlib's default cycle, in left and right half."""
+    """Number of pixels of a colour of matplotlib's default cycle in the left and right half."""
     rgb = np.array(matplotlib.colors.to_rgb(colour))
     same = np.abs(matplotlib.image.imread(png)[..., :3] - rgb).max(-1) < 0.02
     return [int(half.sum()) for half in np.array_split(same, 2, axis=1)]
 
 
-def test_every_run_has_its_colour_against_epochs_and_hours(tmp_path, monkeypatch, capsys):
-    folders = [write_log(tmp_path / name) for name in ("a", "b")]
-    png = tmp_path / "both.png"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "curves", *map(str, folders), "--png", str(png)])
-    bench.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result[str(folders[1])] == {"best_wer": 0.5, "hours": pytest.approx(0.09), "epochs": 2}
-    report.draw_curves({"a": report.read_run(folders[0])}, tmp_path / "one.png")
+def test_every_run_has_its_colour_against_epochs_and_hours(tmp_path):
+    run = report.read_run(write_log(tmp_path / "run"))
+    report.draw_curves({"a": run}, tmp_path / "one.png")
+    report.draw_curves({"a": run, "b": run}, tmp_path / "both.png")
     assert min(pixels(tmp_path / "one.png", "tab:blue")) > 100
     assert pixels(tmp_path / "one.png", "tab:orange") == [0, 0]
-    assert min(pixels(png, "tab:orange")) > 100  # on top of a, which has the same curves
+    assert min(pixels(tmp_path / "both.png", "tab:orange")) > 100  # drawn over the equal first run
 
 
-def test_a_run_that_was_not_scored_has_no_table(tmp_path, monkeypatch):
+def test_bench_curves_prints_the_end_of_every_run(tmp_path, monkeypatch, capsys):
+    folder = str(write_log(tmp_path / "run"))
+    argv = ["bench.py", "curves", folder, "--png", str(tmp_path / "run.png")]
+    monkeypatch.setattr(sys, "argv", argv)
+    bench.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == {folder: {"best_wer": 0.5, "hours": 0.07, "epochs": 2}}
+    assert min(pixels(tmp_path / "run.png", "tab:blue")) > 100
+
+
+def test_bench_curves_refuses_a_run_without_evaluation(tmp_path, monkeypatch):
     folder = write_log(tmp_path / "run", LOG[:3])
-    words = ["bench.py", "curves", str(folder), "--png", str(tmp_path / "x.png")]
-    monkeypatch.setattr(sys, "argv", words)
+    argv = ["bench.py", "curves", str(folder), "--png", str(tmp_path / "x.png")]
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="run/log.jsonl: no evaluation yet"):
         bench.main()
 
 
-# ---------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 
 
 @pytest.fixture
-def warned(tmp_path, capsys):
-    """A log, and a function that returns the warnings since its last call."""
+def monitor(tmp_path):
+    """Of three epochs of four steps; prints every step."""
+    return report.Monitor(report.Log(tmp_path, rank=0), steps_per_epoch=4, epochs=3, log_every=1)
+
+
+@pytest.fixture
+def warned(capsys):
+    """warned() -> the warnings since the last call, without other lines."""
 
     def lines():
         printed = capsys.readouterr().out.splitlines()
-        assert all(line.startswith("warning: ") for line in printed)
-        return printed
+        return [line.removeprefix("warning: ") for line in printed if line.startswith("warning: ")]
 
-    return report.Log(tmp_path, 0), lines
-
-
-def test_a_bad_sign_is_told_when_it_appears_not_while_it_stays(warned):
-    log, lines = warned
-    for present in (False, True, True, False, True):
-        log.warn("sign", present, "look")
-    log.warn("another", True, "there")
-    assert lines() == ["warning: look", "warning: look", "warning: there"]
+    return lines
 
 
-@pytest.mark.parametrize(
-    ("norm", "before", "expected"),
-    [
-        (10.1, [1.0] * 19 + [3.0], "the gradient norm is 10.1 where 1.0 was usual"),
-        (9.9, [1.0] * 20, None),
-        (1000.0, [1.0] * 19, None),  # too early to tell what is usual
-    ],
-)
-def test_an_exploding_gradient_is_warned_of(warned, norm, before, expected):
-    log, lines = warned
-    report.warn_of_gradient(log, norm, before)
-    assert [expected in line for line in lines()] == [True] * (expected is not None)
+def test_a_bad_sign_is_told_when_it_appears_and_not_while_it_stays(monitor, warned):
+    for is_present in (False, True, True, False, True):
+        monitor.warn("sign", is_present, "look")
+    monitor.warn("another", True, "there")
+    assert warned() == ["look", "look", "there"]
 
 
-def test_a_loss_that_is_flat_for_an_epoch_is_warned_of(warned):
-    log, lines = warned
-    report.warn_of_epoch(log, 99.1, 100.0, 0.9)
-    assert "the loss is flat, 99.10 after 100.00" in lines()[0]
-    report.warn_of_epoch(log, 98.9, 100.0, 0.9)  # falls by more than a hundredth
-    report.warn_of_epoch(log, 99.1, 100.0, 0.4)  # has learnt what it can
-    report.warn_of_epoch(log, 99.1, float("inf"), 0.9)  # no epoch before
-    assert lines() == []
+@pytest.mark.parametrize(("norm", "before", "expected"), [
+    (10.1, [1.0] * 19 + [3.0], ["the gradient norm is 10.1 where 1.0 was usual"]),
+    (9.9, [1.0] * 20, []),
+    (1000.0, [1.0] * 19, []),  # the median of so few steps is not taken for usual
+])
+def test_an_exploding_gradient_is_warned_of(monitor, warned, norm, before, expected):
+    monitor.grad_norms.extend(before)
+    monitor.step(1, **step(1, 1, grad_norm=norm))
+    assert [line.partition(":")[0] for line in warned()] == expected
 
 
-def test_waiting_for_data_above_a_third_is_warned_of(warned):
-    log, lines = warned
-    report.warn_of_waiting(log, [0.34] * 19)  # too few to tell
-    report.warn_of_waiting(log, [1.0] + [0.33] * 19)  # the first step waits for the workers
-    assert lines() == []
-    for share in (0.34, 0.33, 0.35, 0.2, 0.4):  # comes and goes: said once
-        report.warn_of_waiting(log, [share] * 20)
-    (warning,) = lines()
+def test_a_loss_that_is_flat_for_an_epoch_is_warned_of(monitor, warned):
+    for loss, best_wer, is_flat in (
+        (100.0, 0.9, False),  # there is no epoch before
+        (99.1, 0.9, True),
+        (98.1, 0.9, False),  # falls by more than a hundredth
+        (98.0, 0.4, False),  # a low WER is where training ends
+    ):
+        record = {"epoch": 1, "step": 4, "loss": loss, "utts_per_s": 4.0, "seconds": 9.0}
+        monitor.epoch(best_wer, 0, **record)
+        lines = warned()
+        assert len(lines) == is_flat
+        if is_flat:
+            assert "the loss is flat, 99.10 after 100.00" in lines[0]
+
+
+def test_waiting_for_data_above_a_third_is_warned_of(monitor, warned):
+    def wait(*shares):
+        for share in shares:
+            monitor.step(1, **step(1, 1, step_s=1.0, data_s=share))
+
+    wait(*[0.34] * 19)  # too few to tell
+    monitor.waits.clear()
+    wait(1.0, *[0.33] * 19)  # the first step waits for the workers
+    assert warned() == []
+    for share in (0.34, 0.33, 0.35, 0.2, 0.4):  # the median stays above a sixth: told once
+        monitor.waits.clear()
+        wait(*[share] * 20)
+    (warning,) = warned()
     assert "34 % of a step goes by waiting for data" in warning
-    report.warn_of_waiting(log, [0.1] * 20)  # gone
-    report.warn_of_waiting(log, [0.5] * 20)
-    assert len(lines()) == 1
+    for share in (0.1, 0.5):
+        monitor.waits.clear()
+        wait(*[share] * 20)
+    assert len(warned()) == 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "wer", "is_warm", "expected"),
-    [
-        (9, 1.0, True, "(almost) all hypotheses are blank, 9 symbols for 100 words"),
-        (11, 1.0, True, "WER is 100 % or more"),
-        (300, 0.99, True, None),
-        (0, 1.0, False, None),
-    ],
-)
-def test_blank_hypotheses_and_a_useless_wer_are_warned_of(warned, labels, wer, is_warm, expected):
-    log, lines = warned
-    report.warn_of_evaluation(log, {"labels": labels, "words": 100, "wer": wer}, is_warm)
-    assert [expected in line for line in lines()] == [True] * (expected is not None)
+@pytest.mark.parametrize(("labels", "wer", "is_warm", "expected"), [
+    (9, 1.0, True, ["(almost) all hypotheses are blank, 9 symbols for 100 words"]),
+    (11, 1.0, True, ["WER is 100 % or more after the warm-up"]),
+    (300, 0.99, True, []),
+    (0, 1.0, False, []),
+])
+def test_blank_hypotheses_and_a_useless_wer_are_warned_of(
+    monitor, warned, labels, wer, is_warm, expected
+):
+    record = evaluation(4, 1, wer) | {"labels": labels, "words": 100}
+    monitor.evaluation(is_warm, **record)
+    assert [line.partition(":")[0] for line in warned()] == expected
+
+
+def test_the_time_that_is_left_is_projected_from_the_steps_of_this_process(monitor, capsys):
+    monitor.started = time.monotonic() - 500  # 10 s a step
+    monitor.steps = 48  # the next step is the 49th
+    for batch in (1, 2, 3):
+        monitor.step(batch, **step(batch, 2))
+    # Six of three epochs of four steps are done when 50 steps of this process are.
+    assert re.findall("projected: .*", capsys.readouterr().out) == [
+        f"projected: {60 / 3600:.2f} h for the rest of 3 epochs"
+    ]
 
 
 # ---------------------------------------------------------------------------- one run on a terminal
@@ -207,20 +243,20 @@ class Terminal(io.StringIO):
 def shown(tmp_path_factory):
     """Run directory, standard output and standard error of a run with --profile on a terminal."""
     root = tiny_corpus(tmp_path_factory.mktemp("shown"))
-    words = ["--data", root, "--out", root / "run", *TINY, "--batch-size", 1, "--epochs", 2,
-             "--profile", "--log-every", 1]
+    argv = ["--data", root, "--out", root / "run", *TINY, "--batch-size", 1, "--epochs", 2,
+            "--profile", "--log-every", 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
         patch.setattr(sys, "stderr", Terminal())
-        run_here(*words)
+        run_here(*argv)
         streams = sys.stdout.getvalue(), sys.stderr.getvalue()
     return root / "run", *streams
 
 
 def test_progress_bars_with_the_time_left_are_for_terminals(shown):
     _, out, err = shown
-    for what in ("epoch 1", "epoch 2", "dev"):
-        assert re.search(rf"{what}: +[0-9]+%\|.*\[\d\d:\d\d<", err), what
+    for label in ("epoch 1", "epoch 2", "dev"):
+        assert re.search(rf"{label}: +[0-9]+%\|.*\[\d\d:\d\d<", err), label
     assert "\r" not in out
     assert [f"iter {i}/8" in out for i in (1, 8)] == [True, True]
 
@@ -231,14 +267,14 @@ def test_curves_are_drawn(shown):
 
 def test_the_profile_has_table_trace_and_shares(shown):
     folder, out, _ = shown
-    assert out.count("Self CPU %") == 1  # of the first epoch alone
+    assert out.count("Self CPU %") == 1  # in the first epoch only
     spent = defaultdict(list)  # name -> seconds of each event
     for e in json.loads((folder / "trace.json").read_text())["traceEvents"]:
         if "dur" in e:
             spent[e["name"]].append(e["dur"] / 1e6)
     assert len(spent["lattice"]) == 10  # forward and backward
-    for name in sum(report.PROFILE_PARTS.values(), ()):
-        # LSTM stacks: 2, and the wide one, whose single layer is not oneDNN's.
+    for name in sum(report.STAGES.values(), ()):
+        # There are two LSTM stacks, of which one may not use oneDNN's LSTM.
         assert len(spent[name]) in (5, 10) or "MultiProcessing" in name, name
     (line,) = [line for line in out.splitlines() if line.startswith("profile: 5 steps took")]
     assert "Communication was under way 0.0 % of the time" in line  # one rank
@@ -247,45 +283,40 @@ def test_the_profile_has_table_trace_and_shares(shown):
               re.findall(r"([a-zA-Z ]+) ([0-9.-]+) %", parts)}
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     seconds = float(line.split()[4])
-    expected = {part: sum(sum(spent[name]) for name in names)
-                for part, names in report.PROFILE_PARTS.items()}
-    expected["lattice of the loss"] = sum(spent["lattice"])
-    expected["joint network"] = expected.pop("joint network and loss") - sum(spent["lattice"])
-    expected = {part: pytest.approx(100 * s / seconds, abs=1) for part, s in expected.items()}
-    assert {part: shares[part] for part in expected} == expected
+    expected = {stage: sum(sum(spent[name]) for name in names)
+                for stage, names in report.STAGES.items()}
+    expected["joint network"] -= expected["lattice of the loss"]
+    expected = {stage: pytest.approx(100 * s / seconds, abs=1) for stage, s in expected.items()}
+    assert {stage: shares[stage] for stage in expected} == expected
+
+
+def test_the_stages_of_a_profile_add_up_to_its_seconds():
+    with profile(activities=[ProfilerActivity.CPU]) as result:
+        for label in ("JointCosts", "clip_gradients"):
+            with torch.profiler.record_function(label):
+                time.sleep(0.05)
+                with torch.profiler.record_function("lattice"):
+                    time.sleep(0.05)
+    parts = report.profile_parts(result, 1.0)
+    assert parts.keys() == report.STAGES.keys() | {"everything else"}
+    assert sum(parts.values()) == pytest.approx(1.0, rel=1e-9)
+    assert 0.05 <= parts["optimiser"] - parts["lattice of the loss"] / 2 < 0.2
+    assert parts["oneDNN LSTM"] == 0
 
 
 @pytest.mark.slow
 def test_the_profile_of_two_ranks_sees_their_communication(tmp_path):
     root = tiny_corpus(tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["--train-splits", *["train"] * 3, "--batch-size", 1, "--epochs", 1, "--profile"]
-    done = run_train(root, root / "run", *words, launcher=launcher)
+    argv = ["--train-splits", *["train"] * 3, "--batch-size", 1, "--epochs", 1, "--profile"]
+    done = run_train(root, root / "run", *argv, launcher=launcher)
     assert done.returncode == 0, done.stderr
     (share,) = re.findall(r"Communication was under way ([0-9.]+) % of the time", done.stdout)
     assert 0 < float(share) < 100
 
 
-def test_the_cost_of_reports_is_measured_in_turns(monkeypatch, capsys, tmp_path):
-    root = tiny_corpus(tmp_path)
-    words = ["report", "--data", root, "--split", "train", "--turns", "3", "--preset", "demo",
-             "--batch-size", "1", "--enc-hidden", "8", "--vocab-size", "32",
-             "--loader-workers", "0"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
-    bench.main()
-    torch.set_flush_denormal(False)
-    *lines, result = capsys.readouterr().out.splitlines()
-    result = json.loads(result)
-    assert "3 steps with against as many without" in lines[-1]
-    assert len(result["turns"]) == 3
-    shares = sorted(a / b - 1 for a, b in result["turns"])
-    assert result["report_share"] == shares[1]
-    assert 0 < result["report_s"] < result["step_s"]
-    assert result["draw_s"] > 0
-
-
-def test_a_run_that_waits_for_its_data_says_so_while_it_runs(tmp_path, monkeypatch, capsys):
-    """Epochs of large corpora last for hours."""
+def test_a_run_that_waits_for_its_data_says_so_in_the_epoch(tmp_path, monkeypatch, capsys):
+    """The epochs of a large corpus last for hours, so the warning must not wait for their end."""
     root = tiny_corpus(tmp_path)
     real = features.load_audio
     monkeypatch.setattr(data, "load_audio", lambda *a: time.sleep(0.1) or real(*a))

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tune.py reads, runs, prunes, survives and reports: python -m pytest tests/test_tune.py
+"""tune.py reads its file, runs, prunes and resumes trials, and reports the best.
 
 Trials run a stand-in for run.sh that writes the log.jsonl of a training run of known WER; the
-tuners, their deaths and the studies are real.
+tuners, their ends and the studies are real.
 """
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -24,23 +25,23 @@ from tones import REPO
 import train
 from tools import tune
 
-# Three epochs of 10 s by its log. The WER falls to 100 times the distance of lr from 0.004 and a
-# tenth. Above lr 0.02 it fails. Trials from number HOPELESS on have a bad WER and, unless somebody
-# ends them, minutes to go. GO names a file without which the second epoch does not end.
+# Three epochs of 10 s by its log. The last WER is 0.1 plus 100 times the distance of lr from 0.004.
+# Above lr 0.02 it fails. Trials from number HOPELESS on have WER 1 and take minutes unless they are
+# ended. The second epoch waits for the file that GO names.
 STAND_IN = """
 import argparse, json, os, pathlib, sys, time
-words = sys.argv[1:]
+argv = sys.argv[1:]
 if os.environ.get("DRY_RUN") == "1":
     print("corpus  demo in d")
     print("launch  env OMP_NUM_THREADS=2 python train.py --data d --train-splits t --dev-split e"
-          " --out out/demo --preset demo " + " ".join(words))
+          " --out out/demo --preset demo " + " ".join(argv))
     sys.exit()
 parser = argparse.ArgumentParser()
 parser.add_argument("--lr", type=float, default=0.004)
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--out", type=pathlib.Path)
-args, _ = parser.parse_known_args(words)
-(args.out / "words").open("a").write(" ".join(words) + "\\n")
+args, _ = parser.parse_known_args(argv)
+(args.out / "argv").open("a").write(" ".join(argv) + "\\n")
 (args.out / "pid").write_text(str(os.getpid()))
 log = (args.out / "log.jsonl").open("a")
 done = (args.out / "log.jsonl").read_text().count('"eval"')
@@ -49,7 +50,7 @@ def write(event, **values):
     log.flush()
 write("start")
 for epoch in range(done + 1, args.epochs + 1):
-    write("step", step=epoch, step_s=9.0)
+    write("step", step=epoch)
     if args.lr > 0.02:
         print("train.py: step 1: gradient norm is nan\\n", file=sys.stderr)
         print("=" * 60, file=sys.stderr)  # as torchrun ends its report
@@ -58,7 +59,7 @@ for epoch in range(done + 1, args.epochs + 1):
         time.sleep(0.05)
     hopeless = int(args.out.name[-4:]) >= int(os.environ.get("HOPELESS", 99))
     wer = 1 if hopeless else min(1, 0.3 / epoch + 100 * abs(args.lr - 0.004))
-    write("eval", epoch=epoch, step=epoch, wer=wer, seconds=1.0)
+    write("eval", epoch=epoch, wer=wer, hours=10 * epoch / 3600)
     time.sleep(300 if hopeless and epoch < args.epochs else float(os.environ.get("EPOCH_S", 0)))
 sys.exit(int(os.environ.get("END", 0)))
 """
@@ -77,10 +78,15 @@ metrics:
 - {name: WER, objective: minimize, threshold: 0.25}
 observation_budget: 6
 """
+LR = CONFIG.splitlines()[4]
+
+# A tuner that takes a trial over when it has had no heartbeat for 3 s instead of 180.
+TUNER = ("from tools import tune; tune.HEARTBEAT_S, tune.GRACE_S, tune.POLL_S = 1, 3, 0.05; "
+         "tune.main()")
 
 
 class Case:
-    """A folder with a stand-in, a file to search by, and tuners that use both."""
+    """A folder with a stand-in, a file that describes a search, and tuners that use both."""
 
     def __init__(self, root: Path):
         self.root, self.out = root, root / "study"
@@ -89,33 +95,45 @@ class Case:
         self.config.write_text(CONFIG)
         self.started: list[subprocess.Popen] = []
 
-    def command(self, *words: str) -> list[str]:
+    def command(self, *argv: str) -> list[str]:
         return ["tune.py", "--config", str(self.config), "--out", str(self.out),
-                "--run", f"{sys.executable} {self.stand_in}", *words]
+                "--run", f"{sys.executable} {self.stand_in}", *argv]
 
-    def start(self, *words: str, **env: str) -> subprocess.Popen:
-        """A tuner as a process, where it matters that it is one."""
+    def start(self, *argv: str, **env: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, *self.command(*words)], cwd=REPO, env={**os.environ, **env}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", TUNER, *self.command(*argv)[1:]], cwd=REPO, text=True,
+            env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         self.started.append(process)
         return process
 
-    def run(self, *words: str, **env: str) -> tuple[str, str | None]:
-        """A tuner in this process: its output and the message it ended with, None if it worked."""
-        said, error = io.StringIO(), None
+    def start_until_second_epoch(self, **env: str) -> tuple[subprocess.Popen, int]:
+        """A tuner and the process id of its first trial, which is in its second epoch."""
+        tuner = self.start(**env)
+        log = self.out / "trial-0000/log.jsonl"
+        wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
+        return tuner, int((log.parent / "pid").read_text())
+
+    def run(self, *argv: str, **env: str) -> tuple[str, str | None]:
+        """A tuner in this process: its output and its error message or None."""
+        output, error = io.StringIO(), None
         with (
-            mock.patch.object(sys, "argv", self.command(*words)),
+            mock.patch.object(sys, "argv", self.command(*argv)),
             mock.patch.dict(os.environ, env),
-            mock.patch.object(tune, "POLL_S", 0.05),
-            contextlib.redirect_stdout(said),
+            mock.patch.multiple(tune, POLL_S=0.05, HEARTBEAT_S=1, GRACE_S=3),
+            contextlib.redirect_stdout(output),
         ):
             try:
                 tune.main()
             except SystemExit as end:
                 error = end.code
-        return said.getvalue(), error
+        return output.getvalue(), error
+
+    def complete(self, *argv: str, **env: str) -> str:
+        """The output of a tuner in this process that ends without an error."""
+        output, error = self.run(*argv, **env)
+        assert error is None
+        return output
 
     def trials(self) -> list:
         storage = f"sqlite:///{self.out}/study.db"
@@ -124,6 +142,9 @@ class Case:
     def change(self, old: str, new: str) -> None:
         assert CONFIG.count(old) == 1, old
         self.config.write_text(CONFIG.replace(old, new))
+
+    def count(self, state: TrialState) -> int:
+        return [t.state for t in self.trials()].count(state)
 
 
 @pytest.fixture
@@ -143,7 +164,7 @@ def wait_for(condition, seconds: float = 300):
 
 
 def is_alive(pid: int) -> bool:
-    """Zombies are dead."""
+    """Whether the process is there and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -164,139 +185,117 @@ def test_the_file_of_the_original(case):
     assert search.budget == 6
 
 
-def test_lists_booleans_and_no_threshold(case):
-    case.change(
-        "  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
-        "  - {name: stack, type: int, grid: [4, 6]}\n"
-        "  - {name: normalization, type: categorical, categorical_values: [true, False]}\n"
-        "  - {name: train_splits, type: categorical, categorical_values: [a b, a]}\n",
-    )
+def test_lists_and_no_threshold(case):
+    case.change(LR, "  - {name: stack, type: int, grid: [4, 6]}\n"
+                    "  - {name: train_splits, type: categorical, categorical_values: [a b, a]}")
     case.config.write_text(case.config.read_text().replace(", threshold: 0.25", ""))
     search = tune.read_search(case.config)
     assert search.space["stack"].choices == (4, 6)
-    assert search.space["normalization"].choices == (True, False)
+    assert search.space["train_splits"].choices == ("a b", "a")
     assert search.thresholds == [43200, float("inf")]
-    words = tune.flags({"stack": 4, "normalization": False, "train_splits": "a b", "lr": 1e-5})
-    assert words == ["--stack", "4", "--no-normalization", "--train-splits", "a", "b",
-                     "--lr", "1e-05"]
 
 
-def test_what_is_said_about_the_machine_is_named_as_having_no_effect(case, capsys):
+def test_values_become_flags():
+    params = {"stack": 4, "normalization": "False", "ipex": True, "train_splits": "a b", "lr": 1e-5}
+    assert tune.flags(params) == ["--stack", "4", "--no-normalization", "--ipex", "--train-splits",
+                                  "a", "b", "--lr", "1e-05"]
+
+
+def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
     case.config.write_text(CONFIG + "ppn: 2\nhosts:\n- localhost\n")
     tune.read_search(case.config)
-    said = capsys.readouterr().out
-    assert f"{case.config}:13: ppn has no effect" in said
-    assert f"{case.config}:15: hosts has no effect" in said
-
-
-LR = CONFIG.splitlines()[4]
+    output = capsys.readouterr().out
+    assert f"{case.config}:13: ppn has no effect" in output
+    assert f"{case.config}:15: hosts has no effect" in output
 
 
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("learning_rate", "learning_rat", 5, "learning_rat is no field"),
-        ("    name: warmup_epochs", "    name: epoch", 7, "epoch is no field"),
-        ("learning_rate", "out", 5, "out is no field"),
-        ("    name: warmup_epochs", "    name: lr", 6, "lr stands twice"),
+        ("learning_rate", "out", 5, "out cannot be searched"),
+        ("    name: warmup_epochs", "    name: lr", 6, "lr is there twice"),
         ("    type: int", "    type: integer", 8, "expected double or int or categorical"),
-        ("    type: int", "    type: double", None, None),  # a float field: allowed
-        ("    name: warmup_epochs\n    type: int", "    name: stack\n    type: double", 8,
-         "stack is int, not double"),
-        ("    name: warmup_epochs", "    name: epochs\n    grid: [1]", 6, "grid or bounds alone"),
-        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
-        ("{min: 1, max: 10}", "{min: 10, max: 10}", 6, "min 10, max 10, expected min < max"),
-        ("{min: 1, max: 10}", "{min: 1}", 6, "max is missing"),
-        ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
-        ("min: 1e-3", "min: 0", 5, "expected 0 < min < max"),
-        ("max: 1.0e-2", "max: .nan", 5, "expected number, not '.nan'"),
-        ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
-        ("transformation: log", "prior: log", 5, "prior: unknown or twice"),
         ("    type: int", "    type: int\n    type: int", 9, "type: unknown or twice"),
+        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
+        ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
+        ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
+        ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
+        ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
         (LR, "  - {name: preset, type: categorical, grid: [demo]}", 5,
          "expected categorical_values alone"),
-        (LR, "  - {name: stack, type: int, grid: [4, 4]}", 5, "a value stands twice"),
-        (LR, "  - {name: stack, type: int, grid: []}", 5, "expected a list with something in it"),
-        (LR, "  - {name: normalization, type: categorical, categorical_values: [yes]}", 5,
-         "expected boolean, not 'yes'"),
-        (LR, "  - {name: warmup_epochs, type: int, bounds: {min: 1, max: 2}}", 6,
-         "warmup_epochs stands twice"),
+        (LR, "  - {name: stack, type: int, grid: [4], transformation: log}", 5,
+         "expected grid or bounds alone"),
         ("  experiment: rnnt\n", "", 2, "experiment is missing"),
         ("name: WER", "name: CER", 11, "expected training_time or WER, not 'CER'"),
-        ("name: WER", "name: training_time", 11, "training_time stands twice"),
-        ("0.25", "low", 11, "expected number, not 'low'"),
-        ("{name: WER, objective: minimize", "{name: WER, objective: maximize", 11,
-         "expected minimize"),
+        ("name: WER", "name: training_time", 11, "training_time is there twice"),
         ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 10,
          "expected training_time and WER"),
         ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
-        ("observation_budget: 6", "observation_budget: [6]", 12,
-         "expected int, not a list"),
-        (LR, "  - {name: stack, type: int, grid: [4, 6],\n     transformation: log}", 6,
-         "stack: log is for values between bounds"),
+        ("observation_budget: 6", "observation_budget: [6]", 12, "expected int, not a sequence"),
         ("observation_budget: 6", "budget: 6", 12, "budget: unknown or twice"),
-        ("  project: sda", "  project: 'sda", 2, "line"),
-        ("  project: sda", "\tproject: sda", 2, "line"),
     ],
 )
 def test_an_error_names_its_line(case, old, new, line, message):
     case.change(old, new)
-    if message is None:
-        tune.read_search(case.config)
-        return
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tune.read_search(case.config)
-    place = f"line {line}" if message == "line" else f"{case.config}:{line}: "
-    assert place in str(error.value), error.value
+    assert f"{case.config}:{line}: " in str(error.value), error.value
 
 
 @pytest.mark.parametrize(
-    ("content", "place"),
+    ("content", "message"),
     [
-        (b"", ":1: nothing in it"),
-        (b"a: 1\nb: \xff\n", ":2: invalid start byte"),
-        ("ä: 1\nü: 2\nb: \x07\n".encode(), ":3: special characters are not allowed"),
+        (b"", ":1: empty"),
+        (b"a: 1\nb: \xff\n", "invalid start byte"),
         (b"- 1\n", ":1: expected a mapping"),
         (b"a: 1\n---\nb: 2\n", "line 2"),
-        (b"[" * 5000, ": lists or mappings too deep"),
+        (b"a: 'b\n", "line 1"),
+        (b"[" * 5000, "recursion"),
     ],
 )
-def test_what_is_no_such_file_is_an_error_that_names_it(case, content, place):
+def test_a_file_that_is_no_mapping_is_an_error_that_names_it(case, content, message):
     case.config.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(case.config))) as error:
         tune.read_search(case.config)
-    assert place in str(error.value), error.value
+    assert message in str(error.value), error.value
 
 
-def test_values_that_train_py_refuses_name_their_line(case):
-    case.change(
-        "{min: 1, max: 10}\n    name: warmup_epochs\n    type: int",
-        "{min: 0.5, max: 1.5}\n    name: beta1\n    type: double",
-    )
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ("{name: beta1, type: double, bounds: {min: 0.5, max: 1.5}}",
+         "beta1: 1.5, expected 0 <= x < 1"),
+        ("{name: learning_rat, type: double, bounds: {min: 1, max: 2}}",
+         "unrecognized arguments: --learning-rat 1.0"),
+        ("{name: stack, type: double, bounds: {min: 4, max: 8}}", "invalid int value: '4.0'"),
+        ("{name: lr, type: double, bounds: {min: 1, max: inf}}", "lr: inf, expected a finite"),
+        ("{name: normalization, type: categorical, categorical_values: [true, yes]}",
+         "unrecognized arguments: yes"),
+    ],
+)
+def test_values_that_train_py_refuses_name_their_line(case, parameter, message):
+    case.change(LR, f"  - {parameter}")
     _, error = case.run()
-    assert f"{case.config}:6: " in error
-    assert "beta1: 1.5, expected 0 <= x < 1" in error
+    assert f"{case.config}:5: " in error
+    assert message in error
     assert not case.out.exists()
 
 
-def test_words_that_train_py_refuses_end_the_search_before_it_begins(case):
-    _, error = case.run("--epoch", "3")
-    assert "unrecognized arguments: --epoch 3" in error
+def test_flags_that_train_py_refuses_end_the_search_before_it_begins(case):
+    assert "unrecognized arguments: --epoch 3" in case.run("--epoch", "3")[1]
     assert not case.out.exists()
 
 
 def test_a_command_that_does_not_launch_is_an_error(case):
     case.stand_in.write_text("import sys; sys.exit('CORPUS=timit, expected demo')")
-    _, error = case.run()
-    assert "CORPUS=timit, expected demo" in error
+    assert "CORPUS=timit, expected demo" in case.run()[1]
 
 
 # ---- the search -------------------------------------------------------------------------------
 
 
 def test_a_search_from_beginning_to_end(case):
-    out, error = case.run("--epochs", "3", RANKS="1", OMP_NUM_THREADS="1")
-    assert error is None
+    output = case.complete("--epochs", "3", RANKS="1", OMP_NUM_THREADS="1")
     trials = case.trials()
     assert len(trials) == 6
     # The demo preset's own values come first.
@@ -306,8 +305,8 @@ def test_a_search_from_beginning_to_end(case):
         assert 1e-3 <= t.params["lr"] <= 1e-2
         expected = f"--epochs 3 --lr {t.params['lr']} --warmup-epochs {t.params['warmup_epochs']}"
         folder = case.out / f"trial-{t.number:04d}"
-        assert (folder / "words").read_text() == f"{expected} --out {folder}\n"
-    lines = out.splitlines()
+        assert (folder / "argv").read_text() == f"{expected} --out {folder}\n"
+    lines = output.splitlines()
     assert lines[-1] == (
         f"env RANKS=1 OMP_NUM_THREADS=1 {sys.executable} {case.stand_in} --epochs 3 --lr 0.004"
         f" --warmup-epochs 2 --out {case.out}/best"
@@ -322,27 +321,25 @@ def test_a_search_from_beginning_to_end(case):
 def test_constraints_follow_the_thresholds(case):
     case.change("threshold: 0.25", "threshold: 0.15")
     case.config.write_text(case.config.read_text().replace("43200", "29"))
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     first = case.trials()[0]
     assert first.constraints == {"training_time": 1.0, "WER": pytest.approx(-0.05)}
-    assert "no trial meets all thresholds" in out
+    assert "no trial meets all thresholds" in output
 
 
 def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(case):
     form = "  - {name: %s, type: categorical, categorical_values: [%s]}\n"
     case.change("metrics:\n", form % ("precision", "bf16, fp32") + form % ("train_splits", "a b, t")
                 + "metrics:\n")
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     trial = case.trials()[0]
     assert (trial.params["lr"], trial.params["warmup_epochs"]) == (0.004, 2)
     assert trial.params["train_splits"] == "t"
     assert trial.params["precision"] in ("bf16", "fp32")
-    assert "precision: auto, which train.py would take, is not searched" in out
+    assert "precision: auto, which train.py would take, is not searched" in output
 
 
-def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys):
+def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys):
     search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)}, {},
                          [100.0, 0.5], 4)
     study = optuna.create_study(directions=["minimize"] * 2)
@@ -351,19 +348,11 @@ def test_report_prefers_a_feasible_trial_and_says_what_mattered(tmp_path, capsys
         trial.set_user_attr("command", ["run", "--lr", str(lr)])
         trial.set_constraint("training_time", seconds - 100)
         trial.set_constraint("WER", wer - 0.5)
-        trial.set_user_attr("wers", {"1": 2 * wer, "2": wer})
-        trial.set_user_attr("clock", {"1": seconds / 2, "2": seconds})
         study.tell(trial, [seconds, wer])
     tune.report(study, search, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
-    assert lines[-3] == ("in the 200 s of trial 0, which ended at WER 10.00 %: trial 0 had 10.00 % "
-                         "after epoch 2")
-    tune.print_within(study, study.trials[1])
-    assert capsys.readouterr().out == (
-        "in the 90 s of trial 1, which ended at WER 30.00 %: trial 1 had 30.00 % after epoch 2\n"
-    )
     assert lines[-2] == "best: trial 2, WER 20.00 % after 95 s"
     assert lines[-1] == f"run --lr 0.3 --out {tmp_path}/best"
 
@@ -385,34 +374,31 @@ def test_worse_than_the_median_at_the_same_epoch_is_hopeless():
     assert tune.hopeless(study, 3, {"1": 0.8}) is None
     assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.4}) is None
     assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41}) is not None
-    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41, "3": 0.9}) is None  # nobody came so far
+    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41, "3": 0.9}) is None  # no other has epoch 3
     assert tune.hopeless(study, 0, {"1": 0.9}) is None  # two others are too few
 
 
-def test_hopeless_trials_are_ended_with_all_they_started(case):
-    # A bash of its own between tuner and trial, as run.sh is one.
+def test_hopeless_trials_are_ended_with_all_their_processes(case):
+    # There is a bash between tuner and trial, as run.sh is one.
     wrapper = case.root / "run.sh"
     wrapper.write_text(f'{sys.executable} {case.stand_in} "$@"\nexit\n')
-    out, error = case.run("--run", f"bash {wrapper}", HOPELESS="4")
-    assert error is None
+    output = case.complete("--run", f"bash {wrapper}", HOPELESS="4")
     trials = case.trials()
     assert [t.number for t in trials if t.state == TrialState.PRUNED][-2:] == [4, 5]
     for t in trials[4:]:
         assert re.match(r"WER 1.000 after epoch 1, median of \d others", t.user_attrs["reason"])
         assert not is_alive(int((case.out / f"trial-{t.number:04d}/pid").read_text()))
-        assert t.user_attrs["reason"] in out
+        assert t.user_attrs["reason"] in output
 
 
 def test_the_last_epoch_is_too_late_to_be_pruned(case):
-    out, error = case.run("--epochs", "1", HOPELESS="4")
-    assert error is None
+    case.complete("--epochs", "1", HOPELESS="4")
     assert all(t.state == TrialState.COMPLETE for t in case.trials())
 
 
 def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
     case.change("max: 1.0e-2", "max: 1")
-    out, error = case.run()
-    assert error is None
+    output = case.complete()
     trials = case.trials()
     assert len(trials) == 6
     failed = [t for t in trials if t.state == TrialState.FAIL]
@@ -420,15 +406,13 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(case):
     assert {t.user_attrs["reason"] for t in failed} == {
         "status 3, 0 evaluations: train.py: step 1: gradient norm is nan"
     }
-    assert "gradient norm is nan" in out
+    assert "gradient norm is nan" in output
 
 
-def test_trials_that_a_time_limit_ends_are_complete(case, monkeypatch):
-    """train.py and run.sh end with 75 then."""
-    monkeypatch.setenv("END", "75")
-    _, error = case.run()
-    assert error is None
-    assert {t.state for t in case.trials()} <= {TrialState.COMPLETE, TrialState.PRUNED}
+def test_trials_that_a_time_limit_ends_with_status_75_are_complete(case):
+    case.complete(END="75")
+    assert case.trials()[0].state == TrialState.COMPLETE
+    assert case.count(TrialState.FAIL) == 0
 
 
 def test_values_that_need_each_other_can_be_searched_together(case):
@@ -441,66 +425,62 @@ def test_values_that_need_each_other_can_be_searched_together(case):
     assert re.search(r"tune.yaml:6: .*speed_max: .*, expected at least", case.run()[1])
 
 
-def test_a_trial_that_goes_on_is_not_judged_again_by_its_old_epochs(tmp_path):
+def test_a_resumed_trial_is_not_judged_again_by_its_old_epochs(tmp_path):
     study = optuna.create_study(directions=["minimize"] * 2)
-    for _ in range(tune.RIVALS):  # finished while it was cut off
+    for _ in range(tune.MIN_RIVALS):  # they finished while the trial was cut off
         study.add_trial(optuna.create_trial(
             state=TrialState.COMPLETE, values=[1.0, 0.1],
             user_attrs={"wers": {"1": 0.4, "2": 0.3, "3": 0.2}}))
-    evaluation = '{"event": "eval", "epoch": %d, "step": 1, "wer": %g, "seconds": 1.0}\n'
+    evaluation = '{"event": "eval", "epoch": %d, "wer": %g, "hours": 0.25}\n'
     log = tmp_path / "log.jsonl"
     log.write_text(evaluation % (1, 0.9) + evaluation % (2, 0.25))
-    more = f"open({str(log)!r}, 'a').write({evaluation % (3, 0.1)!r})"
-    with (tmp_path / "lock").open("w") as lock:
-        state = tune.run_trial(study, study.ask(), 4, [sys.executable, "-c", more], lock)
-    assert state == TrialState.COMPLETE
+    command = [sys.executable, "-c", f"open({str(log)!r}, 'a').write({evaluation % (3, 0.1)!r})"]
+    assert tune.run_trial(study.ask(), 4, command, tmp_path) == [900, 0.1]
 
 
 def test_a_search_in_which_all_fails_is_an_error(case):
     case.change("min: 1e-3, max: 1.0e-2", "min: 0.1, max: 1")
-    out, error = case.run()
+    output, error = case.run()
     assert "no trial was completed" in error
-    assert "lr: 0.004, which train.py would take, is not searched" in out
+    assert "lr: 0.004, which train.py would take, is not searched" in output
     assert len(case.trials()) == 6
 
 
-# ---- death and company ------------------------------------------------------------------------
+# ---- crashes and several tuners ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_killed_tuner_takes_its_trial_along_and_the_next_one_goes_on(case):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_tuner_ends_its_trial_and_the_same_command_resumes_it(case, number):
     go = case.root / "go"
-    tuner = case.start(GO=str(go))
-    log = case.out / "trial-0000/log.jsonl"
-    wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
-    pid = int((log.parent / "pid").read_text())
-    assert is_alive(pid)
-    tuner.send_signal(signal.SIGKILL)
-    tuner.communicate(timeout=30)
-    wait_for(lambda: not is_alive(pid), 10)
+    tuner, trial = case.start_until_second_epoch(GO=str(go))
+    assert is_alive(trial)
+    tuner.send_signal(number)
+    _, errors = tuner.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert errors.endswith("tune.py: interrupted; the same command goes on\n")
+    wait_for(lambda: not is_alive(trial), 10)
 
     go.touch()
-    out, error = case.run(GO=str(go))
-    assert error is None
+    output = case.complete(GO=str(go))
     trials = case.trials()
+    assert len(trials) == 7  # six, and the trial that was cut off
     assert trials[0].state == TrialState.FAIL
-    assert [t.state for t in trials].count(TrialState.FAIL) == 1
-    assert len(trials) == 7  # six that count, and the one that was cut off
-    (again,) = [t for t in trials if t.user_attrs.get("folder") == "trial-0000"]
+    assert case.count(TrialState.FAIL) == 1
+    (again,) = [t for t in trials[1:] if t.user_attrs["folder"] == "trial-0000"]
     assert again.params == trials[0].params
-    assert again.values == [30.0, pytest.approx(0.1)]  # step 2 counts once
-    assert (log.parent / "words").read_text().count("\n") == 2
-    assert log.read_text().count('"eval"') == 3
-    assert "cut off; went on under another number" in out
+    assert again.values == [30.0, pytest.approx(0.1)]
+    folder = case.out / "trial-0000"
+    assert (folder / "argv").read_text().count("\n") == 2
+    assert (folder / "log.jsonl").read_text().count('"eval"') == 3
+    assert "cut off; goes on under another number" in output
 
 
 @pytest.mark.slow
 def test_a_finished_search_is_reported_widened_and_not_mixed_with_another(case):
-    first, error = case.run()
-    assert error is None
+    first = case.complete()
     before = [t.datetime_complete for t in case.trials()]
-    again, error = case.run()
-    assert error is None
+    again = case.complete()
     assert again.splitlines()[-2:] == first.splitlines()[-2:]
     assert [t.datetime_complete for t in case.trials()] == before
     case.change("observation_budget: 6", "observation_budget: 7")
@@ -527,11 +507,11 @@ def test_two_tuners_share_one_study(case):
     results = [tuner.communicate(timeout=240) for tuner in tuners]
     assert [t.returncode for t in tuners] == [0, 0], results
     trials = case.trials()
-    assert len(trials) == 6  # exactly the budget
+    assert 6 <= len(trials) <= 7  # the last trials of both may begin at the same moment
     assert all(t.state.is_finished() for t in trials)
     ran = [re.findall(r"^trial (\d+) in", out, re.MULTILINE) for out, _ in results]
     assert all(ran), ran
-    assert sorted(map(int, ran[0] + ran[1])) == list(range(6))
+    assert sorted(map(int, ran[0] + ran[1])) == list(range(len(trials)))
     # Both waited for the last trial and report the same.
     assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
 
@@ -539,17 +519,15 @@ def test_two_tuners_share_one_study(case):
 @pytest.mark.slow
 def test_a_trial_of_a_killed_tuner_goes_to_the_other(case):
     go = case.root / "go"
-    first = case.start(GO=str(go))
-    log = case.out / "trial-0000/log.jsonl"
-    wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
+    first, _ = case.start_until_second_epoch(GO=str(go))
     second = case.start(GO=str(go))
     wait_for((case.out / "trial-0001/pid").exists)
     first.kill()
     first.communicate()
     go.touch()
-    out, err = second.communicate(timeout=240)
-    assert second.returncode == 0, err
-    assert "trial-0000: --lr 0.004" in out
+    output, errors = second.communicate(timeout=240)
+    assert second.returncode == 0, errors
+    assert "trial-0000: --lr 0.004" in output
     assert len(case.trials()) == 7
 
 
@@ -566,9 +544,8 @@ def test_run_sh_shows_its_launch(case):
     tune.check_values(tune.read_search(REPO / "docs/tune-demo.yaml"), ["bash", "run.sh"])
 
 
-def test_json_lines_are_followed_past_a_half_line(tmp_path):
+def test_unfinished_lines_of_a_log_are_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"event": "a"}\n{"event": "b{"event": "c"}\n{"event": "d"}\n{"eve')
-    done = subprocess.Popen(["true"])
-    done.wait()
-    assert [r["event"] for r in tune.follow(path, done)] == ["a", "d"]
+    a, b, c = (json.dumps({"event": "eval", "epoch": epoch}) for epoch in (1, 2, 3))
+    path.write_text(f'{{"event": "step"}}\n{a}\n{b[:20]}{b}\n{c}\n{c[:-3]}')
+    assert [e["epoch"] for e in tune.read_evals(path)] == [1, 3]

@@ -57,17 +57,17 @@ def tiny_corpus(root: Path) -> Path:
     return root
 
 
-def run_train(corpus, out, *words, launcher=()):
+def run_train(corpus, out, *argv, launcher=()):
     command = [sys.executable, *launcher, str(REPO / "train.py"), "--data", str(corpus),
-               "--out", str(out), *TINY, *map(str, words)]
+               "--out", str(out), *TINY, *map(str, argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
 
-def run_script(script, *words):
+def run_script(script, *argv):
     """Standard output of a script of ours that succeeds."""
     command = [sys.executable, *(["-m"] if script.startswith("tools.") else []), script]
-    command += map(str, words)
+    command += map(str, argv)
     done = subprocess.run(
         command, cwd=REPO, capture_output=True, text=True, timeout=1800, check=False
     )
@@ -82,17 +82,17 @@ def heed_signals():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def live(corpus, out, *words):
+def live(corpus, out, *argv):
     """As run_train, in the process that calls it: for a multiprocessing.Process to be killed."""
     torch.set_num_threads(1)
-    sys.argv = ["train.py", "--data", str(corpus), "--out", str(out), *TINY, *words]
+    sys.argv = ["train.py", "--data", str(corpus), "--out", str(out), *TINY, *argv]
     sys.exit(train.main())
 
 
-def run_here(*words):
+def run_here(*argv):
     """train.main in this process, which keeps its signal handlers; returns the status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         patch.setattr(train.signal, "signal", lambda *_: None)
         status = train.main()
     torch.set_flush_denormal(False)  # main turns it on for good

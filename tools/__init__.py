@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools beside the recogniser; run from the project root: python -m tools.<name>."""
+"""Tools beside the recogniser, run from the project's root: python -m tools.<name>."""

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""checkpoint.py: a file is whole or not there, damage is found, a run directory has one run.
+
+    python -m pytest tests/test_checkpoint.py
+"""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from tones import REPO
+
+import checkpoint
+from checkpoint import (
+    CHECKPOINT_FORMAT,
+    DamagedCheckpoint,
+    clear_run,
+    digest,
+    keep_newest,
+    list_checkpoints,
+    load_checkpoint,
+    lock_run,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+CONTENTS = {
+    "model": {"weight": torch.arange(24.0).reshape(4, 6), "bias": torch.zeros(4)},
+    "optimizer": {"param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
+    "state": {"step": 12, "best_wer": float("inf"), "note": None},
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Path of a checkpoint with CONTENTS."""
+    path = tmp_path / "checkpoint-00000012.pt"
+    save_checkpoint(path, CONTENTS)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A run directory with the checkpoints of steps 1 to 4."""
+    for step in range(1, 5):
+        save_checkpoint(tmp_path / f"checkpoint-{step:08d}.pt", {"step": step})
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------- one checkpoint
+
+
+def test_loading_returns_the_contents_and_the_format(saved):
+    assert digest(load_checkpoint(saved)) == digest({"format": CHECKPOINT_FORMAT, **CONTENTS})
+
+
+def test_a_write_that_breaks_off_leaves_the_older_checkpoint_alone(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def break_off(_, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.torch, "save", break_off)
+    with pytest.raises(OSError, match="00000012.pt could not be written: disk full"):
+        save_checkpoint(saved, {"model": torch.zeros(3)})
+    assert names(saved.parent) == [saved.name]
+    assert saved.read_bytes() == before
+
+
+def test_a_flipped_bit_is_found_or_changes_no_value(saved):
+    """The archive's own bookkeeping has bits on which no value depends."""
+    contents, generator, found = saved.read_bytes(), random.Random(1), 0
+    version = contents.index(b"format")
+    places = [*range(version, version + 12), *generator.sample(range(len(contents)), 60)]
+    for place in places:
+        data = bytearray(contents)
+        data[place] ^= 1 << place % 8
+        saved.write_bytes(data)
+        try:
+            loaded = load_checkpoint(saved)
+        except DamagedCheckpoint:
+            found += 1
+        else:
+            assert digest(loaded) == digest({"format": CHECKPOINT_FORMAT, **CONTENTS}), place
+    assert found > 30
+
+
+@pytest.mark.parametrize("length", [0, 1000, -100])
+def test_a_truncated_checkpoint_is_damaged(saved, length):
+    saved.write_bytes(saved.read_bytes()[:length])
+    with pytest.raises(DamagedCheckpoint, match=f"{saved}: not readable as a checkpoint"):
+        load_checkpoint(saved)
+
+
+def test_a_text_file_is_not_readable_as_a_checkpoint(saved):
+    saved.write_text("a note")
+    with pytest.raises(DamagedCheckpoint, match="not readable as a checkpoint"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("contents", [{"weights": torch.zeros(2)}, [1, 2]])
+def test_a_file_of_another_program_is_refused(saved, contents):
+    torch.save(contents, saved)
+    with pytest.raises(ValueError, match=f"{saved}: not a checkpoint of train.py") as error:
+        load_checkpoint(saved)
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(saved):
+    save_checkpoint(saved, {**CONTENTS, "format": CHECKPOINT_FORMAT - 1})
+    message = f"{saved}: format {CHECKPOINT_FORMAT - 1}, this version reads {CHECKPOINT_FORMAT}"
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(saved)
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+class MakeFolder:
+    """Pickled code that makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
+    torch.save({**CONTENTS, "extra": MakeFolder(tmp_path / "made")}, saved)
+    with pytest.raises(DamagedCheckpoint, match="not readable as a checkpoint"):
+        load_checkpoint(saved)
+    assert not (tmp_path / "made").exists()
+
+
+# ------------------------------------------------------------------------------- the run directory
+
+
+def test_copies_under_other_names_are_not_listed(out):
+    for name in ("checkpoint-00000001-good.pt", "checkpoint-keep.pt", "best.pt"):
+        (out / name).write_text("a copy")
+    assert [path.name for path in list_checkpoints(out)] == [
+        f"checkpoint-0000000{step}.pt" for step in (1, 2, 3, 4)
+    ]
+
+
+def test_the_newest_two_stay(out):
+    keep_newest(out)
+    assert names(out) == ["checkpoint-00000003.pt", "checkpoint-00000004.pt"]
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_warning(out):
+    for step in (3, 4):
+        (out / f"checkpoint-0000000{step}.pt").write_bytes(b"half")
+    warnings = []
+    path, contents = newest_checkpoint(out, warnings.append)
+    assert (path.name, contents["step"]) == ("checkpoint-00000002.pt", 2)
+    assert [text.partition(": ")[0] for text in warnings] == [
+        str(out / "checkpoint-00000004.pt"), str(out / "checkpoint-00000003.pt")
+    ]
+    assert warnings[0].endswith("; trying the one before")
+
+
+def test_a_checkpoint_of_another_format_is_not_passed_over(out):
+    save_checkpoint(out / "checkpoint-00000004.pt", {"format": 1})
+    with pytest.raises(ValueError, match="00000004.pt: format 1"):
+        newest_checkpoint(out, pytest.fail)
+
+
+def test_without_a_readable_checkpoint_there_is_no_newest_one(tmp_path):
+    assert newest_checkpoint(tmp_path, pytest.fail) is None
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path, lambda _: None) is None
+
+
+USERS_FILES = ["checkpoint-keep.pt", "corpus.tar.gz.partial", "notes.txt"]
+LEFT_OVERS = ["checkpoint-00000003.partial", "best.partial", "log.partial"]
+RUN_FILES = ["best.pt", "log.jsonl", "mllog.log", "curves.png", "trace.json",
+             "events.out.tfevents.1"]
+
+
+def test_a_resumed_run_deletes_half_written_files_and_damaged_checkpoints(out):
+    for name in (*USERS_FILES, *LEFT_OVERS, *RUN_FILES):
+        (out / name).write_text(name)
+    clear_run(out, resumed=out / "checkpoint-00000003.pt")
+    kept = [f"checkpoint-0000000{step}.pt" for step in (1, 2, 3)]
+    assert names(out) == sorted([*USERS_FILES, *RUN_FILES, *kept])
+
+
+def test_a_new_run_deletes_every_file_of_training_and_no_other(out):
+    for name in (*USERS_FILES, *LEFT_OVERS, *RUN_FILES):
+        (out / name).write_text(name)
+    clear_run(out, resumed=None)
+    assert names(out) == sorted(USERS_FILES)
+
+
+LOCK = """
+import sys, checkpoint
+from pathlib import Path
+lock = checkpoint.lock_run(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_directory_has_one_run_until_its_process_ends(tmp_path):
+    command = [sys.executable, "-c", LOCK, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPO, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"{tmp_path}: another run writes there.*/.lock"):
+            lock_run(tmp_path)
+        other.kill()
+    lock_run(tmp_path).close()
+
+
+def test_a_child_process_does_not_inherit_the_lock(tmp_path):
+    with lock_run(tmp_path):
+        done = subprocess.run([sys.executable, "-c", LOCK, str(tmp_path)], cwd=REPO, text=True,
+                              capture_output=True, input="", check=False)
+        assert done.returncode == 1
+        assert f"{tmp_path}: another run writes there" in done.stderr
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
+    lock_run(tmp_path).close()
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path} cannot be locked: No locks available\n"
+    )
