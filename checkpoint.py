@@ -24,7 +24,7 @@ CHECKPOINT_FORMAT = 5  # rises whenever older checkpoints can no longer be read
 
 
 class DamagedCheckpoint(ValueError):
-    """The file is not what was written: it was truncated, or bits of it changed."""
+    """The file was truncated, or bits of it changed, since it was written."""
 
 
 # ---------------------------------------------------------------------------------- one checkpoint
@@ -74,7 +74,7 @@ def save_checkpoint(path: Path, contents: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads what `save_checkpoint` wrote, without running code that the file may contain.
+    """Reads a file of `save_checkpoint` without running any code that it may contain.
 
     Raises:
         OSError: the file is missing or cannot be read.

@@ -88,18 +88,19 @@ def is_transcript(name: str) -> bool:
     return name.endswith(".trans.txt") and not name.startswith("._")
 
 
-def line_error(line: str, chapter: str) -> tuple[str, str] | None:
-    """Kind and message of the error in a line of the chapter "<speaker>-<chapter>", if any."""
+def line_error(line: str, path: Path) -> tuple[str, str] | None:
+    """Kind and message of the error in a line of the transcript `path`, if it has one."""
     utterance_id, _, text = line.partition(" ")
     if not text.strip():
-        return "no text", f"{line!r} has an id but no text"
+        return "no text", f"{line!r} has no text after an id"
     if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
         # Editors and other systems leave carriage returns, tabs and byte order marks.
-        return "control character", f"{line!r}"
+        return "control character", f"{line!r} has a control character"
     if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
-        return "reserved word", f"{line!r}"
-    if not utterance_id.startswith(f"{chapter}-"):
-        return "id not of its folder", f"{utterance_id!r} does not begin with {chapter}-"
+        return "reserved word", f"{line!r} has a word that sentencepiece reserves"
+    prefix = f"{path.parent.parent.name}-{path.parent.name}-"
+    if not utterance_id.startswith(prefix):
+        return "id not of its folder", f"{utterance_id!r} does not begin with {prefix}"
     return None
 
 
@@ -117,9 +118,10 @@ def read_transcripts(path: Path) -> Iterator[Line | Problem]:
         lines.pop()
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
-        error = line_error(line, f"{path.parent.parent.name}-{path.parent.name}")
+        error = line_error(line, path)
         if error is not None:
-            yield Problem("error", error[0], where, error[1])
+            kind, message = error
+            yield Problem("error", kind, where, message)
             continue
         utterance_id, _, text = line.partition(" ")
         if any(c.isdigit() for c in text):
@@ -151,7 +153,8 @@ def find_duplicates(audio: Iterable[Path]) -> Iterator[Problem]:
     for path in audio:
         other = first.setdefault(path.stem, path)
         if other != path:
-            yield Problem("error", "duplicate recording", path.stem, f"{other} and {path}")
+            message = f"{other} and {path} have one id"
+            yield Problem("error", "duplicate recording", path.stem, message)
 
 
 def match_texts(audio: Sequence[Path],
@@ -167,7 +170,7 @@ def match_texts(audio: Sequence[Path],
             if isinstance(line, Problem):
                 yield line
             elif line.id in seen:
-                yield Problem("error", "duplicate id", line.where, line.id)
+                yield Problem("error", "duplicate id", line.where, f"{line.id} has a line already")
             elif (key := transcript.parent / line.id) not in recordings:
                 yield Problem("error", "audio missing", line.where, f"{key}.flac does not exist")
             else:
@@ -221,7 +224,8 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     recordings, unmatched = separate(match_texts(audio, transcripts))
     problems += unmatched
     if not recordings and not any(p.level == "error" for p in problems):
-        problems.append(Problem("error", "split empty", str(folder), "no */*/*.trans.txt in it"))
+        message = "it has no utterance in */*/*.trans.txt"
+        problems.append(Problem("error", "split empty", str(folder), message))
     yield from problems
     utterances: list[Utterance] = []
     with ThreadPoolExecutor() as pool:  # threads hide the latency of network file systems

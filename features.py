@@ -68,7 +68,7 @@ class FeatureConfig:
     time_masks: int = 10
     time_mask_max: float = 0.03  # share of the utterance's own length
     max_utterance_s: float = 16.7  # longer utterances are not trained on
-    num_buckets: int = 6  # by perturbed duration; every batch is drawn inside one bucket
+    num_buckets: int = 6  # parts of the training set, by perturbed duration, that are shuffled
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U likewise
 
@@ -192,17 +192,17 @@ def diagnose(path: str | Path, audio: soundfile.SoundFile | None,
         return type(os_error)(f"{path}: {os_error.strerror}")
     expected = FORMATS.get(Path(path).suffix.lower())
     if not head:
-        problem = "empty file"
+        problem = "the file is empty"
     elif head.startswith(b"version https://git-lfs"):
-        problem = "a pointer of git-LFS, not the audio; `git lfs pull` fetches it"
+        problem = "the file is a git-LFS pointer; `git lfs pull` fetches the audio"
     elif audio is None:
         problem = f"not readable as audio: {getattr(error, 'error_string', error)}"
     elif expected and audio.format not in expected:
-        problem = f"holds {audio.format}, not {expected[0]}"
+        problem = f"the file holds {audio.format}, not {expected[0]}"
     elif audio.frames == 0:
-        problem = "no samples"
+        problem = "the file has no samples"
     elif error is None:
-        problem = "truncated: its end is missing"
+        problem = "truncated: the end is missing"
     else:
         problem = f"damaged audio: {error.error_string or f'libsndfile error {error.code}'}"
     return ValueError(f"{path}: {problem}")

@@ -57,7 +57,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     """Loss, dev WER, learning rate and speed of some runs, against epochs and against hours.
 
     Args:
-        runs: name in the legend -> what `read_run` returns.
+        runs: name in the legend -> steps and evaluations, as `read_run` returns them.
     """
     figure = Figure(figsize=(9, 9), dpi=100)
     axes = figure.subplots(4, 2, sharex="col", sharey="row")
@@ -324,7 +324,7 @@ class Monitor:
         self.log, self.steps_per_epoch, self.epochs = log, steps_per_epoch, epochs
         self.log_every = log_every
         self.started, self.steps = time.monotonic(), 0  # of this process
-        self.signs: set[str] = set()  # those that were present when last looked at
+        self.signs: set[str] = set()  # the signs that were present when last checked
         self.grad_norms: deque[float] = deque(maxlen=100)  # of the last steps
         self.waits: deque[float] = deque(maxlen=100)  # for data, as shares of the last steps
         self.epoch_loss = math.inf  # mean of the last epoch

@@ -32,7 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -93,8 +93,8 @@ class TrainConfig:
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
-    resume: bool = False  # go on with what is in the run directory
-    restart: bool = False  # delete what is in the run directory
+    resume: bool = False  # continue the run in the run directory
+    restart: bool = False  # delete the run in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
     seed: int = 1
     loader_workers: int = 2  # processes that prepare batches, when the cores are free
@@ -103,22 +103,20 @@ class TrainConfig:
     tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
     profile: bool = False  # measure where the time of five steps goes
     timeout_s: float = 600.0  # longest wait for another rank; half of it for a batch
-    submission_division: str = "open"  # what mllog.log claims: closed fixes MLPerf's recipe
+    submission_division: str = "open"  # in mllog.log; closed fixes MLPerf's recipe
     submission_org: str = "none"  # who submits
     ranks: int = 0  # refuse to start with another number of them; 0: any
     backend: str = "auto"  # of torch.distributed: ccl, gloo, mpi, or auto: ccl if it is installed
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: {self.preset!r}, expected one of {sorted(PRESETS)}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision: {self.precision!r}, expected auto, bf16 or fp32")
-        if self.submission_division not in ("open", "closed"):
-            raise ValueError(f"submission_division: {self.submission_division!r}, "
-                             "expected open or closed")
-        if self.backend not in ("auto", "ccl", "gloo", "mpi"):
-            raise ValueError(f"backend: {self.backend!r}, expected auto, ccl, gloo or mpi")
+        for name, choices in (
+            ("preset", sorted(PRESETS)), ("precision", ["auto", "bf16", "fp32"]),
+            ("backend", ["auto", "ccl", "gloo", "mpi"]),
+            ("submission_division", ["open", "closed"]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {choices}")
         check_ranges(self, (
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
              lambda x: x >= 1, "at least 1"),
@@ -340,11 +338,7 @@ class Trainer(NamedTuple):
     @property
     def global_batch(self) -> int:
         """Utterances of a step."""
-        return global_batch(self.cfg, self.ranks)
-
-
-def global_batch(cfg: TrainConfig, ranks: Ranks) -> int:
-    return cfg.batch_size * cfg.accumulation * ranks.world
+        return self.cfg.batch_size * self.cfg.accumulation * self.ranks.world
 
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
@@ -371,19 +365,6 @@ def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
     except ImportError as error:
         raise ValueError(f"ipex: needs intel_extension_for_pytorch: {error}") from error
     ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
-
-
-@contextmanager
-def step_statistics(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[None]:
-    """BatchNorm uses the statistics of the whole step: all micro-batches of all ranks."""
-    norm = trainer.model.encoder.feature_norm
-    if norm is None:
-        yield
-        return
-    moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
-    norm.begin_step(all_sum(moments, trainer.ranks))
-    yield
-    norm.end_step()
 
 
 def batch_loss(trainer: Trainer, batch: Batch) -> Tensor:
@@ -429,16 +410,21 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int,
     trainer.parallel.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     num_requested = sum(b.num_requested for b in batches)  # the same on every rank
+    norm = trainer.model.encoder.feature_norm
+    if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
+        moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
+        norm.begin_step(all_sum(moments, ranks))
     total, computed = 0.0, 0
-    with step_statistics(trainer, batches):
-        for i, batch in enumerate(batches):
-            is_last = i == len(batches) - 1
-            # Gradients are summed over the ranks during the last backward pass only.
-            with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
-                losses = batch_loss(trainer, batch)
-                loss_sum, count = sum_losses(losses.detach(), batch, step, ranks)
-                total, computed = total + loss_sum, computed + count
-                (losses.sum() / num_requested).backward()
+    for i, batch in enumerate(batches):
+        is_last = i == len(batches) - 1
+        # Gradients are summed over the ranks during the last backward pass only.
+        with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
+            losses = batch_loss(trainer, batch)
+            loss_sum, count = sum_losses(losses.detach(), batch, step, ranks)
+            total, computed = total + loss_sum, computed + count
+            (losses.sum() / num_requested).backward()
+    if norm is not None:
+        norm.end_step()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
     if not math.isfinite(grad_norm):  # every rank has the same norm
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
@@ -485,7 +471,7 @@ def load_corpus(cfg: TrainConfig, features: FeatureConfig,
     found, errors = [], []
     for split in (*cfg.train_splits, cfg.dev_split):
         try:
-            # Never of the dev split: a WER without some of its utterances is another measure.
+            # The dev split must be whole: a WER without some utterances is another measure.
             skip_bad = cfg.skip_bad and split != cfg.dev_split
             found.append(data.read_split(cfg.data, split, features, skip_bad))
         except ValueError as error:
@@ -542,10 +528,10 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     utterance): for any number of ranks a step has the same utterances.
     """
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad)
-    order = data.bucket_batches(
-        dataset.durations_s(), global_batch(cfg, ranks), features.num_buckets,
-        np.random.default_rng((cfg.seed, epoch)),
-    )  # (steps, utterances of a step)
+    global_batch = cfg.batch_size * cfg.accumulation * ranks.world
+    rng = np.random.default_rng((cfg.seed, epoch))
+    order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
+    # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
     mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.batch_size)
     batches = data.batch_loader(dataset, mine.tolist(), cfg.loader_workers, cfg.timeout_s / 2)
     while step := list(islice(batches, cfg.accumulation)):
@@ -785,8 +771,8 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             break
         log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
         log.mllog("epoch_start", epoch_num=epoch)
-        left_out, saved_at = 0, time.monotonic()
-        started = time.monotonic()
+        left_out = 0
+        started = saved_at = time.monotonic()
         for batches in stopper.until_stop(shown_steps(run, state)):
             data_s = time.monotonic() - started
             # The schedule counts by epochs: `state.step` would mix steps of different sizes if the
@@ -830,7 +816,9 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
     steps = epoch_steps(run.train, run.tokenizer, run.features, cfg, ranks, state.epoch,
                         first_step=state.batch)
     left = run.steps_per_epoch - state.batch
-    if cfg.profile and ranks.rank == 0 and run.monitor.steps == 0:  # the first epoch only
+    # Once only, in the first epoch that has enough steps left.
+    is_first = run.monitor.steps < report.PROFILE_STEPS <= left
+    if cfg.profile and ranks.rank == 0 and is_first:
         steps = report.profile_steps(steps, left, run.log)
     return report.progress_bar(steps, ranks.rank, desc=f"epoch {state.epoch}", unit="step",
                                total=run.steps_per_epoch, initial=state.batch)
@@ -896,7 +884,7 @@ def check_sizes(run: Run) -> None:
 
 
 def log_settings(run: Run, state: State) -> None:
-    """Says what is about to happen, in all logs."""
+    """Writes the settings of the run to all logs."""
     trainer, log, per_epoch = run.trainer, run.log, run.steps_per_epoch
     cfg, model_cfg, global_batch = trainer.cfg, trainer.model.cfg, trainer.global_batch
     report.mllog_settings(log, cfg, model_cfg, run.features, global_batch,

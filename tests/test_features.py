@@ -16,7 +16,6 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-import soxr
 import torch
 
 import features
@@ -69,47 +68,39 @@ def fresh_warnings():
     features.warn_once.cache_clear()
 
 
-def load_all(paths: list) -> tuple[list[np.ndarray], list[str]]:
+def load_with_warnings(paths: list) -> tuple[list[np.ndarray], list[str]]:
     """Samples of the files, and the warnings that Python's default filter shows."""
     with warnings.catch_warnings(record=True) as caught:
         loaded = []
         for path in paths:
-            # Makes the warnings module forget what it has shown, as some imports do.
+            # Makes the warnings module forget the warnings it has shown, as some imports do.
             warnings.simplefilter("default")
             loaded.append(features.load_audio(path))
     return loaded, [str(w.message) for w in caught]
 
 
-def test_stereo_is_averaged_with_one_warning_for_two_files(tmp_path):
+STEREO, RESAMPLED = ("audio of 2 channels is averaged to one",
+                     "audio of 8000 Hz is resampled to 16000 Hz")
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate", "expected"),
+    [(2, 16000, [STEREO]), (1, 8000, [RESAMPLED]), (2, 8000, [STEREO, RESAMPLED])],
+)
+def test_two_files_of_another_kind_are_converted_with_one_warning(
+    tmp_path, channels, rate, expected
+):
     # Values of 12 bits: their average is exact in float32.
-    left, right = (np.round(noise(500, seed) * 4096) / 4096 for seed in (1, 2))
+    written = (np.round(noise(500 * channels) * 4096) / 4096).reshape(500, channels)
+    mono = written.mean(1).astype(np.float32)
     paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
     for path in paths:
-        soundfile.write(path, np.stack([left, right], 1), 16000, subtype="PCM_16")
-    loaded, messages = load_all(paths)
-    for samples in loaded:
-        assert np.array_equal(samples, (left + right) / 2)
-    assert messages == ["audio of 2 channels is averaged to one"]
-
-
-def test_8_khz_is_resampled_with_one_warning_for_two_files(tmp_path):
-    paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
-    for path in paths:
-        soundfile.write(path, tone(4000, 440, rate=8000), 8000, subtype="FLOAT")
-    loaded, messages = load_all(paths)
+        soundfile.write(path, written, rate, subtype="PCM_16")
+    loaded, messages = load_with_warnings(paths)
     for samples in loaded:
         assert samples.dtype == np.float32
-        assert samples.shape == (8000,)
-        # The filter rings where the tone begins and ends.
-        assert np.abs(samples - tone(8000, 440))[500:-500].max() < 1e-3
-    assert messages == ["audio of 8000 Hz is resampled to 16000 Hz"]
-
-
-def test_8_khz_stereo_gives_both_warnings(tmp_path):
-    soundfile.write(tmp_path / "a.wav", noise(200).reshape(100, 2), 8000)
-    [samples], messages = load_all([tmp_path / "a.wav"])
-    assert samples.shape == (200,)
-    assert len(set(messages)) == 2
+        assert np.array_equal(samples, features.resample(mono, rate, 16000))
+    assert messages == expected
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
@@ -215,6 +206,7 @@ TRIM_SIGNALS = {
     "one_window": np.concatenate([np.zeros(1048, np.float32), noise(1000)]),
     "one_window_and_a_sample": np.concatenate([np.zeros(1049, np.float32), noise(1000)]),
     "one_sample": noise(1),
+    "all_zero": np.zeros(4000, np.float32),
 }
 
 
@@ -229,10 +221,6 @@ def test_trim_keeps_a_window_on_both_sides_less_one_sample():
     sound += 1e-9 * np.arange(23000, dtype=np.float32)  # tells where the result begins
     trimmed = features.trim_silence(sound)
     assert np.array_equal(trimmed, sound[6000 - 2047 : 18000 + 2047])
-
-
-def test_all_zero_audio_is_kept():
-    assert len(features.trim_silence(np.zeros(4000, np.float32))) == 4000
 
 
 def test_trim_threshold_is_a_setting():
@@ -252,21 +240,6 @@ def test_filterbank_is_librosas(num_mels, rate):
     assert mel.shape == (257, num_mels)
     # 2e-9 is a rounding error of the largest weight, 0.026, at 16 kHz.
     assert np.abs(mel.numpy().T - expected).max() < 2e-9 * max(1, expected.max() / 0.027)
-
-
-def test_window_is_a_hann_window_between_the_integers():
-    window, _ = features.mel_filters(features.DEFAULT)
-    expected = [0.5 * (1 - math.cos(2 * math.pi * (k + 0.5) / 320)) for k in range(320)]
-    assert torch.equal(window, torch.tensor(expected))
-    assert torch.equal(window, window.flip(0))
-
-
-@pytest.mark.parametrize("frequency_hz", [250, 1000, 3000, 7000])
-def test_tone_lands_in_the_filter_around_its_frequency(frequency_hz):
-    mels = features.log_mel(tone(16000, frequency_hz))
-    centres_hz = librosa.mel_frequencies(82, fmax=8000)[1:-1]
-    # A bin of the spectrum is 31 Hz and a filter at the bottom 37 Hz: the next filter will do.
-    assert abs(mels[50].argmax() - np.abs(centres_hz - frequency_hz).argmin()) <= 1
 
 
 # --------------------------------------------------------------------------------------- log-mel
@@ -321,12 +294,6 @@ def test_logarithm_is_natural_with_a_floor_and_without_an_offset(monkeypatch):
         abs=2e-6,
         rel=1e-6,
     )
-
-
-def test_log_mel_of_silence_is_the_logarithm_of_1e_20():
-    assert features.log_mel(np.zeros(800, np.float32)).unique().tolist() == [
-        pytest.approx(-46.051704, abs=1e-5)
-    ]
 
 
 FRAME_CHAIN = [
@@ -480,19 +447,14 @@ def test_speed_changes_the_number_of_samples(n, factor, length):
     assert changed.dtype == np.float32
 
 
-@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
-def test_a_factor_above_one_lowers_the_pitch(factor):
-    changed = features.change_speed(tone(16000, 1000), factor)
-    spectrum = np.abs(np.fft.rfft(changed * np.hanning(len(changed)), 16000))
-    assert spectrum.argmax() == pytest.approx(1000 / factor, abs=1)  # Hz
-
-
-@pytest.mark.parametrize("frequency_hz", [1000, 6500, 7200])
-def test_speed_changes_nothing_but_the_pitch_of_a_tone(frequency_hz):
-    # Within 1e-4 up to 0.9 of the band; soxr's high quality is 4e-4 off there, interpolation by
-    # cubics 0.1.
-    changed = features.change_speed(tone(16000, frequency_hz), 1.1)
-    expected = tone(17600, frequency_hz / 1.1)
+@pytest.mark.parametrize(
+    ("factor", "frequency_hz"),
+    [(1.1, 1000), (1.1, 6500), (1.1, 7200), (0.85, 1000), (0.85, 6100), (0.93, 6600), (1.15, 7200)],
+)
+def test_speed_changes_nothing_but_the_pitch_of_a_tone(factor, frequency_hz):
+    # Within 1e-4 up to 0.9 of the narrower band; soxr's high quality is 4e-4 off there.
+    changed = features.change_speed(tone(16000, frequency_hz), factor)
+    expected = tone(len(changed), frequency_hz / factor)
     assert np.abs(changed - expected)[500:-500].max() < 1e-4
 
 
@@ -524,17 +486,6 @@ def test_long_recordings_are_dithered_to_their_end():
     assert added[-5000:].std() == pytest.approx(1e-5, rel=0.05)
 
 
-@pytest.mark.parametrize("factor", [0.85, 0.93, 1.07, 1.15])
-def test_speed_is_that_of_another_resampler(factor):
-    """On noise below 0.8 of the band, where both pass everything."""
-    spectrum = np.fft.rfft(noise(20000))
-    spectrum[6500:] = 0
-    samples = np.fft.irfft(spectrum, 20000).astype(np.float32)
-    expected = soxr.resample(samples, 16000, 16000 * factor, quality="VHQ")
-    changed = features.change_speed(samples, factor)[: len(expected)]
-    assert np.abs(changed - expected)[500:-500].max() < 1e-3 * np.abs(samples).max()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -551,16 +502,6 @@ def test_impossible_settings_are_an_error(settings, message):
 # --------------------------------------------------------------------------- samples to features
 
 
-@pytest.mark.parametrize("seed", [None, 1], ids=["evaluation", "training"])
-@pytest.mark.parametrize("n", [1, 2, 159, 160])
-def test_very_short_recordings_have_features(n, seed):
-    rng = None if seed is None else np.random.default_rng(seed)
-    feats = features.features(noise(n), rng=rng)
-    assert feats.shape == (1, 256)
-    assert feats.dtype == torch.float32
-    assert feats.isfinite().all()
-
-
 def test_evaluation_is_trim_log_mel_normalize_splice():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     expected = features.splice(features.normalize(features.log_mel(brute_force_trim(samples))))
@@ -572,14 +513,6 @@ def test_training_without_augmentation_is_evaluation():
     cfg = FeatureConfig(**PLAIN)
     augmented = features.features(samples, cfg, np.random.default_rng(1))
     assert torch.equal(augmented, features.features(samples))
-
-
-def test_augmentation_is_a_function_of_the_seed():
-    one, again, other = (
-        features.features(noise(16000), rng=np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, again)
-    assert one.shape != other.shape or not torch.equal(one, other)
 
 
 def test_speeds_fill_the_range_of_the_configuration():

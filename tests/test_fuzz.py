@@ -9,7 +9,6 @@ Hypothesis draws the inputs from a fixed seed and shrinks what fails.
 
 import io
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tones import REPO
 
 import data
 import features
@@ -118,42 +116,29 @@ def test_any_samples_have_finite_features(count):
 HOSTS = st.sampled_from(
     ["n1", "n2 slots=2", "n3 slots=2 # c", "node-4.b", "n1 slots=0", " \t", "#"]
 )
-# Reads the files f0, f1, ... in a subshell each and prints a line with the status of each.
-READ_ALL = r"""
-for ((i = 0; ; i++)); do
-  [[ -e f$i ]] || break
-  status=0
-  (set -euo pipefail; hosts=() RANKS="" HOSTS=f$i; read_hosts; echo "${hosts[*]}") || status=$?
-  echo "status $status of f$i"
-done 2>&1
-"""
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_any_hosts_file_is_read_or_refused(tmp_path, count):
-    """Runs the functions of run.sh, cut out of it."""
-    texts = []
-    lines = st.lists(HOSTS | st.text(max_size=12), max_size=5).map("\n".join).map(str.encode)
-    fuzz(count, lines | st.binary(max_size=40), texts.append)
-    for i, text in enumerate(texts):
-        (tmp_path / f"f{i}").write_bytes(text)
-    source = (REPO / "run.sh").read_text(encoding="utf-8")
-    functions = re.findall(
-        r"^(?:die|read_hosts)\(\) \{\n.*?^\}\n", source, re.DOTALL | re.MULTILINE
-    )
-    done = subprocess.run(["bash", "-c", "".join(functions) + READ_ALL], cwd=tmp_path,
-                          capture_output=True, timeout=600, check=True)
-    said = re.findall(rb"(.*?)status (\d) of f(\d+)\n", done.stdout, re.DOTALL)
-    assert [int(number) for *_, number in said] == list(range(len(texts)))
-    for output, status, number in said:
-        if status == b"0":
-            hosts = output.split()
-            assert hosts
-            assert all(host in texts[int(number)] for host in hosts)
-        else:
-            assert status == b"2"
-            assert re.match(rb"run\.sh: f%b(:\d+: | names no host)" % number, output), output
-    assert {status for _, status, _ in said} == {b"0", b"2"}
+def test_any_hosts_file_is_read_or_refused(count):
+    launch = pytest.importorskip("tools.launch")
+    outcomes = set()
+
+    def check(text):
+        try:
+            hosts, slots = launch.read_hosts(text, "hosts")
+        except ValueError as error:
+            outcomes.add("refused")
+            message = str(error)
+            assert re.match(r"hosts(:\d+: | names no host$)", message)
+            return
+        outcomes.add("read")
+        assert hosts
+        assert all(host in text for host in hosts)
+        assert slots is None or slots >= 1
+
+    lines = st.lists(HOSTS | st.text(max_size=12), max_size=5).map("\n".join)
+    fuzz(count, lines | st.text(max_size=40), check)
+    assert outcomes == {"read", "refused"}
 
 
 LINE = st.sampled_from(["1-2-0000 ONE TWO", "1-2-0001 THREE", "1-2-0000 ", "1-3-0000 ONE"])

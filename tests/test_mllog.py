@@ -96,7 +96,7 @@ def compliance(tmp_path):
     return lambda lines, ruleset="1.0.0": judge(lines, tmp_path, ruleset)
 
 
-# ------------------------------------------------------------------------------------- what it says
+# -------------------------------------------------------------------------- contents of the log
 
 
 def one(lines, key):
@@ -170,7 +170,7 @@ def test_an_attempt_without_a_checkpoint_leaves_no_line(opened, corpus, tmp_path
     ]
 
 
-# ------------------------------------------------------------------------ what the checker says
+# ------------------------------------------------------------------- verdict of MLPerf's checker
 
 RULESETS = ["1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0"]  # all that have rnnt
 

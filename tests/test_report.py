@@ -30,22 +30,22 @@ def step(number, epoch, **changes):
     """The record of a step in epochs of four steps; an hour has 100 steps."""
     values = dict(epochs=number / 4, hours=number / 100, loss=100.0 / number, lr=0.01,
                   grad_norm=1.0, utts_per_s=4.0, step_s=36.0, data_s=1.0)
-    return {"event": "step", "step": number, "epoch": epoch, **values, **changes}
+    return {"step": number, "epoch": epoch, **values, **changes}
 
 
 def evaluation(number, epoch, wer):
-    return {"event": "eval", "step": number, "epoch": epoch, "epochs": number / 4,
-            "hours": number / 100, "loss": 7.0, "utts_per_s": 4.0, "wer": wer, "errors": 1,
-            "words": 2, "labels": 3, "rtf": 0.1, "seconds": 18.0}
+    return {"step": number, "epoch": epoch, "epochs": number / 4, "hours": number / 100,
+            "loss": 7.0, "utts_per_s": 4.0, "wer": wer, "errors": 1, "words": 2, "labels": 3,
+            "rtf": 0.1, "seconds": 18.0}
 
 
 LOG = [
     {"event": "start", "step": 0},
-    *[step(n, 1) for n in (1, 2, 3, 4)],
+    *[{"event": "step", **step(n, 1)} for n in (1, 2, 3, 4)],
     {"event": "epoch", "step": 4, "epoch": 1},
-    evaluation(4, 1, 2.5),
-    *[step(n, 2) for n in (5, 6, 7)],
-    evaluation(7, 2, 0.5),
+    {"event": "eval", **evaluation(4, 1, 2.5)},
+    *[{"event": "step", **step(n, 2)} for n in (5, 6, 7)],
+    {"event": "eval", **evaluation(7, 2, 0.5)},
 ]
 
 
@@ -62,7 +62,7 @@ def write_log(folder, records=LOG):
 def test_steps_and_evaluations_are_read_as_they_were_logged(tmp_path):
     steps, evals = report.read_run(write_log(tmp_path / "run"))
     assert steps == [r for r in LOG if r["event"] == "step"]
-    assert evals == [evaluation(4, 1, 2.5), evaluation(7, 2, 0.5)]
+    assert evals == [r for r in LOG if r["event"] == "eval"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
@@ -121,7 +121,7 @@ def test_bench_curves_prints_the_end_of_every_run(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", argv)
     bench.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == {folder: {"best_wer": 0.5, "hours": 0.07, "epochs": 2}}
+    assert result[folder] == {"best_wer": 0.5, "hours": 0.07, "epochs": 2}
     assert min(pixels(tmp_path / "run.png", "tab:blue")) > 100
 
 
@@ -196,13 +196,10 @@ def test_waiting_for_data_above_a_third_is_warned_of(monitor, warned):
     wait(1.0, *[0.33] * 19)  # the first step waits for the workers
     assert warned() == []
     for share in (0.34, 0.33, 0.35, 0.2, 0.4):  # the median stays above a sixth: told once
-        monitor.waits.clear()
-        wait(*[share] * 20)
+        wait(*[share] * 100)
     (warning,) = warned()
     assert "34 % of a step goes by waiting for data" in warning
-    for share in (0.1, 0.5):
-        monitor.waits.clear()
-        wait(*[share] * 20)
+    wait(*[0.1] * 100, *[0.5] * 100)  # the sign disappears and comes again
     assert len(warned()) == 1
 
 
@@ -274,8 +271,8 @@ def test_the_profile_has_table_trace_and_shares(shown):
             spent[e["name"]].append(e["dur"] / 1e6)
     assert len(spent["lattice"]) == 10  # forward and backward
     for name in sum(report.STAGES.values(), ()):
-        # There are two LSTM stacks, of which one may not use oneDNN's LSTM.
-        assert len(spent[name]) in (5, 10) or "MultiProcessing" in name, name
+        # Three LSTM stacks, of which one has a loop of its own for some shapes; other names once.
+        assert len(spent[name]) in (5, 10, 15) or "MultiProcessing" in name, name
     (line,) = [line for line in out.splitlines() if line.startswith("profile: 5 steps took")]
     assert "Communication was under way 0.0 % of the time" in line  # one rank
     parts = line.split(". ")[0].split(": ")[2]
@@ -335,8 +332,9 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path):
         "tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard"
     )
     log = report.Log(tmp_path, 0, tensorboard=True)
-    for record in [step(n, 1, loss=10.0 / n) for n in (1, 2)] + [evaluation(2, 1, 0.25)]:
-        log.write(record.pop("event"), **record)
+    for n in (1, 2):
+        log.write("step", **step(n, 1, loss=10.0 / n))
+    log.write("eval", **evaluation(2, 1, 0.25))
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(1, 10.0), (2, 5.0)]
     assert [(e.step, e.value) for e in events.Scalars("eval/wer")] == [(2, 0.25)]

@@ -8,7 +8,6 @@ test_oracles.py. Steps run in float64, so that accumulation and two ranks repeat
 the rounding.
 """
 
-import copy
 import math
 import os
 import re
@@ -27,7 +26,6 @@ from tones import (
     REPO,
     TINY,
     TRAIN_TEXTS,
-    checkpoints,
     events,
     run_train,
     tiny_corpus,
@@ -207,33 +205,19 @@ def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
     assert torch.equal(unused, torch.ones(3))
 
 
-def test_a_copy_of_lamb_takes_the_same_steps():
+def test_lamb_goes_on_from_its_state_with_gradients_of_any_strides():
     values, grads = random_problem()
     params = [nn.Parameter(v.clone()) for v in values]
-    optimizer = train.Lamb(params, 0.02, **LAMB)
-    run_lamb(optimizer, params, grads, range(3))
-    other = copy.deepcopy(optimizer)
-    copies = other.param_groups[0]["params"]
-    run_lamb(optimizer, params, grads, range(3, 6))
-    # Gradients may have any strides.
-    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
-    assert not strided[0][0].is_contiguous()
-    run_lamb(other, copies, strided, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
-
-
-def test_lamb_goes_on_from_its_state():
-    values, grads = random_problem()
-    params = [nn.Parameter(v.clone()) for v in values]
-    whole = train.Lamb(params, 0.02, **LAMB)
-    run_lamb(whole, params, grads, range(6))
+    run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
 
     others = [nn.Parameter(v.clone()) for v in values]
     first = train.Lamb(others, 0.02, **LAMB)
     run_lamb(first, others, grads, range(3))
-    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0, weight_decay=0.0)
+    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0)
     second.load_state_dict(first.state_dict())
-    run_lamb(second, others, grads, range(3, 6))
+    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
+    assert not strided[0][0].is_contiguous()
+    run_lamb(second, others, strided, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
@@ -287,7 +271,7 @@ ALONE = Ranks(0, 1, 0)
 
 @pytest.fixture
 def float64():
-    """New tensors have 64 bits: what should be equal is, to the rounding."""
+    """New tensors have 64 bits, so that equal results differ by small rounding errors only."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -316,7 +300,7 @@ def spoil(batch, row):
 def make_trainer(model_cfg=SMALL, ranks=ALONE, **changes):
     cfg = TrainConfig(**{**dict(
         data="", train_splits=(), dev_split="", out="", precision="fp32", lr=0.02, ema_decay=0.9,
-        # Sizes the update like the gradient where that is tiny: rounding stays rounding.
+        # A large eps keeps the rounding errors of tiny gradients from becoming large updates.
         eps=1e-3,
     ), **changes})
     return train.make_trainer(cfg, model_cfg, ranks)
@@ -411,14 +395,6 @@ def test_accumulated_steps_equal_big_ones(float64, split):
     # float64: another order of summation.
     assert np.array(results) == pytest.approx(np.array(expected), rel=1e-9)
     assert_same_weights(weights_of(accumulated), weights_of(big), 1e-9)
-
-
-def test_accumulated_steps_equal_big_ones_in_float32():
-    big, accumulated = make_trainer(), make_trainer()
-    run_steps(big, lambda numbers: [numbers])
-    run_steps(accumulated, SPLITS["2+2"])
-    # Three steps of 0.02, whose gradients have rounding errors of some 1e-6.
-    assert_same_weights(weights_of(accumulated), weights_of(big), 2e-4)
 
 
 def test_random_numbers_depend_on_seed_step_and_rank_alone():
@@ -637,11 +613,6 @@ def test_a_preset_brings_its_model_and_recipe(preset):
     assert model_cfg == PRESETS[preset]
 
 
-def test_recipes_are_of_presets():
-    assert train.RECIPES
-    assert train.RECIPES.keys() <= PRESETS.keys()
-
-
 @pytest.mark.parametrize("argv", [
     ["--preset", "demo", "--epochs", "3", "--stack", "2"],
     ["--stack", "2", "--epochs", "3", "--preset", "demo"],
@@ -773,7 +744,7 @@ def test_a_run_ends_after_its_epochs_and_says_so(finished):
     )
 
 
-def test_the_console_has_what_the_original_printed_and_more(finished):
+def test_the_console_has_a_line_for_steps_epochs_evaluations_and_checkpoints(finished):
     number = r"[0-9]+\.[0-9]+"
     for line in (
         rf"epoch 1 \| iter 1/4 \| loss {number} \| utts/s {number} \| took {number} s \| "
@@ -782,12 +753,10 @@ def test_the_console_has_what_the_original_printed_and_more(finished):
         rf"epoch 2 \| dev ema wer {number} % \| [0-9,]+ errors in 6 words \| rtf {number} \| "
         rf"took {number} s",
         r"wrote .*/checkpoint-00000012.pt( and best.pt)?",
+        r"train: longer than 1.0 s: 1 of 9 dropped, .*",
+        r"warning: a global batch of 2 is under 64: gradients are noisy; .*",
     ):
         assert re.search(rf"^{line}$", finished[1].stdout, re.MULTILINE), line
-
-
-def test_small_batches_are_warned_of(finished):
-    assert "warning: a global batch of 2 is under 64" in finished[1].stdout
 
 
 def test_utterances_with_more_labels_than_frames_are_counted(tmp_path, capsys):
@@ -798,15 +767,6 @@ def test_utterances_with_more_labels_than_frames_are_counted(tmp_path, capsys):
     train.check_texts(spoken, tokenizer, frame_s, Log(tmp_path, 0))
     said = capsys.readouterr().out
     assert "1 of 2 training utterances have more labels than encoder frames of 120 ms" in said
-
-
-def test_the_count_of_dropped_utterances_is_printed(finished):
-    assert "1 of 9 dropped" in finished[1].stdout
-
-
-def test_the_last_two_checkpoints_stay(finished):
-    assert checkpoints(finished[0]) == ["checkpoint-00000011.pt", "checkpoint-00000012.pt"]
-    assert list(finished[0].glob("*.partial")) == []
 
 
 def score(model, tokenizer, corpus, features):

@@ -65,7 +65,7 @@ def run_train(corpus, out, *argv, launcher=()):
 
 
 def run_script(script, *argv):
-    """Standard output of a script of ours that succeeds."""
+    """Runs a script of the project, which must succeed; returns its standard output."""
     command = [sys.executable, *(["-m"] if script.startswith("tools.") else []), script]
     command += map(str, argv)
     done = subprocess.run(
@@ -76,21 +76,21 @@ def run_script(script, *argv):
 
 
 def heed_signals():
-    """For a child: bash cannot trap a signal that the tests, in the background or under nohup, were
-    told to ignore."""
+    """Resets signals in a child: bash cannot trap a signal that its parent ignores, as the tests do
+    in the background or under nohup."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def live(corpus, out, *argv):
-    """As run_train, in the process that calls it: for a multiprocessing.Process to be killed."""
+    """Runs train.py in the calling process, a multiprocessing.Process that a test kills."""
     torch.set_num_threads(1)
     sys.argv = ["train.py", "--data", str(corpus), "--out", str(out), *TINY, *argv]
     sys.exit(train.main())
 
 
 def run_here(*argv):
-    """train.main in this process, which keeps its signal handlers; returns the status."""
+    """Runs train.main in this process without its signal handlers; returns the status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         patch.setattr(train.signal, "signal", lambda *_: None)
