@@ -339,6 +339,7 @@ def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(cas
     assert "precision: auto, which train.py would take, is not searched" in output
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys):
     search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)}, {},
                          [100.0, 0.5], 4)
