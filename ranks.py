@@ -256,7 +256,8 @@ class Heartbeat:
             if self.ranks.world > 1:
                 failed_at = time.monotonic()
                 time.sleep(5)
-                self.end_if_silent_since(failed_at, str(error))
+                # `beat` reads a count up to a second after the lost rank raised it.
+                self.end_if_silent_since(failed_at + 2, str(error))
             raise
 
     def end_if_silent_since(self, moment: float, cause: str) -> None:

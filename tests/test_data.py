@@ -311,6 +311,11 @@ def test_loading_a_bad_file_says_the_same(corpus, bad):
     assert str(error.value) == corpus.scan(decode=True)[1][0].message
 
 
+def test_the_first_of_two_recordings_is_used(corpus):
+    second_recording(corpus, "7/9/7-9-0000.wav")
+    assert corpus.scan()[0][0].path == str(corpus.folder / "7-9-0000.flac")
+
+
 def test_duration_does_not_depend_on_rate_and_channels(corpus):
     corpus.flac(samples=np.stack([NOISE] * 2, 1), rate=8000)
     assert [u.duration_s for u in corpus.scan()[0]] == [2.0, 1.0]

@@ -1,184 +1,643 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run.sh decides, launches and fails as it says: python -m pytest tests/test_launch.py
+"""Decisions of tools/launch.py about cores, hosts, launcher, backend and environment.
 
-Every test runs a copy of run.sh in a folder of its own, among stand-ins (checkout.py). Nothing is
-installed, downloaded or trained.
+    python -m pytest tests/test_launch.py
+
+The functions get a machine as data; nothing is launched. Expected values for two sockets of 52
+cores are those of Intel's launcher.
 """
 
 import os
-import shutil
-import signal
+import re
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from checkout import PYTHON, REPO, Checkout, line_of
-from tones import heed_signals
+from tones import REPO
+
+from tools import launch
+from tools.launch import Core, Machine
+
+KNOBS = {"RANKS": "", "LAUNCHER": "auto", "BACKEND": "auto", "SSH": "ssh", "VENV": ".venv",
+         "CORPUS": "demo", "DATA": "data/demo", "OUT": "out/demo", "CGROUPS": "none",
+         "DRY_RUN": "1"}
+MISSING = "is not in .venv"
+USABLE = "is in .venv"
+VERSIONS = {
+    "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.18 Build 20260626",
+    "Open MPI": "mpirun (Open MPI) 4.1.4",
+    "MPICH": "HYDRA build details:\n    Version: 4.0.2",
+}
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    return Checkout(tmp_path)
+@pytest.fixture(autouse=True)
+def resolved(monkeypatch):
+    """Host names -> addresses, instead of a name server."""
+    names = {}
+    monkeypatch.setattr(launch, "resolve", lambda host: names.get(host, ""))
+    return names
 
 
-@pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
-def test_script_parses(script):
-    subprocess.run(["bash", "-n", REPO / script], check=True)
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-# ---- decisions --------------------------------------------------------------------------------
+def cores_of(sockets, cores, cpus=None):
+    """CPU n is core n; each socket is a NUMA node."""
+    return [Core(cpu // cores, cpu) for cpu in range(sockets * cores) if cpus in (None, [cpu])
+            or cpus and cpu in cpus]
 
 
-def test_dry_run_of_the_default(checkout):
-    result = checkout.run(DRY_RUN="1")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == (
-        "corpus  demo in data/demo\n"
-        "output  out/demo (new run)\n"
-        "cores   4 physical in 1 NUMA nodes behind CPUs 0-7\n"
-        "ranks   1 on localhost, by python (one process needs no launcher)\n"
-        "set     OMP_NUM_THREADS=4  (4 cores / 1, less 0 for oneCCL)\n"
-        "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)\n"
-        "set     KMP_BLOCKTIME=1  (ms)\n"
-        "launch  .venv/bin/python train.py --data data/demo"
-        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo\n"
-    )
+def machine(cores=None, mpi="", **facts):
+    cores = cores or cores_of(1, 4)
+    mpirun = "/opt/mpirun" if mpi else ""
+    facts = {"quota": None, "bindings": MISSING, "port": 4711, **facts}
+    return Machine([core.cpu for core in cores], cores, mpirun=mpirun,
+                   mpi_version=VERSIONS.get(mpi, ""), **facts)
 
 
-def test_dry_run_of_two_ranks(checkout):
-    result = checkout.run(DRY_RUN="1", RANKS="2", MASTER_PORT="4711")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == (
-        "corpus  demo in data/demo\n"
-        "output  out/demo (new run)\n"
-        "cores   4 physical in 1 NUMA nodes behind CPUs 0-7\n"
-        "ranks   2 on localhost, by torchrun (there is no mpirun)\n"
-        "backend gloo (oneccl_bindings_for_pytorch is not in .venv)\n"
-        "set     OMP_NUM_THREADS=2  (4 cores / 2, less 0 for oneCCL)\n"
-        "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)\n"
-        "set     KMP_BLOCKTIME=1  (ms)\n"
-        "set     I_MPI_PIN_DOMAIN=[0x3,0xc,]  (cores of each rank)\n"
-        "set     MASTER_ADDR=127.0.0.1  (host of rank 0)\n"
-        "set     MASTER_PORT=4711  (as you set it)\n"
-        "set     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  (s for a step and its checkpoint; "
-        "torchrun's own are 30)\n"
-        "launch  .venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
-        " --master-addr 127.0.0.1 --master-port 4711 train.py --data data/demo"
-        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo"
-        " --ranks 2 --backend gloo\n"
-    )
+def decide(there, *argv, hosts="localhost\n", **env):
+    """What would be printed: NAME -> value of `set` lines, other words -> rest of the line."""
+    Path("hosts").write_text(hosts)
+    plan = launch.decide({**KNOBS, "HOSTS": "hosts", **env}, list(argv), there)
+    printed = {}
+    for line in plan.lines:
+        word, rest = line.split(maxsplit=1)
+        if word == "set":
+            word, rest = rest.split("  (")[0].split("=", 1)
+        printed[word] = rest
+    return printed
 
 
-def test_dry_run_starts_and_writes_nothing(checkout):
-    shutil.rmtree(checkout.root / ".venv")
-    before = sorted(checkout.root.rglob("*"))
-    assert checkout.run(DRY_RUN="1").returncode == 0
-    assert checkout.run("test", DRY_RUN="1").returncode == 0
-    assert sorted(checkout.root.rglob("*")) == before
+def launcher_of(there, **env):
+    """The launch command up to train.py."""
+    return decide(there, **env)["launch"].split(" train.py")[0]
 
 
-def test_three_training_splits_reach_train_py(checkout):
-    result = checkout.run(DRY_RUN="1", CORPUS="librispeech-960", DATA="/mnt/speech")
-    expected = (
-        "--train-splits train-clean-100 train-clean-360 train-other-500 --dev-split dev-clean"
-    )
-    assert f"--data /mnt/speech {expected} --out out/librispeech-960" in line_of(result, "launch")
+# ---- cores ------------------------------------------------------------------------------------
 
 
-def test_omp_num_threads_of_the_user_wins(checkout):
-    checkout.run(OMP_NUM_THREADS="3")
-    assert checkout.calls("train.py")[0].endswith("|threads=3")
-    assert len(checkout.calls("decode.py")) == 2
-    assert all(call.endswith("|threads=3") for call in checkout.calls("decode.py"))
+def write_kernel_files(folder, rows):
+    """Rows of CPU, its siblings and its NUMA node, as /sys/devices/system/cpu shows them."""
+    for cpu, siblings, node in rows:
+        (folder / f"cpu{cpu}/topology").mkdir(parents=True)
+        (folder / f"cpu{cpu}/topology/thread_siblings_list").write_text(f"{siblings}\n")
+        (folder / f"cpu{cpu}/node{node}").mkdir()
 
 
 @pytest.mark.parametrize(
-    "knob", [{"CORPUS": "timit"}, {"RANKS": "0"}, {"RANKS": "two"}, {"LAUNCHER": "srun"},
-             {"BACKEND": "nccl"}, {"HOSTS": "nowhere"}, {"DRY_RUN": "true"}],
+    ("siblings", "cpus", "expected"),
+    [
+        # Two sockets of four cores; second threads come after all cores, or beside their own.
+        (lambda cpu: f"{cpu % 8},{cpu % 8 + 8}", range(16), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (lambda cpu: f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}", range(16), [0, 2, 4, 6, 8, 10, 12, 14]),
+        (lambda cpu: f"{cpu % 8},{cpu % 8 + 8}", range(8, 16), [8, 9, 10, 11, 12, 13, 14, 15]),
+        (lambda cpu: f"{cpu % 8},{cpu % 8 + 8}", [3, 9, 11, 12], [3, 9, 12]),
+    ],
 )
-def test_unknown_value_of_a_knob_is_an_error(checkout, knob):
-    result = checkout.run(**knob)
-    name, value = next(iter(knob.items()))
-    assert result.returncode == 2
-    assert f"{name}={value}" in result.stderr
-    assert checkout.calls() == []
+def test_first_allowed_cpu_stands_for_a_core(folder, siblings, cpus, expected):
+    write_kernel_files(folder, [(cpu, siblings(cpu), 0) for cpu in range(16)])
+    assert launch.read_cores(cpus, folder) == [Core(0, cpu) for cpu in expected]
 
 
-def test_both_environments_differ_in_torch_and_intels_packages_alone():
-    plain, intel = (
-        {line.split("#")[0].strip() for line in (REPO / name).read_text().splitlines()} - {""}
-        for name in ("requirements.txt", "requirements-intel.txt")
-    )
-    assert {line.split("==")[0] for line in plain - intel} == {"torch"}
-    assert {line.split("==")[0].split(">=")[0] for line in intel - plain} == {
-        "torch", "intel_extension_for_pytorch", "impi-rt", "intel-openmp"
+def test_cores_come_numa_node_by_numa_node(folder):
+    write_kernel_files(folder, [(0, 0, 1), (1, 1, 0), (2, 2, 1), (3, 3, 0)])
+    assert launch.read_cores(range(4), folder) == [(0, 1), (0, 3), (1, 0), (1, 2)]
+
+
+def test_machine_without_kernel_files_has_one_node_of_cores(folder):
+    assert launch.read_cores(range(4), folder) == [Core(0, cpu) for cpu in range(4)]
+
+
+def test_machine_without_affinity_has_all_cpus(monkeypatch, folder):
+    """macOS has neither affinity nor /sys nor /proc."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    there = launch.read_machine({**KNOBS, "VENV": str(folder)})
+    assert there.cpus == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "domains"),
+    [
+        (cores_of(1, 2), "", 2, None),
+        (cores_of(1, 16), "", 16, None),
+        (cores_of(1, 16), "2", 8, "[0xff,0xff00,]"),
+        (cores_of(1, 5), "2", 2, "[0x3,0xc,]"),  # one core is left over
+        (cores_of(4, 8), "", 8, "[0xff,0xff00,0xff0000,0xff000000,]"),
+        (cores_of(2, 5), "4", 2, "[0x3,0xc,0x60,0x180,]"),  # no rank reaches over two sockets
+        ([Core(cpu // 8, cpu) for cpu in range(0, 16, 2)], "", 4, "[0x55,0x5500,]"),
+        (cores_of(2, 16, range(6)), "", 6, None),  # a cpuset on one socket
+        (cores_of(2, 16, range(13, 19)), "", 3, "[0xe000,0x70000,]"),  # and on both
+        (cores_of(2, 16, [3, 20, 5, 7, 8, 29, 30, 31]), "", 4, "[0x1a8,0xe0100000,]"),
+        (cores_of(2, 16, range(13, 21)), "", 8, None),  # three cores of one, five of the other
+        (cores_of(2, 16, [0, 1, 2, 3, 4, 5, 16]), "", 7, None),
+    ],
+)
+def test_ranks_threads_and_masks(cores, ranks, threads, domains):
+    printed = decide(machine(cores), RANKS=ranks)
+    assert printed["OMP_NUM_THREADS"] == str(threads)
+    assert printed.get("I_MPI_PIN_DOMAIN") == domains
+    expected = 1 if domains is None else domains.count("0x")
+    assert printed["ranks"].split()[0] == str(expected)
+
+
+def test_allowed_cpus_are_printed_as_ranges():
+    assert launch.format_cpus([8, 0, 1, 2, 3, 10, 11]) == "0-3,8,10-11"
+
+
+def test_more_ranks_than_cores_share_them_unbound():
+    printed = decide(machine(cores_of(1, 2)), RANKS="8")
+    assert printed["OMP_NUM_THREADS"] == "1"
+    assert not {"I_MPI_PIN_DOMAIN", "KMP_AFFINITY"} & set(printed)
+
+
+@pytest.mark.parametrize(("quota", "threads", "bound"), [(3, 3, False), (9, 8, True)])
+def test_quota_limits_threads_and_leaves_them_unbound(quota, threads, bound):
+    printed = decide(machine(cores_of(1, 8), quota=quota))
+    assert printed["OMP_NUM_THREADS"] == str(threads)
+    assert ("KMP_AFFINITY" in printed) == bound
+    assert printed["cores"].endswith(f", time of {quota} granted")
+
+
+@pytest.mark.parametrize(
+    ("membership", "group", "files", "expected"),
+    [
+        ("0::/job/step\n", "job/step", {"cpu.max": "max 100000"}, None),
+        ("0::/job/step\n", "job/step", {"cpu.max": "250000 100000"}, 3),
+        ("0::/job/step\n", "job", {"cpu.max": "200000 100000"}, 2),  # of the group around it
+        ("0::/not/seen/from/here\n", "", {"cpu.max": "200000 100000"}, 2),
+        ("4:cpu,cpuacct:/docker/1\n", "cpu,cpuacct/docker/1",
+         {"cpu.cfs_quota_us": "200000", "cpu.cfs_period_us": "100000"}, 2),
+        ("4:cpuacct,cpu:/docker/1\n0::/\n", "cpu",  # the container sees its group as the root
+         {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}, 2),
+        ("1:cpu:/\n", "cpu", {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
+        ("2:cpuset:/\n", "cpu", {}, None),
+        ("", "", {}, None),  # macOS
+    ],
+)
+def test_quota_of_control_groups(folder, membership, group, files, expected):
+    (folder / group).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / group / name).write_text(f"{text}\n")
+    assert launch.cpu_quota(membership, folder) == expected
+
+
+def test_smallest_quota_of_nested_groups_counts(folder):
+    for group, quota in (("", 400000), ("a", 300000), ("a/b", 500000)):
+        (folder / group).mkdir(exist_ok=True)
+        (folder / group / "cpu.max").write_text(f"{quota} 100000\n")
+    assert launch.cpu_quota("0::/a/b\n", folder) == 3
+
+
+# ---- all decisions of a run -------------------------------------------------------------------
+
+
+def test_decisions_of_the_default():
+    Path("hosts").write_text("localhost\n")
+    plan = launch.decide({**KNOBS, "HOSTS": "hosts"}, [], machine())
+    assert plan.lines == [
+        "corpus  demo in data/demo",
+        "output  out/demo (new run)",
+        "cores   4 physical in 1 NUMA nodes behind CPUs 0-3",
+        "ranks   1 on localhost, by python (one process needs no launcher)",
+        "set     OMP_NUM_THREADS=4  (4 cores / 1, less 0 for oneCCL)",
+        "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)",
+        "set     KMP_BLOCKTIME=1  (ms)",
+        "launch  .venv/bin/python train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo",
+    ]
+    # A batch job of several tasks would make of one process the first of several.
+    assert plan.command[:7] == ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK"]
+    assert plan.command[10:14] == ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", ".venv/bin/python"]
+
+
+def test_decisions_of_two_ranks():
+    Path("hosts").write_text("localhost\n")
+    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "MASTER_PORT": "4712"}
+    plan = launch.decide(env, [], machine())
+    assert plan.lines == [
+        "corpus  demo in data/demo",
+        "output  out/demo (new run)",
+        "cores   4 physical in 1 NUMA nodes behind CPUs 0-3",
+        "ranks   2 on localhost, by torchrun (there is no mpirun)",
+        "backend gloo (oneccl_bindings_for_pytorch is not in .venv)",
+        "set     OMP_NUM_THREADS=2  (4 cores / 2, less 0 for oneCCL)",
+        "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)",
+        "set     KMP_BLOCKTIME=1  (ms)",
+        "set     I_MPI_PIN_DOMAIN=[0x3,0xc,]  (cores of each rank)",
+        "set     MASTER_ADDR=127.0.0.1  (host of rank 0)",
+        "set     MASTER_PORT=4712  (as you set it)",
+        "set     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  (s for a step and its checkpoint; "
+        "torchrun's own are 30)",
+        "launch  .venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
+        " --master-addr 127.0.0.1 --master-port 4712 train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo"
+        " --ranks 2 --backend gloo",
+    ]
+    assert plan.command[:4] == [".venv/bin/python", "-m", "tools.launch", "run"]
+    assert not [word for word in plan.command if word.startswith(("RANK=", "WORLD_SIZE="))]
+
+
+def test_two_sockets_of_52_cores_as_intels_launcher():
+    there = machine(cores_of(2, 52), mpi="Intel MPI", preload="/lib/libiomp5.so")
+    assert decide(there, BACKEND="ccl", CCL_WORKER_COUNT="4") == {
+        "corpus": "demo in data/demo",
+        "output": "out/demo (new run)",
+        "cores": "104 physical in 2 NUMA nodes behind CPUs 0-103",
+        "ranks": "2 on localhost, by Intel MPI (/opt/mpirun)",
+        "backend": "ccl (as you set it)",
+        "OMP_NUM_THREADS": "48",
+        "KMP_AFFINITY": "granularity=fine,compact,1,0",
+        "KMP_BLOCKTIME": "1",
+        "LD_PRELOAD": "/lib/libiomp5.so",
+        "I_MPI_PIN_DOMAIN": "[0xffffffffffff0,0xffffffffffff00000000000000,]",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "4711",
+        "CCL_WORKER_COUNT": "4",
+        "CCL_WORKER_AFFINITY": "0,1,2,3,52,53,54,55",
+        "launch": "mpirun -n 2 -ppn 2 -hosts localhost .venv/bin/python train.py --data data/demo"
+        " --train-splits train-demo --dev-split dev-demo --out out/demo --preset demo"
+        " --ranks 2 --backend ccl",
     }
 
 
-def test_help_among_the_words_is_for_the_reader(checkout):
-    result = checkout.run("--epochs", "1", "--help")
-    assert result.returncode == 0
-    assert "RANKS=2 bash run.sh --epochs 20" in result.stdout
-    assert checkout.calls() == []
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"CORPUS": "timit"}, "CORPUS=timit, expected demo, mini-librispeech, librispeech-100 or "),
+        ({"RANKS": "0"}, "RANKS=0, expected a positive number"),
+        ({"RANKS": "two"}, "RANKS=two, expected a positive number"),
+        ({"LAUNCHER": "srun"}, "LAUNCHER=srun, expected auto, mpirun, torchrun or ipex"),
+        ({"BACKEND": "nccl"}, "BACKEND=nccl, expected auto, ccl, gloo or mpi"),
+        ({"HOSTS": "nowhere"}, "HOSTS=nowhere cannot be read: No such file"),
+        ({"DRY_RUN": "true"}, "DRY_RUN=true, expected 0 or 1"),
+    ],
+)
+def test_unknown_value_of_a_knob_is_an_error(knob, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decide(machine(), **knob)
 
 
-# ---- steps ------------------------------------------------------------------------------------
+def test_standard_library_is_enough():
+    """A dry run happens before the set-up; -S hides all installed packages."""
+    env = {**KNOBS, "HOSTS": str(REPO / "hosts")}
+    done = subprocess.run([sys.executable, "-S", "-B", "-m", "tools.launch", "decide", os.devnull],
+                          cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("launch  .venv/bin/python train.py ")
 
 
-def test_steps_run_in_order_and_scoring_takes_every_core(checkout):
-    assert checkout.run(RANKS="2").returncode == 0
-    prepare, train, score, transcribe = checkout.calls()
-    assert prepare.startswith("-m|tools.prepare|demo|data/demo|")
-    assert train.startswith("-m|torch.distributed.run|--nnodes|1|--nproc-per-node|2|--master-addr|")
-    assert train.endswith("|threads=2")
-    checkpoint = "decode.py|--checkpoint|out/demo/best.pt|"
-    assert score == f"{checkpoint}--data|data/demo|--split|dev-demo|threads=4"
-    assert transcribe.startswith(checkpoint)
-
-
-@pytest.mark.parametrize("kind", ["flac", "wav"])
-def test_first_three_transcripts_stand_above_their_references(checkout, kind):
-    chapter = checkout.root / "data/demo/dev-demo/7/9"
-    chapter.mkdir(parents=True)
-    for number in (3, 1, 0, 2):
-        (chapter / f"7-9-000{number}.{kind}").touch()
-    (chapter / f"._7-9-0000.{kind}").touch()
-    (chapter / "7-9.trans.txt").write_text("".join(f"7-9-000{n} SAID {n} SO\n" for n in range(4)))
-    result = checkout.run()
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(
-        "".join(
-            f"data/demo/dev-demo/7/9/7-9-000{n}.{kind}\n"
-            f"  hypothesis  HEARD 7-9-000{n}.{kind}\n"
-            f"  reference   SAID {n} SO\n"
-            for n in range(3)
-        )
-    )
-
-
-def test_words_reach_train_py_intact_and_last(checkout):
-    assert checkout.run("--note", "two words", "", "a*b", "--preset=baseline").returncode == 0
-    (train,) = checkout.calls("train.py")
-    assert "|--preset|demo|--note|two words||a*b|--preset=baseline|threads=" in train
-
-
-@pytest.mark.parametrize("words", [["--out", "my run"], ["--out=my run"]])
-def test_out_among_the_words_is_where_scoring_looks(checkout, words):
-    assert checkout.run(*words).returncode == 0
-    score, transcribe = checkout.calls("decode.py")
-    assert score.startswith("decode.py|--checkpoint|my run/best.pt|")
-    assert transcribe.startswith("decode.py|--checkpoint|my run/best.pt|")
-
-
-def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
-    assert checkout.run("--dev-split", "dev-other", "--data", "corpus").returncode == 0
-    assert checkout.calls("-m|tools.prepare")[0].startswith("-m|tools.prepare|demo|corpus|")
-    assert "|--data|corpus|--split|dev-other|" in checkout.calls("decode.py")[0]
+# ---- the user's environment -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("there", "words", "is_prepared"),
+    ("name", "value"),
+    [
+        ("OMP_NUM_THREADS", "7"),
+        ("KMP_AFFINITY", "disabled"),
+        ("KMP_BLOCKTIME", "0"),
+        ("LD_PRELOAD", "libmine.so"),
+        ("I_MPI_PIN_DOMAIN", "socket"),
+        ("MASTER_ADDR", "10.1.2.3"),
+        ("MASTER_PORT", "4713"),
+        ("CCL_WORKER_COUNT", "2"),
+        ("CCL_WORKER_AFFINITY", "auto"),
+        ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5"),
+    ],
+)
+def test_variable_that_the_user_has_set_wins_and_is_shown_as_theirs(name, value):
+    there = machine(cores_of(2, 8), preload="/lib/libiomp5.so")
+    Path("hosts").write_text("localhost\n")
+    env = {**KNOBS, "HOSTS": "hosts", "BACKEND": "ccl"}
+    assert f"set     {name}={value}  (as you set it)" in launch.decide(
+        {**env, name: value}, [], there).lines
+    (line,) = [x for x in launch.decide(env, [], there).lines if x.startswith(f"set     {name}=")]
+    assert "as you set it" not in line
+    assert name in launch.VARIABLES
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "Intel MPI", "Open MPI"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KMP_AFFINITY", "disabled"), ("LD_PRELOAD", "libmine.so"), ("I_MPI_PIN_DOMAIN", "socket")],
+)
+def test_variable_of_the_user_wins_where_no_value_is_decided(name, value, launcher):
+    """More ranks than cores are not bound, and no library is found."""
+    there = machine(cores_of(1, 2), mpi=launcher.replace("torchrun", ""))
+    assert name not in decide(there, RANKS="8")
+    printed = decide(there, RANKS="8", **{name: value})
+    assert printed[name] == value
+    assert (f" -x {name} " in printed["launch"]) == (launcher == "Open MPI")
+
+
+def test_two_workers_of_oneccl_leave_six_of_eight_cores():
+    printed = decide(machine(cores_of(2, 8)), BACKEND="ccl", CCL_WORKER_COUNT="2")
+    assert printed["OMP_NUM_THREADS"] == "6"
+    assert printed["CCL_WORKER_AFFINITY"] == "0,1,8,9"
+    assert printed["I_MPI_PIN_DOMAIN"] == "[0xfc,0xfc00,]"
+
+
+def test_worker_of_oneccl_shares_a_core_where_none_is_to_spare():
+    Path("hosts").write_text("localhost\n")
+    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "BACKEND": "ccl"}
+    lines = launch.decide(env, [], machine(cores_of(1, 2))).lines
+    assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in lines
+    assert "set     I_MPI_PIN_DOMAIN=[0x1,0x2,]  (cores of each rank)" in lines
+    assert ("set     CCL_WORKER_COUNT=1  (threads of oneCCL in each rank, each on a core that "
+            "computes too)") in lines
+    assert "set     CCL_WORKER_AFFINITY=0,1  (the first cores of each rank)" in lines
+
+
+@pytest.mark.parametrize("count", ["1", "many"])
+def test_workers_that_the_user_asks_for_need_cores(count):
+    with pytest.raises(ValueError, match=f"CCL_WORKER_COUNT={count} leaves no core of the 1 of a"):
+        decide(machine(cores_of(1, 2)), RANKS="2", BACKEND="ccl", CCL_WORKER_COUNT=count)
+
+
+@pytest.mark.parametrize(
+    ("present", "preloaded"),
+    [
+        ([], ""),
+        (["libiomp5.so"], "/lib/libiomp5.so"),
+        (["libjemalloc.so.2"], "/lib/libjemalloc.so.2"),
+        (["libiomp5.so", "libjemalloc.so.2", "libtcmalloc.so.4"],
+         "/lib/libiomp5.so:/lib/libtcmalloc.so.4"),
+    ],
+)
+def test_openmp_and_one_allocator_are_preloaded(present, preloaded):
+    cache = "".join(f"\t{name} (libc6,x86-64) => /lib/{name}\n" for name in present)
+    assert launch.find_preload([], cache) == preloaded
+
+
+@pytest.mark.parametrize(("name", "is_found"), [("conda", True), ("my conda", False)])
+def test_library_below_a_space_is_left_out(folder, name, is_found):
+    """The loader would take its path for two."""
+    library = folder / name / "lib/libiomp5.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert launch.find_preload([str(folder / name)], "") == (str(library) if is_found else "")
+
+
+def test_backend_is_ccl_where_its_bindings_can_be_imported():
+    assert decide(machine(), RANKS="2")["launch"].endswith("--backend gloo")
+    assert decide(machine(bindings=USABLE), RANKS="2")["launch"].endswith("--backend ccl")
+    assert launch.choose_backend("auto", USABLE) == (
+        "ccl", "oneccl_bindings_for_pytorch is in .venv")
+    assert launch.choose_backend("gloo", USABLE) == ("gloo", "as you set it")
+
+
+@pytest.mark.parametrize(("status", "state"), [(0, "is in {}"), (1, "in {} cannot be imported")])
+def test_bindings_are_imported_to_see_whether_they_fit(folder, status, state):
+    assert launch.try_bindings(folder) == f"is not in {folder}"
+    (folder / "lib/python3.11/site-packages/oneccl_bindings_for_pytorch").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin/python").write_text(f"#!/bin/sh\nexit {status}\n")
+    (folder / "bin/python").chmod(0o755)
+    assert launch.try_bindings(folder) == state.format(folder)
+
+
+def test_backend_that_one_rank_does_not_need_reaches_train_py():
+    """train.py says what is missing."""
+    assert "--backend" not in decide(machine())["launch"]
+    assert decide(machine(), BACKEND="ccl")["launch"].endswith(" --preset demo --backend ccl")
+
+
+# ---- launchers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mpi", ["Intel MPI", "MPICH"])
+def test_hydra_takes_hosts_and_ranks_per_host(mpi):
+    printed = decide(machine(mpi=mpi), hosts="node1\nnode2\n", RANKS="2")
+    assert printed["launch"].startswith(
+        "mpirun -n 4 -ppn 2 -hosts node1,node2 .venv/bin/python train.py ")
+    assert printed["launch"].endswith(" --ranks 4 --backend gloo")
+    assert printed["MASTER_ADDR"] == "node1"
+    command = launcher_of(machine(mpi=mpi), hosts="node1\nnode2\n", RANKS="2", SSH="./my-ssh")
+    assert command.endswith(" -bootstrap ssh -bootstrap-exec ./my-ssh .venv/bin/python")
+
+
+def test_open_mpi_takes_slots_and_the_name_of_every_variable():
+    there, hosts = machine(mpi="Open MPI"), "node1 slots=2\nnode2 slots=2\n"
+    assert launcher_of(there, hosts=hosts) == (
+        "mpirun -n 4 --host node1:2,node2:2 --map-by ppr:2:node --bind-to none"
+        " --mca plm_rsh_agent ssh -x OMP_NUM_THREADS -x KMP_AFFINITY -x KMP_BLOCKTIME"
+        " -x I_MPI_PIN_DOMAIN -x MASTER_ADDR -x MASTER_PORT -x RNNT_STATUS_FILE .venv/bin/python"
+    )
+    env = {"GLOO_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "1", "OTHER": "1"}
+    command = launcher_of(there, hosts=hosts, **env)
+    assert command.endswith(" -x RNNT_STATUS_FILE -x GLOO_SOCKET_IFNAME .venv/bin/python")
+
+
+def test_unknown_mpirun_is_an_error():
+    with pytest.raises(ValueError, match="mpirun is neither Intel MPI nor Open MPI nor MPICH"):
+        decide(machine()._replace(mpirun="/opt/mpirun", mpi_version="mpirun 0.1"), RANKS="2")
+
+
+@pytest.mark.parametrize("name", ["mpirun", "ipex"])
+def test_missing_launcher_is_an_error(name):
+    with pytest.raises(ValueError, match=f"LAUNCHER={name}, but there is no "):
+        decide(machine(), RANKS="2", LAUNCHER=name)
+
+
+def test_torchrun_although_there_is_an_mpirun():
+    """torchrun would take this machine's own name, which may take minutes to look up."""
+    there = machine(mpi="Intel MPI")
+    start = ".venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2 "
+    assert launcher_of(there, LAUNCHER="torchrun", RANKS="2") == (
+        start + "--master-addr 127.0.0.1 --master-port 4711")
+    env = {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "4712"}
+    assert launcher_of(there, LAUNCHER="torchrun", RANKS="2", **env) == (
+        start + "--master-addr 10.1.1.1 --master-port 4712")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"), [("1", ""), ("2", " --nnodes 1 --nprocs-per-node 2 --ccl-worker-count 0")]
+)
+def test_ipexrun(ranks, options):
+    there = machine(ipexrun="/opt/ipexrun")
+    assert launcher_of(there, LAUNCHER="ipex", RANKS=ranks) == f"ipexrun{options}"
+
+
+def test_words_reach_ipexrun_quoted_for_its_shell():
+    Path("hosts").write_text("localhost\n")
+    env = {**KNOBS, "HOSTS": "hosts", "RANKS": "2", "LAUNCHER": "ipex"}
+    plan = launch.decide(env, ["--out", "my run"], machine(ipexrun="/opt/ipexrun"))
+    assert plan.command[-1] == "'my run'"
+
+
+def test_port_is_a_free_one():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        assert launch.free_port(taken) > taken
+    assert launch.free_port(taken) == taken
+
+
+# ---- status of training -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recorded", "launcher", "expected"),
+    [
+        ("0", 0, 0),
+        ("75", 1, 75),  # torchrun makes 1 of any error
+        ("143", 0, 143),  # ipexrun makes 0 of everything
+        ("0", 7, 7),  # another rank failed
+        ("", 5, 5),  # rank 0 never got to its end
+        ("", -9, 137),
+    ],
+)
+def test_status_of_rank_0_survives_its_launcher(folder, monkeypatch, recorded, launcher, expected):
+    monkeypatch.setattr(launch.tempfile, "tempdir", str(folder))
+    end = f"os.kill(os.getpid(), {-launcher})" if launcher < 0 else f"sys.exit({launcher})"
+    script = ("import os, sys\n"
+              f"if '{recorded}': open(os.environ['RNNT_STATUS_FILE'], 'w').write('{recorded}')\n"
+              f"{end}")
+    assert launch.run_command([sys.executable, "-c", script]) == expected
+    assert list(folder.iterdir()) == []
+
+
+def test_launcher_that_succeeds_without_a_status_of_rank_0_is_an_error(capsys):
+    assert launch.run_command([sys.executable, "-c", ""]) == 1
+    assert capsys.readouterr().err == (
+        "run.sh: the launcher ended with status 0, but rank 0 wrote no exit status on this host\n")
+
+
+# ---- hosts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("localhost\n", (["localhost"], None)),
+        ("# all\n\n a \nb   # the second\n", (["a", "b"], None)),
+        ("a slots=3\nb slots=3", (["a", "b"], 3)),  # no newline at the end
+        ("a:3\nb slots=3\n", (["a", "b"], 3)),
+        ("a slots=2\r\nb slots=2\r\n", (["a", "b"], 2)),
+        ("10.0.0.7:2\n", (["10.0.0.7"], 2)),
+        ("node-1.example.org slots=2\n", (["node-1.example.org"], 2)),
+    ],
+)
+def test_hosts_file(text, expected):
+    assert launch.read_hosts(text, "hosts") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "hosts names no host"),
+        ("# nobody\n", "hosts names no host"),
+        ("a\nb,c\n", "hosts:2: 'b,c' is no host name"),
+        ("-a\n", "hosts:1: '-a' is no host name"),
+        ("me@a\n", "hosts:1: 'me@a' is no host name"),
+        ("node[1-2]\n", "hosts:1: 'node[1-2]' is no host name"),
+        ("a slots=0\n", "hosts:1: 'slots=0', expected slots=N"),
+        ("a:0\n", "hosts:1: 'slots=0', expected slots=N"),
+        ("a slot=2\n", "hosts:1: 'slot=2', expected slots=N"),
+        ("a slots=2 b\n", "hosts:1: 'slots=2 b', expected slots=N"),
+        ("a slots = 2\n", "hosts:1: 'slots = 2', expected slots=N"),
+        ("a\n\nb\na\n", "hosts:4: a stands twice"),
+        ("a slots=2\nb slots=3\n", "hosts:2: 'slots=3' after 'slots=2'"),
+        ("a slots=2\nb\n", "hosts:2: '' after 'slots=2'"),
+        ("fd00::1\n", "hosts:1: fd00::1 is an IPv6 address; give the host's name or IPv4 address"),
+        ("[::1]:2\n", "hosts:1: [::1]:2 is an IPv6 address"),
+    ],
+)
+def test_wrong_hosts_file_is_an_error_that_names_the_line(text, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        launch.read_hosts(text, "hosts")
+
+
+@pytest.mark.parametrize("hosts", ["localhost\nb\n", "b\n127.0.0.1\n"])
+def test_loopback_among_several_hosts_is_an_error(hosts):
+    with pytest.raises(ValueError, match="hosts: (localhost|127.0.0.1) is another machine on ever"):
+        decide(machine(mpi="Intel MPI"), hosts=hosts)
+
+
+def test_slots_and_ranks_must_agree():
+    assert decide(machine(), hosts="localhost:2\n", RANKS="2")["ranks"].startswith("2 on localhost")
+    with pytest.raises(ValueError, match="RANKS=3, but hosts says slots=2"):
+        decide(machine(), hosts="localhost slots=2\n", RANKS="3")
+
+
+@pytest.mark.parametrize("name", ["own", "OWN", "own.cluster.local", "127.0.0.1", "LOCALHOST",
+                                  "alias"])
+def test_this_machine_by_any_of_its_names_needs_no_mpirun(monkeypatch, resolved, name):
+    monkeypatch.setattr(socket, "gethostname", lambda: "own")
+    resolved.update({"alias": "127.0.0.1", "127.0.0.1": "127.0.0.1"})
+    printed = decide(machine(), hosts=f"{name}\n", RANKS="2")
+    assert printed["ranks"] == f"2 on {name}, by torchrun (there is no mpirun)"
+    assert printed["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_one_other_host_needs_an_mpirun(resolved):
+    resolved["10.0.0.7"] = "203.0.113.7"  # an address for documentation, which no machine has
+    printed = decide(machine(mpi="Intel MPI"), hosts="10.0.0.7:2\n")
+    assert " -hosts 10.0.0.7 " in printed["launch"]
+    assert printed["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_other_hosts_need_an_mpirun():
+    with pytest.raises(ValueError, match="^torchrun starts ranks on this machine alone"):
+        decide(machine(), hosts="a\nb\n")
+
+
+def test_first_host_whose_name_leads_to_its_loopback_is_an_error(resolved):
+    """Debian's /etc/hosts is like that; the others would look for rank 0 on themselves."""
+    resolved.update({"a": "127.0.1.1", "b": "10.0.0.2", "a-eth0": "10.0.0.1"})
+    there = machine(mpi="Intel MPI")
+    with pytest.raises(ValueError, match="hosts: a is 127.0.1.1 here, where no other host reaches"):
+        decide(there, hosts="a\nb\n")
+    assert decide(there, hosts="a\nb\n", MASTER_ADDR="a-eth0")["MASTER_ADDR"] == "a-eth0"
+    assert decide(there, hosts="b\na\n")["MASTER_ADDR"] == "b"
+
+
+@pytest.mark.parametrize("has_corpus", [False, True])
+def test_hosts_that_cannot_be_used_are_named(folder, has_corpus):
+    if has_corpus:
+        (folder / "my data").mkdir()
+    ssh = folder / "my-ssh"
+    ssh.write_text(
+        "#!/bin/sh\nhost=$5; shift 5\ncase $host in silent) exec sleep 60 ;; mistyped) exit 255 ;;"
+        ' bare) exit 1 ;; empty) set -- $(echo "$*" | sed s,/my,/no,) ;; esac\n'
+        'exec sh -c "$*"\n'
+    )
+    ssh.chmod(0o755)
+    hosts = ["good", "silent", "mistyped", "bare", "empty"]
+    failed = "silent (status 124), mistyped (status 255), bare (status 1)"
+    failed += ", empty (status 1)" if has_corpus else ""
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(f"finds these hosts unusable: {failed}; ")):
+        launch.check_hosts(hosts, str(ssh), sys.executable, "my data", timeout_s=2)
+    assert time.monotonic() - started < 30
+
+
+# ---- corpus and output ------------------------------------------------------------------------
+
+
+def test_three_training_splits_reach_train_py():
+    printed = decide(machine(), CORPUS="librispeech-960", DATA="/mnt/speech")
+    assert (
+        "--data /mnt/speech --train-splits train-clean-100 train-clean-360 train-other-500"
+        " --dev-split dev-clean --out out/demo --preset democratized"
+    ) in printed["launch"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--out", "my run", "--data", "a", "--dev-split", "b"], ["--out=my run", "--data=c", "--data=a",
+                                                             "--dev-split=b"]])
+def test_flags_for_train_py_win_over_knobs(flags):
+    run = launch.choose_run(KNOBS, ["--note", "two words", *flags])
+    assert (run.out, run.data, run.dev_split) == ("my run", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("there", "flags", "is_prepared"),
     [
         (["a", "b", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], False),
         (["a", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], True),
@@ -188,173 +647,29 @@ def test_data_and_dev_split_among_the_words_are_prepared_and_scored(checkout):
         (["train-demo"], [], True),
     ],
 )
-def test_a_corpus_that_is_there_is_not_prepared(checkout, there, words, is_prepared):
+def test_corpus_of_the_user_is_not_prepared(there, flags, is_prepared):
     for name in there:
-        (checkout.root / "corpus" / name).mkdir(parents=True)
-    assert checkout.run("--data", "corpus", *words).returncode == 0
-    assert len(checkout.calls("-m|tools.prepare")) == is_prepared
+        Path("corpus", name).mkdir(parents=True)
+    assert launch.choose_run(KNOBS, ["--data", "corpus", *flags]).needs_corpus == is_prepared
 
 
-def test_a_corpus_that_may_be_incomplete_is_looked_at(checkout):
+def test_corpus_that_may_be_incomplete_is_prepared():
     for name in ("train-clean-5", "dev-clean-2"):
-        (checkout.root / "libri" / name).mkdir(parents=True)
-    assert checkout.run(CORPUS="mini-librispeech", DATA="libri").returncode == 0
-    assert len(checkout.calls("-m|tools.prepare")) == 1
+        Path("libri", name).mkdir(parents=True)
+    knobs = {**KNOBS, "CORPUS": "mini-librispeech", "DATA": "libri"}
+    assert launch.choose_run(knobs, []).needs_corpus
 
 
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])
-def test_run_with_a_checkpoint_is_resumed(checkout, name):
-    (checkout.root / "out/demo").mkdir(parents=True)
-    (checkout.root / "out/demo" / name).touch()
-    resumed = checkout.run(DRY_RUN="1")
-    assert line_of(resumed, "output") == "output  out/demo (has a checkpoint, so --resume)"
-    assert line_of(resumed, "launch").endswith(" --resume")
-    assert line_of(checkout.run("--resume", DRY_RUN="1"), "launch").count("--resume") == 1
-    assert "--resume" not in checkout.run("--out", "other", DRY_RUN="1").stdout
-    for word in ("--no-resume", "--restart"):
-        assert " --resume" not in checkout.run(word, DRY_RUN="1").stdout
-
-
-def make_dev_split(checkout):
-    """With a file to transcribe."""
-    chapter = checkout.root / "data/demo/dev-demo/7/9"
-    chapter.mkdir(parents=True)
-    (chapter / "7-9-0000.flac").touch()
-
-
-# ---- failures ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("step", "calls"), [("tools.prepare", 1), ("train.py", 2), ("--split", 3), ("best.pt data", 4)]
-)
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_status_of_a_failing_step_is_ours_and_ends_the_run(checkout, step, calls, ranks):
-    make_dev_split(checkout)
-    assert checkout.run(FAIL=step, RANKS=ranks).returncode == 3
-    assert len(checkout.calls()) == calls
-
-
-@pytest.mark.parametrize("failing_rank", [0, 1])
-def test_one_failing_rank_fails_the_run(checkout, failing_rank):
-    """The real launcher, and a train.py whose other rank would go on for a minute."""
-    checkout.script(
-        "train.py",
-        "import os, sys, time\n"
-        f"if os.environ['RANK'] == '{failing_rank}': sys.exit('lost')\n"
-        "time.sleep(60)\n",
-    )
-    launcher = f'case "$2" in torch*) exec "{sys.executable}" "$@" ;; esac\n'
-    checkout.script(".venv/bin/python", PYTHON + launcher)
-    result = checkout.run(RANKS="2")
-    assert result.returncode == 1, result.stderr
-    assert "lost" in result.stderr
-    assert checkout.calls("decode.py") == []
-
-
-@pytest.mark.parametrize(
-    ("step", "number", "status"),
-    [
-        ("-m pip install", signal.SIGINT, 130),
-        ("tools.prepare", signal.SIGTERM, 143),
-        ("train.py", signal.SIGINT, 130),
-        ("train.py", signal.SIGTERM, 143),
-        ("train.py", signal.SIGHUP, 129),
-        ("train.py", signal.SIGUSR1, 138),
-        ("best.pt data", signal.SIGTERM, 143),
-    ],
-)
-def test_signal_ends_the_step_and_what_it_started(checkout, step, number, status):
-    """The second of its processes ignores SIGINT, as shells have background processes do."""
-    make_dev_split(checkout)
-    (checkout.root / ".venv/requirements.txt").unlink()
-    checkout.script(
-        ".venv/bin/python",
-        f'#!/bin/sh\ncase "$*" in *"{step}"*) sleep 600 & echo "$$ $!" >> pids; wait ;; esac\n',
-    )
-    expect_end_by_signal(checkout, number, status, processes=2)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_the_wait_for_hosts(checkout, number, status):
-    checkout.script("stand-ins/mpirun", "#!/bin/sh\necho 'Intel(R) MPI'\n")
-    (checkout.root / "hosts").write_text("a\nb\n")
-    checkout.script("my-ssh", '#!/bin/sh\necho "$$" >> pids\nexec sleep 600\n')
-    expect_end_by_signal(checkout, number, status, processes=2, SSH="./my-ssh")
-
-
-def expect_end_by_signal(checkout, number, status, processes, **env):
-    """Once that many wrote their ids to `pids`; none of them may be left."""
-    child = subprocess.Popen(
-        ["bash", checkout.root / "run.sh"], stdout=subprocess.DEVNULL,
-        env={"PATH": f"{checkout.root}/stand-ins", "CGROUPS": "none", **env},
-        preexec_fn=heed_signals,
-    )
-    pids = checkout.root / "pids"
-    while not (pids.exists() and len(pids.read_text().split()) == processes):
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.send_signal(number)
-    assert child.wait(timeout=60) == status
-    time.sleep(0.5)  # what run.sh has signalled and does not wait for
-    for pid in map(int, pids.read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-
-
-# ---- set-up and tests -------------------------------------------------------------------------
-
-
-def pip_installs(checkout: Checkout) -> int:
-    return len(checkout.calls("-m|pip|install|"))
-
-
-def test_set_up_makes_the_environment_once(checkout):
-    shutil.rmtree(checkout.root / ".venv")
-    assert checkout.run().returncode == 0
-    assert checkout.calls("python3") == ["python3|-m venv .venv"]
-    assert pip_installs(checkout) == 1
-    assert checkout.run().returncode == 0
-    assert len(checkout.calls("python3")) == 1
-    assert pip_installs(checkout) == 1
-
-
-def test_changed_requirements_are_installed_into_the_same_environment(checkout):
-    with (checkout.root / "requirements.txt").open("a") as file:
-        file.write("another-package\n")
-    assert checkout.run().returncode == 0
-    assert checkout.calls("python3") == []
-    assert "|--requirement|requirements.txt|" in checkout.calls("-m|pip|install|")[0]
-
-
-def test_failed_installation_ends_the_run_and_is_repeated(checkout):
-    (checkout.root / ".venv/requirements.txt").unlink()
-    assert checkout.run(FAIL="pip install").returncode == 3
-    assert checkout.calls("-m|tools.prepare") == []
-    assert checkout.run().returncode == 0
-    assert pip_installs(checkout) == 2
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ([], "-m|pytest|-m|not slow|"),
-        (["--slow"], "-m|pytest|"),
-        (["--slow", "-k", "a or b"], "-m|pytest|-k|a or b|"),
-    ],
-)
-def test_test_runs_pytest(checkout, words, expected):
-    assert checkout.run("test", *words, OMP_NUM_THREADS="1").returncode == 0
-    assert checkout.calls() == [f"{expected}threads=1"]
-
-
-def test_test_sets_up_and_returns_the_status_of_pytest(checkout):
-    (checkout.root / ".venv/requirements.txt").unlink()
-    assert checkout.run("test", FAIL="pytest -m").returncode == 3
-    assert pip_installs(checkout) == 1
-
-
-@pytest.mark.parametrize("corpus", ["mini-librispeech", "librispeech-100", "librispeech-960"])
-def test_every_corpus_is_prepared_by_its_name(checkout, corpus):
-    assert checkout.run(CORPUS=corpus, DATA="libri").returncode == 0
-    assert checkout.calls("-m|tools.prepare") == [f"-m|tools.prepare|{corpus}|libri|threads="]
+def test_run_with_a_checkpoint_is_resumed(name):
+    assert launch.choose_run(KNOBS, []).state == "new run"
+    Path("out/demo").mkdir(parents=True)
+    Path("out/demo", name).touch()
+    run = launch.choose_run(KNOBS, [])
+    assert run.state == "has a checkpoint, so --resume"
+    assert run.arguments[-1] == "--resume"
+    assert launch.choose_run(KNOBS, ["--out", "other"]).state == "new run"
+    for flag in ("--resume", "--no-resume", "--restart"):
+        run = launch.choose_run(KNOBS, [flag])
+        assert run.state == f"{flag} as you say"
+        assert "--resume" not in run.arguments

@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decide how `run.sh` starts the ranks: cores, hosts, launcher, backend, environment, one command.
+
+    python3 -m tools.launch check                   # are the knobs and the hosts file valid?
+    python3 -m tools.launch decide FILE [FLAG ...]  # print every decision with its reason
+    python3 -m tools.launch run COMMAND ...         # run a launch command, return rank 0's status
+
+The knobs of `run.sh` (RANKS, HOSTS ...) arrive as environment variables; the flags go to train.py.
+`decide` writes to FILE, with a zero byte after each: data folder, output folder, dev split, number
+of usable cores, "prepare" or nothing, and the launch command, word by word. A dry run may happen
+before the set-up, so this file needs only the standard library of Python 3.10.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+CORPORA = {  # name: training splits, dev split, preset
+    "demo": (["train-demo"], "dev-demo", "demo"),
+    "mini-librispeech": (["train-clean-5"], "dev-clean-2", "mini"),
+    "librispeech-100": (["train-clean-100"], "dev-clean", "democratized"),
+    "librispeech-960": (["train-clean-100", "train-clean-360", "train-other-500"], "dev-clean",
+                        "democratized"),
+}
+CHOICES = {"CORPUS": tuple(CORPORA), "LAUNCHER": ("auto", "mpirun", "torchrun", "ipex"),
+           "BACKEND": ("auto", "ccl", "gloo", "mpi"), "DRY_RUN": ("0", "1")}
+# Variables of the ranks that are decided here unless the user has set them.
+VARIABLES = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "LD_PRELOAD", "I_MPI_PIN_DOMAIN",
+             "MASTER_ADDR", "MASTER_PORT", "CCL_WORKER_COUNT", "CCL_WORKER_AFFINITY",
+             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+OPENMP = "libiomp5.so"
+ALLOCATORS = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libjemalloc.so.2")
+BINDINGS = "oneccl_bindings_for_pytorch"
+STATUS_FILE = "RNNT_STATUS_FILE"  # this variable names the file for rank 0's exit status
+PASSED_ON = ("GLOO_", "CCL_", "FI_", "KMP_", "OMP_", "ONEDNN_", "DNNL_", "TORCH_")  # by Open MPI
+AS_SET = "as you set it"
+
+
+# ---- cores ---------------------------------------------------------------------------------------
+
+
+class Core(NamedTuple):
+    """A physical core. Its hyper-threads share one matrix unit, so one CPU stands for all."""
+
+    node: int  # NUMA node
+    cpu: int
+
+
+def read_cores(cpus: Iterable[int], folder: Path = Path("/sys/devices/system/cpu")) -> list[Core]:
+    """The cores behind `cpus`, NUMA node by NUMA node; the first allowed CPU stands for its core.
+
+    A CPU that the kernel's `folder` does not describe is a core of its own on node 0: containers
+    and macOS may lack that folder.
+    """
+    cores: dict[str, Core] = {}
+    for cpu in sorted(cpus):
+        siblings = read_text(folder / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+        node = next((int(path.name[4:]) for path in folder.glob(f"cpu{cpu}/node[0-9]*")), 0)
+        cores.setdefault(siblings.strip(), Core(node, cpu))
+    return sorted(cores.values())
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, or "" if there is no such file."""
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+def read_limit(group: Path) -> list[int]:
+    """The CPUs' time that one control group grants, rounded up; an empty list without a limit."""
+    words = read_text(group / "cpu.max").split()  # version 2: quota and period, or "max" and period
+    for name in () if words else ("cpu.cfs_quota_us", "cpu.cfs_period_us"):  # version 1
+        words += read_text(group / name).split()
+    if len(words) < 2 or words[0] in ("max", "-1"):
+        return []
+    return [-(-int(words[0]) // int(words[1]))]
+
+
+def cpu_quota(membership: str, mounts: Path) -> int | None:
+    """The smallest limit among the control groups of this process and all groups around them.
+
+    `membership` is the text of /proc/self/cgroup. A container may see its own group as the root of
+    `mounts`, so the root is always asked.
+    """
+    unified = cpu = "/"
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            unified = path
+        elif "cpu" in controllers.split(","):
+            cpu = path
+    limits = []
+    for folder, path in ((".", unified), ("cpu", cpu), ("cpu,cpuacct", cpu)):
+        group = PurePosixPath(path.lstrip("/"))
+        for level in (group, *group.parents):
+            limits += read_limit(mounts / folder / level)
+    return min(limits, default=None)
+
+
+def default_ranks(cores: Sequence[Core]) -> int:
+    """One rank for each NUMA node, since memory of another node is slow; one rank for all if a
+    cpuset left nodes of different sizes, since all ranks would wait for the smallest."""
+    sizes = Counter(core.node for core in cores)
+    return len(sizes) if len(set(sizes.values())) == 1 else 1
+
+
+def share_cores(cores: Sequence[Core], usable: int, ranks: int) -> list[list[int]]:
+    """CPUs of each rank. Rank i begins at core i * usable / ranks, so that with one rank for each
+    of equal NUMA nodes no rank reaches over two."""
+    firsts = [rank * usable // ranks for rank in range(ranks)]
+    return [[core.cpu for core in cores[first:first + max(usable // ranks, 1)]] for first in firsts]
+
+
+def format_cpus(cpus: Iterable[int]) -> str:
+    """[0, 1, 2, 3, 8] -> "0-3,8"."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and ranges[-1][1] == cpu - 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+# ---- hosts ---------------------------------------------------------------------------------------
+
+
+def read_hosts(text: str, source: str) -> tuple[list[str], int | None]:
+    """Hosts and ranks on each (None if the file does not say). `source` names the file in errors.
+
+    A line holds `name`, `name slots=N` or `name:N`; the rest of a line from # on is a comment.
+    """
+    hosts: list[str] = []
+    slots = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        name, *options = line.split("#")[0].split() or [""]
+        option, where = " ".join(options), f"{source}:{number}"
+        if not name:
+            continue
+        if name.count(":") > 1:
+            raise ValueError(f"{where}: {name} is an IPv6 address; give the host's name or IPv4 "
+                             "address")
+        if ":" in name and not option:
+            name, count = name.split(":")
+            option = f"slots={count}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{where}: {name!r} is no host name")
+        if not re.fullmatch(r"(slots=[1-9][0-9]*)?", option):
+            raise ValueError(f"{where}: {option!r}, expected slots=N")
+        if name in hosts:
+            raise ValueError(f"{where}: {name} stands twice")
+        if hosts and option != slots:
+            raise ValueError(f"{where}: {option!r} after {slots!r}; every host runs the same "
+                             "number of ranks")
+        hosts.append(name)
+        slots = option
+    if not hosts:
+        raise ValueError(f"{source} names no host")
+    return hosts, int(slots.removeprefix("slots=")) if slots else None
+
+
+def read_hosts_file(env: Mapping[str, str]) -> tuple[list[str], int | None]:
+    """`read_hosts` of $HOSTS, whose number of ranks must agree with $RANKS; the latter if set."""
+    path = env["HOSTS"]
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"HOSTS={path} cannot be read: {error.strerror}") from error
+    hosts, slots = read_hosts(text, path)
+    ranks = int(env["RANKS"]) if env["RANKS"] else slots
+    if slots is not None and ranks != slots:
+        raise ValueError(f"RANKS={ranks}, but {path} says slots={slots}")
+    return hosts, ranks
+
+
+def resolve(host: str) -> str:
+    """The IPv4 address of a host, or "" if it is unknown."""
+    with suppress(OSError, UnicodeError):
+        return socket.gethostbyname(host)
+    return ""
+
+
+def is_this_machine(host: str) -> bool:
+    """Is `host` this machine's name, with or without a domain, or one of its addresses?"""
+    name, own = host.lower(), socket.gethostname().lower()
+    if name == "localhost" or name.split(".")[0] == own.split(".")[0]:
+        return True
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((resolve(host) or "unknown", 0))  # fails for the addresses of other machines
+        return True
+    return False
+
+
+def check_addresses(hosts: Sequence[str], address: str, source: str) -> None:
+    """Raises ValueError if a name means another machine on every host, or a loopback address."""
+    for host in hosts:
+        if host.lower() == "localhost" or host.startswith("127."):
+            raise ValueError(f"{source}: {host} is another machine on every host; give one name "
+                             "for all")
+    found = resolve(address)  # Debian's /etc/hosts leads a machine's own name to 127.0.1.1
+    if found.startswith("127."):
+        raise ValueError(f"{source}: {address} is {found} here, where no other host reaches it; "
+                         "give its address")
+
+
+def check_hosts(hosts: Sequence[str], ssh: str, python: str, data: str,
+                timeout_s: float = 25) -> None:
+    """Raises ValueError that names every host without login, Python environment or data folder.
+
+    All hosts are asked at once; mpirun alone may take minutes until it gives up.
+    """
+    wanted = f"test -x {shlex.quote(os.path.abspath(python))}"
+    if os.path.isdir(data):  # the corpus is prepared, so every host has to see it
+        wanted += f" && test -d {shlex.quote(os.path.abspath(data))}"
+
+    def status_of(host: str) -> int:
+        command = [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", host, wanted]
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=timeout_s).returncode
+        return 124
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        statuses = dict(zip(hosts, pool.map(status_of, hosts), strict=True))
+    failed = [f"{host} (status {status})" for host, status in statuses.items() if status]
+    if failed:
+        raise ValueError(f"{ssh} finds these hosts unusable: {', '.join(failed)}; status 1: "
+                         f"`{wanted}` fails, 124: no answer, 255: no login")
+
+
+# ---- corpus and output ---------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Corpus and output of a run; `run.sh` prepares, scores and transcribes by these."""
+
+    data: str
+    out: str
+    dev_split: str
+    needs_corpus: bool
+    arguments: list[str]  # for train.py
+    state: str  # whether it is resumed, and why
+
+
+def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
+    """Corpus and output by the knobs; train.py's flags among `argv` win."""
+    parser = argparse.ArgumentParser(prog="run.sh", allow_abbrev=False, add_help=False)
+    for name in ("--data", "--out", "--dev-split"):
+        parser.add_argument(name)
+    parser.add_argument("--train-splits", nargs="+")
+    flags, _ = parser.parse_known_args(argv)
+    train_splits, dev_split, preset = CORPORA[env["CORPUS"]]
+    data, out = flags.data or env["DATA"], flags.out or env["OUT"]
+    dev_split = flags.dev_split or dev_split
+
+    # train.py refuses to overwrite a run, so a second call continues it.
+    resume, state = [], "new run"
+    checkpoints = Path(out).glob(f"checkpoint-{'[0-9]' * 8}.pt")
+    if any(checkpoints) or Path(out, "best.pt").exists():
+        resume, state = ["--resume"], "has a checkpoint, so --resume"
+    for word in argv:
+        if word in ("--resume", "--no-resume", "--restart"):
+            resume, state = [], f"{word} as you say"
+
+    # The user's own folders are taken as they are, if all exist. prepare.py checks whether a corpus
+    # of CORPORA is complete; a demo contains recipe.txt.
+    splits = [*(flags.train_splits or train_splits), dev_split]
+    is_there = all(Path(data, split).is_dir() for split in splits)
+    is_own = flags.data or flags.train_splits or flags.dev_split
+    is_demo = Path(data, "recipe.txt").exists()
+    arguments = ["--data", data, "--train-splits", *train_splits, "--dev-split", dev_split,
+                 "--out", out, "--preset", preset, *resume]
+    return Run(data, out, dev_split, not (is_there and is_own) or is_demo, arguments, state)
+
+
+# ---- launcher, backend, libraries ----------------------------------------------------------------
+
+
+def mpi_kind(version: str) -> str:
+    """Which MPI `mpirun --version` belongs to; they differ in almost every flag."""
+    for mark, kind in (("Intel(R) MPI", "Intel MPI"), ("Open MPI", "Open MPI"),
+                       ("OpenRTE", "Open MPI"), ("HYDRA", "MPICH")):
+        if mark in version:
+            return kind
+    raise ValueError("mpirun is neither Intel MPI nor Open MPI nor MPICH")
+
+
+def choose_launcher(requested: str, world: int, is_single: bool, mpirun: str,
+                    ipexrun: str) -> tuple[str, str]:
+    """Launcher (python, mpirun, torchrun or ipex) and reason; "" stands for a missing program."""
+    launcher, reason = requested, AS_SET
+    if requested == "auto":
+        if world == 1 and is_single:
+            launcher, reason = "python", "one process needs no launcher"
+        else:
+            launcher, reason = ("mpirun", mpirun) if mpirun else ("torchrun", "there is no mpirun")
+    if launcher == "mpirun" and not mpirun:
+        raise ValueError("LAUNCHER=mpirun, but there is no mpirun on the PATH; pip install impi-rt "
+                         "brings one")
+    if launcher == "ipex" and not ipexrun:
+        raise ValueError("LAUNCHER=ipex, but there is no ipexrun; requirements-intel.txt brings it")
+    if launcher in ("torchrun", "ipex") and not is_single:
+        raise ValueError(f"{launcher} starts ranks on this machine alone; other hosts need an "
+                         "mpirun, and pip install impi-rt brings one")
+    return launcher, reason
+
+
+def choose_backend(requested: str, bindings: str) -> tuple[str, str]:
+    """Backend of torch.distributed and reason; `bindings` is the answer of `try_bindings`."""
+    if requested != "auto":
+        return requested, AS_SET
+    return "ccl" if bindings.startswith("is in ") else "gloo", f"{BINDINGS} {bindings}"
+
+
+def try_bindings(venv: Path) -> str:
+    """The state of oneCCL's bindings. They are imported, since they fit one version of torch."""
+    if not any(venv.glob(f"lib/python3*/site-packages/{BINDINGS}")):
+        return f"is not in {venv}"
+    done = subprocess.run([f"{venv}/bin/python", "-c", f"import torch, {BINDINGS}"])
+    return f"in {venv} cannot be imported" if done.returncode else f"is in {venv}"
+
+
+def find_preload(folders: Sequence[str], cache: str) -> str:
+    """LD_PRELOAD: Intel's OpenMP and one allocator, as far as `folders` or the loader's cache (the
+    text of `ldconfig -p`) have them."""
+
+    def find(name: str) -> str:
+        for folder in folders:
+            path = os.path.realpath(f"{folder}/lib/{name}")
+            # The loader takes spaces and colons for the end of a path.
+            if os.path.exists(path) and not re.search(r"[\s:]", path):
+                return path
+        lines = [line.split() for line in cache.splitlines()]
+        return next((words[-1] for words in lines if words[:1] == [name]), "")
+
+    allocators = filter(None, map(find, ALLOCATORS))
+    return ":".join(filter(None, (find(OPENMP), next(allocators, ""))))
+
+
+def free_port(first: int) -> int:
+    """The first free TCP port from `first` on."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", first))
+            return first
+        first += 1
+
+
+# ---- the environment of the ranks ----------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Facts about this machine and its software."""
+
+    cpus: list[int]  # CPUs that this process may use; batch systems and containers narrow them
+    cores: list[Core]
+    quota: int | None  # see cpu_quota
+    mpirun: str = ""  # path, "" if there is none
+    mpi_version: str = ""
+    ipexrun: str = ""
+    bindings: str = ""  # see try_bindings
+    preload: str = ""
+    port: int = 29500
+
+
+def read_machine(env: Mapping[str, str]) -> Machine:
+    def output(*command: str) -> str:
+        with suppress(OSError):  # there is no such program
+            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, errors="replace").stdout
+        return ""
+
+    cpus = list(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        cpus = sorted(os.sched_getaffinity(0))
+    venv = env["VENV"]
+    folders = [venv, *filter(None, (env.get("CONDA_PREFIX"), env.get("CMPLR_ROOT")))]
+    ldconfig = shutil.which("ldconfig", path=f"{env.get('PATH', '')}:/sbin:/usr/sbin")
+    mpirun = shutil.which("mpirun", path=env.get("PATH")) or ""
+    return Machine(
+        cpus, read_cores(cpus),
+        quota=cpu_quota(read_text(Path("/proc/self/cgroup")), Path(env["CGROUPS"])),
+        mpirun=mpirun,
+        mpi_version=output(mpirun, "--version"),
+        ipexrun=shutil.which(f"{venv}/bin/ipexrun") or "",
+        bindings=try_bindings(Path(venv)) if env["BACKEND"] == "auto" else "",
+        preload=find_preload(folders, output(ldconfig or "", "-p")),
+        # The process id keeps two runs that start together from trying the same port.
+        port=free_port(20000 + os.getpid() % 10000),
+    )
+
+
+class Group(NamedTuple):
+    """The ranks of one run and what they may use of each host."""
+
+    hosts: list[str]
+    ranks: int  # on each host
+    is_single: bool  # all ranks are on this machine
+    address: str  # of rank 0
+    usable: int  # cores of each host
+
+    @property
+    def world(self) -> int:
+        return self.ranks * len(self.hosts)
+
+
+def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
+    """Hosts and ranks by the knobs and the hosts file; address of rank 0."""
+    hosts, ranks = read_hosts_file(env)
+    num_cores = len(machine.cores)
+    # A quota limits how many cores the ranks may use, but does not say which.
+    usable = min(machine.quota or num_cores, num_cores)
+    is_single = len(hosts) == 1 and is_this_machine(hosts[0])
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
+    if not is_single:
+        check_addresses(hosts, address, env["HOSTS"])
+    return Group(hosts, ranks or default_ranks(machine.cores), is_single, address, usable)
+
+
+def count_workers(requested: str, per_rank: int) -> tuple[int, bool]:
+    """oneCCL's threads in each rank, and whether they share a core with computation because the
+    rank has none to spare."""
+    if not requested:
+        return 1, per_rank == 1
+    if not requested.isdecimal() or int(requested) >= per_rank:
+        raise ValueError(f"CCL_WORKER_COUNT={requested} leaves no core of the {per_rank} of a rank")
+    return int(requested), False
+
+
+def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launcher: str,
+                   backend: str) -> list[tuple[str, str, str]]:
+    """Name, value and reason of each variable of the ranks. A value that the user has set wins; a
+    variable without any value is left out."""
+    ranks, usable = group.ranks, group.usable
+    own = share_cores(machine.cores, usable, ranks)  # CPUs of each rank
+    # Ranks that a quota bound to the first cores would collide with those of other containers.
+    is_bound = usable == len(machine.cores) and ranks <= usable
+    workers, is_shared = 0, False
+    if group.world > 1 and backend == "ccl":
+        workers, is_shared = count_workers(env.get("CCL_WORKER_COUNT", ""), len(own[0]))
+    # oneCCL's threads get the first cores of a rank, and the others compute.
+    computing = own if is_shared else [cpus[workers:] for cpus in own]
+    masks = [hex(sum(1 << cpu for cpu in cpus)) + "," for cpus in computing]
+    shared = ", each on a core that computes too" if is_shared else ""
+    # Only Intel's OpenMP reads KMP_*; Intel's launcher sets the same values. A waiting thread goes
+    # to sleep after 1 ms, because other threads need its core.
+    variables = [
+        ("OMP_NUM_THREADS", len(computing[0]),
+         f"{usable} cores / {ranks}, less {0 if is_shared else workers} for oneCCL"),
+        ("KMP_AFFINITY", "granularity=fine,compact,1,0" if is_bound else "", "one thread a core"),
+        ("KMP_BLOCKTIME", 1, "ms"),
+        ("LD_PRELOAD", machine.preload, "found"),
+    ]
+    if group.world > 1:
+        variables += [
+            # Intel MPI binds each rank to its mask; ranks.py does so under other launchers.
+            ("I_MPI_PIN_DOMAIN", f"[{''.join(masks)}]" if is_bound else "", "cores of each rank"),
+            ("MASTER_ADDR", group.address, "host of rank 0"),
+            ("MASTER_PORT", machine.port, "free here"),
+        ]
+    if workers:
+        cpus = ",".join(str(cpu) for cpus in own for cpu in cpus[:workers])
+        variables += [
+            ("CCL_WORKER_COUNT", workers, f"threads of oneCCL in each rank{shared}"),
+            ("CCL_WORKER_AFFINITY", cpus, "the first cores of each rank"),
+        ]
+    if launcher == "torchrun":
+        variables.append(("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 110,
+                          "s for a step and its checkpoint; torchrun's own are 30"))
+    decided = [(name, env[name], AS_SET) if env.get(name) else (name, str(value), reason)
+               for name, value, reason in variables]
+    return [row for row in decided if row[1]]
+
+
+# ---- the launch ----------------------------------------------------------------------------------
+
+
+def start_command(launcher: str, env: Mapping[str, str], group: Group, port: str,
+                  variables: Mapping[str, str]) -> list[str]:
+    """The launch command up to train.py."""
+    python, ssh = f"{env['VENV']}/bin/python", env["SSH"]
+    world, ranks = str(group.world), str(group.ranks)
+    hosts = ["localhost"] if group.is_single else group.hosts
+    if launcher == "torchrun":
+        # --standalone would look up this machine's own name, which may take minutes.
+        return [python, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks,
+                "--master-addr", group.address, "--master-port", port]
+    if launcher == "ipex":
+        workers = variables.get("CCL_WORKER_COUNT", "0")
+        options = ["--nnodes", "1", "--nprocs-per-node", ranks, "--ccl-worker-count", workers]
+        return ["ipexrun", *(options if group.world > 1 else [])]
+    if launcher in ("Intel MPI", "MPICH"):
+        bootstrap = [] if ssh == "ssh" else ["-bootstrap", "ssh", "-bootstrap-exec", ssh]
+        return ["mpirun", "-n", world, "-ppn", ranks, "-hosts", ",".join(hosts), *bootstrap, python]
+    if launcher == "Open MPI":
+        # Open MPI passes on only the variables that it is told to.
+        names = [*variables, STATUS_FILE]
+        names += [name for name in sorted(env) if name.startswith(PASSED_ON) and name not in names]
+        return ["mpirun", "-n", world, "--host", ",".join(f"{host}:{ranks}" for host in hosts),
+                "--map-by", f"ppr:{ranks}:node", "--bind-to", "none", "--mca", "plm_rsh_agent", ssh,
+                *(argument for name in names for argument in ("-x", name)), python]
+    return [python]
+
+
+class Plan(NamedTuple):
+    lines: list[str]  # every decision with its reason
+    run: Run
+    group: Group
+    command: list[str]  # the launch with its environment, for run.sh to start
+
+
+def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Plan:
+    """All decisions between the knobs and the launch command; `argv` is for train.py.
+
+    Raises ValueError if the knobs ask for something that cannot be.
+    """
+    check_knobs(env)
+    group = choose_ranks(env, machine)
+    run = choose_run(env, argv)
+    backend, why_backend = choose_backend(env["BACKEND"], machine.bindings)
+    launcher, why_launcher = choose_launcher(env["LAUNCHER"], group.world, group.is_single,
+                                             machine.mpirun, machine.ipexrun)
+    if launcher == "mpirun":
+        launcher = mpi_kind(machine.mpi_version)
+    rows = rank_variables(env, machine, group, launcher, backend)
+    variables = {name: value for name, value, _ in rows}
+
+    port = env.get("MASTER_PORT") or str(machine.port)
+    launch = start_command(launcher, env, group, port, variables) + ["train.py", *run.arguments]
+    if group.world > 1:
+        launch += ["--ranks", str(group.world)]
+    if group.world > 1 or why_backend == AS_SET:
+        launch += ["--backend", backend]
+    launch += argv
+    if launcher == "ipex":  # ipexrun gives its arguments to a shell
+        launch = [shlex.quote(word) for word in launch]
+
+    num_nodes = len({core.node for core in machine.cores})
+    granted = "" if machine.quota is None else f", time of {machine.quota} granted"
+    lines = [f"corpus  {env['CORPUS']} in {run.data}",
+             f"output  {run.out} ({run.state})",
+             f"cores   {len(machine.cores)} physical in {num_nodes} NUMA nodes behind CPUs "
+             f"{format_cpus(machine.cpus)}{granted}",
+             f"ranks   {group.ranks} on {', '.join(group.hosts)}, by {launcher} ({why_launcher})",
+             *([f"backend {backend} ({why_backend})"] if group.world > 1 else []),
+             *(f"set     {name}={value}  ({reason})" for name, value, reason in rows),
+             f"launch  {shlex.join(launch)}"]
+
+    if group.world == 1:
+        # The variables of a batch job of several tasks would make this process one of several.
+        variables |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    # A batch job may set one rank for all processes that it starts.
+    command = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK",
+               *(f"{name}={value}" for name, value in variables.items()), *launch]
+    if launcher != "python":
+        command = [f"{env['VENV']}/bin/python", "-m", "tools.launch", "run", *command]
+    return Plan(lines, run, group, command)
+
+
+def run_command(command: Sequence[str]) -> int:
+    """Runs a launch command and returns the exit status of training.
+
+    Launchers change that status: torchrun returns 1 after any error, ipexrun always returns 0. So
+    rank 0 writes it to a file; the launcher's status counts if rank 0 wrote none or 0.
+    """
+    # run.sh signals this process together with the launcher; this process waits for the launcher.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    # mpirun may end before rank 0 does, which then finds no folder to leave a file in.
+    with tempfile.TemporaryDirectory(prefix="rnnt-") as folder:
+        path = Path(folder, "status")
+        status = subprocess.run(command, env=os.environ | {STATUS_FILE: str(path)}).returncode
+        recorded = read_text(path).strip()
+    if not recorded and status == 0:
+        print("run.sh: the launcher ended with status 0, but rank 0 wrote no exit status on this "
+              "host", file=sys.stderr)
+        return 1
+    return int(recorded or 0) or (status if status >= 0 else 128 - status)
+
+
+def check_knobs(env: Mapping[str, str]) -> None:
+    for name, choices in CHOICES.items():
+        if env[name] not in choices:
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ValueError(f"{name}={env[name]}, expected {expected}")
+    if not re.fullmatch("([1-9][0-9]*)?", env["RANKS"]):
+        raise ValueError(f"RANKS={env['RANKS']}, expected a positive number")
+
+
+def main(argv: Sequence[str]) -> int:
+    task, *rest = argv
+    env = dict(os.environ)
+    if task == "run":
+        return run_command(rest)
+    if task == "check":
+        check_knobs(env)
+        read_hosts_file(env)
+        return 0
+    path, *flags = rest
+    plan = decide(env, flags, read_machine(env))
+    print("\n".join(plan.lines), flush=True)
+    # A batch system may start processes on hosts that ssh may not reach.
+    is_ssh = env.get("I_MPI_HYDRA_BOOTSTRAP", "ssh") == "ssh"
+    if env["DRY_RUN"] == "0" and is_ssh and not plan.group.is_single:
+        check_hosts(plan.group.hosts, env["SSH"], f"{env['VENV']}/bin/python", plan.run.data)
+    run = plan.run
+    fields = [run.data, run.out, run.dev_split, str(plan.group.usable),
+              "prepare" if run.needs_corpus else "", *plan.command]
+    Path(path).write_bytes(b"".join(os.fsencode(field) + b"\0" for field in fields))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        print(f"run.sh: {error}", file=sys.stderr)
+        sys.exit(2)
