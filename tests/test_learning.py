@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole system learns to emit words while they are spoken.
 
-    python -m pytest -m slow tests/test_learning.py        # some three minutes on two cores
+    python -m pytest -m slow tests/test_learning.py
 
 Training and transcribing are the command lines. Recordings of LibriSpeech are learnt by heart in
 test_oracles.py.

@@ -2,7 +2,7 @@
 """The project gives the numbers of other implementations, recorded in ../shared.
 
     python -m pytest -m "not slow" tests/test_oracles.py
-    python -m pytest -m slow tests/test_oracles.py        # four minutes on two cores
+    python -m pytest -m slow tests/test_oracles.py        # trains on recordings
 
 ../shared/oracles holds outputs of the original (intel/e2eAIOK, modelzoo/rnnt/pytorch) and of the
 libraries it calls, and MLPerf's published logs; its README.md says how each was made.
