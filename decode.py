@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -287,9 +287,25 @@ def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) ->
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+@torch.no_grad()
+def ctc_greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor) -> list[list[int]]:
+    """Most likely class at every label position of the CTC head: (B, T_in, D) -> B label lists.
+
+    Equal neighbours count once and blanks not at all (Graves et al. 2006). It shows what the
+    encoder has learnt while the CTC head is trained alone.
+    """
+    logits, lens = model.ctc_logits(feats, feat_lens)  # (B, N, V), (B,)
+    hypotheses = []
+    for classes, n in zip(logits.argmax(-1), lens.tolist(), strict=True):
+        labels = classes[:n].unique_consecutive().tolist()
+        hypotheses.append([label for label in labels if label != model.cfg.blank])
+    return hypotheses
+
+
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
-                   counts: Counter | None = None) -> dict[str, str]:
-    """Utterance id -> hypothesis.
+                   counts: Counter | None = None,
+                   search: Callable[..., list[list[int]]] = greedy_decode) -> dict[str, str]:
+    """Utterance id -> hypothesis, by `greedy_decode` or `ctc_greedy_decode`.
 
     Adds to `counts` the encoder "frames", the emitted "labels", and the hypotheses that were "cut"
     at MAX_SYMBOLS.
@@ -297,7 +313,7 @@ def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Ba
     texts = {}
     counts = Counter() if counts is None else counts
     for batch in batches:
-        labels = greedy_decode(model, batch.feats, batch.feat_lens)
+        labels = search(model, batch.feats, batch.feat_lens)
         texts.update(zip(batch.ids, map(tokenizer.decode, labels), strict=True))
         counts["frames"] += int(model.num_frames(batch.feat_lens).sum())
         counts["labels"] += sum(map(len, labels))

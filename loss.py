@@ -224,6 +224,34 @@ def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_
     return reduce_costs(costs, reduction)
 
 
+# ---------------------------------------------------------------------------------- CTC loss
+
+
+def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: Tensor,
+             blank: int) -> tuple[Tensor, Tensor]:
+    """Connectionist temporal classification, Graves et al. (2006), by torch's `ctc_loss`.
+
+    An alignment needs a position for every label and one more between two equal labels.
+
+    Args:
+        logits: (B, N, V) unnormalised scores of N label positions.
+        targets: (B, U) label ids; entries past `target_lens` are ignored.
+        logit_lens: (B,) valid positions.
+        target_lens: (B,) valid labels.
+        blank: index of the blank class.
+    Returns:
+        Costs in nats (B,), and booleans (B,) that are False where no alignment exists; the cost
+        and its gradient are 0 there.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = F.log_softmax(logits, -1, dtype=dtype).transpose(0, 1)  # (N, B, V)
+    costs = F.ctc_loss(log_probs, targets, logit_lens, target_lens, blank, reduction="none",
+                       zero_infinity=True)
+    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lens[:, None]
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)
+    return costs, target_lens + repeats <= logit_lens
+
+
 # ------------------------------------------------------------- loss fused with the joint network
 
 # One matrix product takes this many rows, lattice nodes, of the joint network. Their logits

@@ -22,6 +22,7 @@ from torch import nn
 from loss import joint_transducer_loss
 from model import (
     PRESETS,
+    ConvFrontEnd,
     FeatureNorm,
     LstmStack,
     ModelConfig,
@@ -37,6 +38,8 @@ TINY = ModelConfig(
     joint_dropout=0.0,
 )
 NORMALIZED = replace(TINY, normalization=True)
+CONV = replace(NORMALIZED, pre_layers=0, stack=2, post_layers=3, conv_layers=2, conv_channels=4,
+               residual=True)
 LENS = [13, 5, 9, 1]  # the last groups of 3 frames have one, two, three and one valid frames
 
 
@@ -94,7 +97,7 @@ def test_num_frames_rounds_up(factor):
     ids=["float64", "float32"],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
     cfg, training, dtype, tolerance
 ):
@@ -105,7 +108,7 @@ def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
     encoded, enc_lens = model.encode(feats, lens)
     for b, n in enumerate(LENS):
         alone, alone_lens = model.encode(feats[b : b + 1, :n], lens[b : b + 1])
-        assert enc_lens[b] == alone_lens[0] == alone.shape[1] == math.ceil(n / cfg.stack)
+        assert enc_lens[b] == alone_lens[0] == alone.shape[1] == math.ceil(n / cfg.reduction)
         torch.testing.assert_close(
             encoded[b, : enc_lens[b]], alone[0], rtol=tolerance, atol=tolerance
         )
@@ -125,7 +128,7 @@ def test_predict_gives_a_padded_batch_what_it_gives_each_utterance_alone(cfg, tr
         torch.testing.assert_close(predicted[b, : u + 1], alone[0], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
     feats, feat_lens = garbage_batch()
     targets = torch.tensor([[1, 4], [7, 8], [2, 2], [-1, 8]])
@@ -139,7 +142,7 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
         output = model.joint_network.output
         for rows, T_in, U in batches:
             labels = targets[rows, :U]
-            encoded, enc_lens, predicted = model(feats[rows, :T_in], feat_lens[rows], labels)
+            encoded, enc_lens, predicted, _ = model(feats[rows, :T_in], feat_lens[rows], labels)
             joint_transducer_loss(
                 encoded, predicted, output.weight, output.bias, labels, enc_lens, target_lens[rows],
                 cfg.blank, reduction="sum",
@@ -158,10 +161,9 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(groups=st.lists(st.integers(1, 4), min_size=1, max_size=6), removed=st.integers(0, 2),
-       normalized=st.booleans())
-def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, normalized):
-    # Every chunk is a multiple of the 3 frames of an encoder frame; the last one lacks `removed`.
-    cfg = NORMALIZED if normalized else TINY
+       cfg=st.sampled_from([TINY, NORMALIZED, CONV]))
+def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, cfg):
+    # Every chunk is a multiple of the frames of an encoder frame; the last one lacks `removed`.
     model, lengths = make_model(cfg).eval(), [cfg.reduction * n for n in groups]
     lengths[-1] -= removed
     generator = torch.Generator().manual_seed(2)
@@ -176,7 +178,7 @@ def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, norma
 
 
 @pytest.mark.parametrize("traced_frames", [9, 10])  # with and without a group to fill
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, traced_frames):
     model = make_model(cfg, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(3)
@@ -411,7 +413,7 @@ def test_gradient_reaches_every_parameter(preset):
     torch.manual_seed(0)
     feats, lens = torch.randn(2, 20, 6), torch.tensor([20, 11])
     targets, target_lens = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])
-    encoded, enc_lens, predicted = model(feats, lens, targets)
+    encoded, enc_lens, predicted, _ = model(feats, lens, targets)
     output = model.joint_network.output
     joint_transducer_loss(
         encoded, predicted, output.weight, output.bias, targets, enc_lens, target_lens,
@@ -419,6 +421,58 @@ def test_gradient_reaches_every_parameter(preset):
     ).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+# ------------------------------------------------------ convolutions, residuals, initialisation
+
+
+def test_convolutions_are_torchs_with_symmetric_padding():
+    front_end = ConvFrontEnd(replace(CONV, conv_layers=3)).double()
+    x = torch.randn(2, 11, 6, dtype=torch.float64)
+    lens = torch.tensor([11, 11])
+    y, out_lens, _ = front_end(x, lens, [])
+    expected = x[:, None]
+    for convolution in front_end.convolutions:
+        expected = nn.functional.conv2d(expected, convolution.weight, convolution.bias, stride=2,
+                                        padding=1).relu()
+    expected = front_end.layer_norm(front_end.linear(expected.transpose(1, 2).flatten(2)))
+    assert y.shape == (2, 2, 10)
+    assert out_lens.tolist() == [2, 2]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_of_the_convolutions_needs_no_frame_past_its_group():
+    model = make_model(CONV).eval()
+    lens = torch.tensor([32])
+    feats = torch.randn(1, 32, 6, dtype=torch.float64)
+    encoded, _ = model.encode(feats, lens)
+    for t in range(4):
+        changed = feats.clone()
+        changed[:, (t + 1) * CONV.reduction :] += 1.0
+        assert torch.equal(model.encode(changed, lens)[0][:, : t + 1], encoded[:, : t + 1])
+
+
+def test_residual_layers_add_their_input_before_layer_norm():
+    stack = make_model(CONV).encoder.post.eval()
+    x = torch.randn(2, 5, 20, dtype=torch.float64)
+    y, _ = stack(x)
+    expected = x.transpose(0, 1)
+    for layer, norm in zip(stack.layers, stack.layer_norms, strict=True):
+        out, _ = layer(expected)
+        expected = norm(out if out.shape != expected.shape else expected + out)
+    torch.testing.assert_close(y, expected.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_orthogonal_initialisation():
+    torch.manual_seed(0)
+    cfg = replace(TINY, orthogonal_init=True, weights_init_scale=1.0)
+    for lstm in Transducer(cfg).encoder.post.layers:
+        for gate in lstm.weight_hh_l0.chunk(4):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(10), rtol=0, atol=1e-5)
+        fan = lstm.input_size + lstm.hidden_size
+        assert 0.8 < lstm.weight_ih_l0.abs().max() / math.sqrt(6 / fan) <= 1
+        bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
+        assert bias.tolist() == [0.0] * 10 + [1.0] * 10 + [0.0] * 20
 
 
 # ---------------------------------------------------------------------- LstmStack and WideLstm
@@ -587,9 +641,10 @@ def test_parameter_count(cfg, expected):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(name, 0) for name in ("feature_size", "enc_hidden", "pre_layers", "stack", "post_layers",
-                            "pred_hidden", "pred_layers", "joint_hidden")]
-    + [("vocab_size", 1), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
+    [(name, 0) for name in ("feature_size", "enc_hidden", "stack", "post_layers",
+                            "pred_hidden", "pred_layers", "joint_hidden", "conv_channels")]
+    + [("vocab_size", 1), ("pre_layers", -1), ("conv_layers", -1), ("ctc_split", -1),
+       ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
        ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
 )
 def test_config_errors_name_field_and_value(field, value):
