@@ -753,8 +753,8 @@ BY_HEART = [
     "--dither", "0", "--enc-dropout", "0", "--pred-dropout", "0", "--joint-dropout", "0",
     "--weight-decay", "0",
     "--precision", "fp32", "--batch-size", "8", "--eval-batch-size", "8", "--lr", "0.007",
-    "--warmup-epochs", "1", "--hold-epochs", "7", "--lr-gamma", "0.8", "--ema-decay", "0.95",
-    "--epochs", "30",
+    "--warmup-epochs", "1", "--hold-epochs", "10", "--lr-gamma", "0.85", "--ema-decay", "0.95",
+    "--epochs", "40",
 ]
 
 
