@@ -5,19 +5,16 @@
 
 Both functions pass the same tests: `loss_of_table` builds a joint network whose logits are any
 given table, so joint_transducer_loss is a function of logits too. The oracle is the enumeration
-of every path; published numbers come with their source. ../shared/oracles, where it exists, adds
-19 cases from other implementations. Tests run in float64 unless they are about another dtype;
-the tolerance 1e-9 leaves room for the rounding of sums of some hundred terms.
+of every path; published numbers come with their source, and test_oracles.py adds 19 cases from
+other implementations. Tests run in float64 unless they are about another dtype; the tolerance 1e-9
+leaves room for the rounding of sums of some hundred terms.
 """
 
 import gc
 import itertools
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,14 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import loss
-
-ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
-LOSS_JSON = ORACLES / "loss" / "transducer_loss_oracles.json"
-SEED_RUN = ORACLES / "seedrun"
-needs_oracles = pytest.mark.skipif(not LOSS_JSON.is_file(), reason=f"{LOSS_JSON} is not here")
-
-CASES = json.loads(LOSS_JSON.read_text())["cases"] if LOSS_JSON.is_file() else []
-
 
 # ------------------------------------------------------------------------ problems and functions
 
@@ -73,13 +62,6 @@ def random_problem(lens: list, target_lens: list, V: int, blank: int, seed: int 
     logits = 2 * torch.randn(B, T, U + 1, V, dtype=torch.float64, generator=generator)
     targets = random_targets((B, U), V, blank, generator)
     return Problem(logits, targets, torch.tensor(lens), torch.tensor(target_lens), blank)
-
-
-def problem_of(case: dict) -> Problem:
-    logits = torch.tensor(case["logits"], dtype=torch.float64)
-    targets = torch.tensor(case["targets"], dtype=torch.int64).view(len(logits), -1)
-    lens, target_lens = (torch.tensor(case[k]) for k in ("logit_lengths", "target_lengths"))
-    return Problem(logits, targets, lens, target_lens, case["blank_resolved"])
 
 
 def table_joint(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -301,15 +283,12 @@ PROBLEMS = {
     "blank_first": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=0),
     "blank_middle": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=2),
     "blank_last": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=4),
-    **{case["id"]: problem_of(case) for case in CASES},
 }
 
 
-@pytest.fixture(params=PROBLEMS if CASES else [*PROBLEMS, "oracles"])
+@pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS)
 def problem(request) -> Problem:
-    if request.param == "oracles":
-        pytest.skip(f"{LOSS_JSON} is not here")
-    return PROBLEMS[request.param]
+    return request.param
 
 
 @both
@@ -888,174 +867,3 @@ def test_impossible_dropout_is_an_error(dropout):
     arguments = joint_arguments(2, 3, 2, V=4, J=6)
     with pytest.raises(ValueError, match=f"^dropout: {dropout}, expected 0 <= dropout < 1"):
         loss.joint_transducer_loss(*arguments, *GOOD[1:], dropout)
-
-
-# ------------------------------------------------------------------------ other implementations
-
-
-def cases_with(field: str):
-    cases = [c for c in CASES if field in c]
-    skipped = pytest.param(None, marks=needs_oracles, id="oracles")
-    return pytest.mark.parametrize("case", cases or [skipped], ids=lambda case: case["id"])
-
-
-@needs_oracles
-def test_all_oracle_cases_are_read():
-    assert len(CASES) == 19
-    counts = {
-        "published_costs": 10, "published_grad_logits": 4, "published_grad_log_probs": 5,
-        "float64_costs": 19, "float64_grad_logits": 19, "float64_grad_log_probs": 19,
-        "brute_force_costs": 17, "closed_form_costs": 3, "emissions": 3, "am": 1,
-    }
-    assert {field: sum(field in c for c in CASES) for field in counts} == counts
-
-
-@both
-@cases_with("published_costs")
-def test_published_costs(loss_of, case):
-    costs, _ = costs_and_grad(loss_of, problem_of(case))
-    assert_close(costs, case["published_costs"], case["tolerance"])
-
-
-@both
-@cases_with("published_grad_logits")
-def test_published_gradients(loss_of, case):
-    # Their authors computed them in float32.
-    _, grads = costs_and_grad(loss_of, problem_of(case))
-    assert_close(grads, case["published_grad_logits"], 1e-6)
-
-
-@both
-@cases_with("float64_costs")
-def test_float64_costs_and_gradients(loss_of, case):
-    costs, grads = costs_and_grad(loss_of, problem_of(case))
-    assert_close(costs, case["float64_costs"])
-    assert_close(grads, case["float64_grad_logits"])
-
-
-@both
-@cases_with("float64_costs")
-def test_float32_costs_and_gradients(loss_of, case):
-    problem = problem_of(case)
-    costs, grads = costs_and_grad(loss_of, problem._replace(logits=problem.logits.float()))
-    assert_close(costs, case["float64_costs"], 1e-5)
-    assert_close(grads, case["float64_grad_logits"], 1e-5)
-
-
-def grad_of_log_probs(case: dict) -> Tensor:
-    """(B, T, U+1, V): minus the posterior of an arc, at the class that it emits."""
-    problem = problem_of(case)
-    lattice, emitted = lattice_of(problem)
-    on_blank, on_label = lattice.posteriors()
-    grads = torch.zeros_like(problem.logits)
-    grads[..., problem.blank] -= on_blank
-    return grads.scatter_add_(3, emitted, -on_label[..., None])
-
-
-@cases_with("float64_grad_log_probs")
-def test_posteriors_are_the_gradients_of_log_probs(case):
-    assert_close(grad_of_log_probs(case), case["float64_grad_log_probs"])
-
-
-@cases_with("published_grad_log_probs")
-def test_published_gradients_of_log_probs(case):
-    assert_close(grad_of_log_probs(case), case["published_grad_log_probs"], 1e-6)
-
-
-@both
-@cases_with("brute_force_costs")
-def test_brute_force_costs(loss_of, case):
-    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["brute_force_costs"])
-
-
-@both
-@cases_with("closed_form_costs")
-def test_closed_form_costs(loss_of, case):
-    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["closed_form_costs"])
-
-
-def additive_joint(emissions: Tensor, predictions: Tensor) -> tuple:
-    """A joint network whose logits are emissions + predictions: the ReLU is idle above -100."""
-    weight = torch.eye(emissions.shape[-1], dtype=torch.float64)
-    return emissions + 100, predictions, weight, weight.new_full((len(weight),), -100)
-
-
-@cases_with("emissions")
-def test_joint_gradients_of_awni_transducer(case):
-    # Its joint network is a sum without non-linearity, and its gradients are from float32.
-    inputs = [
-        torch.tensor(case[k], dtype=torch.float64).requires_grad_()
-        for k in ("emissions", "predictions")
-    ]
-    arguments = additive_joint(*inputs)
-    costs = loss.joint_transducer_loss(*arguments, *problem_of(case)[1:], reduction="none")
-    assert_close(costs.detach(), case["float64_costs"])
-    grads = torch.autograd.grad(costs.sum(), inputs)
-    for actual, key in zip(grads, ("emissions", "predictions"), strict=True):
-        assert_close(actual, case[f"published_grad_{key}"], 1e-6)
-
-
-@cases_with("am")
-def test_joint_costs_of_fast_rnnt(case):
-    am, lm = (torch.tensor([case[k]], dtype=torch.float64) for k in ("am", "lm"))
-    problem = problem_of(case)
-    costs = loss.joint_transducer_loss(*additive_joint(am, lm), *problem[1:], reduction="none")
-    assert_close(costs, case["float64_costs"])
-
-
-def best_labels(problem: dict, blank: int) -> list[int]:
-    """The labels of the most probable path, by the lattice at a temperature near 0."""
-    emissions, predictions = (
-        torch.tensor(problem[k]).double() for k in ("emissions", "predictions")
-    )
-    log_probs = (emissions[:, :, None] + predictions[:, None]).log_softmax(-1)  # (1, T, U+1, V)
-    classes = [v for v in range(log_probs.shape[-1]) if v != blank]
-    T, U = problem["T"], problem["U"]
-    costs = {}
-    for labels in itertools.product(classes, repeat=U):
-        emitted = torch.tensor([*labels, classes[0]]).view(1, 1, -1, 1).expand(1, T, -1, 1)
-        arcs = (log_probs[..., blank], log_probs.gather(3, emitted)[..., 0])
-        lattice = loss.Lattice(*(1e4 * x for x in arcs), torch.tensor([T]), torch.tensor([U]))
-        costs[labels] = lattice.costs.item()
-    return [list(min(costs, key=costs.get))]
-
-
-@needs_oracles
-def test_best_path_of_awni_transducer():
-    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
-    assert best_labels(viterbi, viterbi["blank"]) == viterbi["expected_labels"]
-
-
-@needs_oracles
-def test_best_path_of_awni_transducer_on_one_frame():
-    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
-    assert (
-        best_labels(viterbi["no_blanks"], viterbi["blank"])
-        == (viterbi["no_blanks"]["expected_labels"])
-    )
-
-
-@needs_oracles
-def test_losses_of_the_original_on_its_own_logits():
-    # The original's tiny model ran in float32 with its build of warprnnt.
-    run = np.load(SEED_RUN / "seed_model_golden.npz")
-    expected = json.loads((SEED_RUN / "seed_model_golden.json").read_text())
-    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
-    logits = torch.from_numpy(run["logits"])
-    assert_close(loss.transducer_loss(logits, *rest, 11, "none"), expected["loss_each"], 1e-5)
-    assert_close(loss.transducer_loss(logits, *rest, 11), expected["loss_mean"], 1e-5)
-
-
-@needs_oracles
-def test_joint_gradients_of_the_original():
-    # The gradient of a projection's bias is the sum of the gradients over all frames or columns.
-    run = np.load(SEED_RUN / "seed_model_golden.npz")
-    names = ("enc_out", "pred_out", "w/joint_net.2.weight", "w/joint_net.2.bias")
-    arguments = [torch.from_numpy(run[k]).requires_grad_() for k in names]
-    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
-    loss.joint_transducer_loss(*arguments, *rest, 11).backward()
-    encoded, predicted, weight, bias = (x.grad for x in arguments)
-    assert_close(weight, run["g/joint_net.2.weight"], 1e-5)
-    assert_close(bias, run["g/joint_net.2.bias"], 1e-5)
-    assert_close(encoded.sum((0, 1)), run["g/joint_enc.bias"], 1e-5)
-    assert_close(predicted.sum((0, 1)), run["g/joint_pred.bias"], 1e-5)

@@ -4,26 +4,22 @@
     python -m pytest tests/test_model.py
 
 FeatureNorm and WideLstm are compared with torch's own, initialisation and parameter counts with
-the MLPerf v1.0 model, the joint network with its formula, chunks with the whole utterance. Where
-../shared exists, so is every activation, loss and gradient of a tiny model of the original system.
+the MLPerf v1.0 model, the joint network with its formula, chunks with the whole utterance. The
+activations and gradients of a model of the original are in test_oracles.py.
 """
 
 import copy
-import json
 import math
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import seedrun
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import features
-from loss import joint_transducer_loss, transducer_loss
+from loss import joint_transducer_loss
 from model import (
     PRESETS,
     ConvFrontEnd,
@@ -35,8 +31,6 @@ from model import (
     Transducer,
     WideLstm,
 )
-
-MISC = Path(__file__).resolve().parents[2] / "shared" / "oracles" / "misc_oracles.json"
 
 TINY = ModelConfig(
     feature_size=6, vocab_size=9, enc_hidden=10, pre_layers=2, stack=3, post_layers=2,
@@ -645,17 +639,6 @@ def test_parameter_count(cfg, expected):
     assert count_parameters(cfg) == expected
 
 
-@pytest.mark.skipif(not MISC.is_file(), reason="../shared/oracles is not here")
-def test_parameter_counts_are_those_of_the_oracle():
-    oracle = json.loads(MISC.read_text(encoding="utf-8"))["parameter_counts"]
-    for pre, post, stack in ((2, 3, 2), (2, 3, 8), (2, 2, 8)):
-        cfg = ModelConfig(pre_layers=pre, post_layers=post, stack=stack)
-        expected = oracle[f"pre{pre}_post{post}_stack{stack}"]
-        assert count_parameters(cfg) == expected
-        added = count_parameters(replace(cfg, normalization=True)) - expected
-        assert added == oracle["normalization_adds"]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [(name, 0) for name in ("feature_size", "enc_hidden", "stack", "post_layers",
@@ -671,132 +654,3 @@ def test_config_errors_name_field_and_value(field, value):
 
 def test_config_accepts_the_smallest_values():
     ModelConfig(1, 2, 1, 1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0)
-
-
-# ------------------------------------------------------------------- against the original's numbers
-
-# The original ran in float32 and summed at most some hundred terms.
-CLOSE = dict(rtol=1e-5, atol=2e-6)
-
-
-@pytest.fixture(scope="module")
-def original():
-    """The seedrun model in float64 and its outputs for the seedrun batch."""
-    model = seedrun.model("w/").double()
-    feats, lens = seedrun.features("", model.cfg.stack)
-    encoded, enc_lens = model.encode(feats.double(), lens)
-    predicted = model.predict(seedrun.arrays()["y"])
-    return model, encoded, enc_lens, predicted
-
-
-def seedrun_cost(original, fused, reduction):
-    model, encoded, enc_lens, predicted = original
-    targets, target_lens = seedrun.arrays()["y"], seedrun.arrays()["y_lens"]
-    blank = model.cfg.blank
-    if fused:
-        layer = model.joint_network.output
-        return joint_transducer_loss(encoded, predicted, layer.weight, layer.bias, targets,
-                                     enc_lens, target_lens, blank, reduction=reduction)
-    logits = model.joint(encoded, predicted)
-    return transducer_loss(logits, targets, enc_lens, target_lens, blank, reduction)
-
-
-@seedrun.needs_seedrun
-def test_encoder_output_is_the_originals(original):
-    _, encoded, enc_lens, _ = original
-    expected = seedrun.arrays()["enc_out"].double()
-    assert enc_lens.tolist() == seedrun.arrays()["enc_lens"].tolist()
-    for b, n in enumerate(enc_lens.tolist()):
-        torch.testing.assert_close(encoded[b, :n], expected[b, :n], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_padding_changes_nothing_but_the_last_incomplete_group_of_the_original():
-    model = seedrun.model("w/").double()
-    feats, _ = seedrun.features("", model.cfg.stack)
-    lens = seedrun.arrays()["x_lens"]  # 7 and 10 end inside a group of 3
-    encoded, enc_lens = model.encode(feats.double(), lens)
-    expected = seedrun.arrays()["enc_out"].double()
-    for b, n in enumerate(enc_lens.tolist()):
-        torch.testing.assert_close(encoded[b, : n - 1], expected[b, : n - 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_predictor_output_is_the_originals(original):
-    expected = seedrun.arrays()["pred_out"].double()
-    for b, u in enumerate(seedrun.arrays()["y_lens"].tolist()):
-        torch.testing.assert_close(original[3][b, : u + 1], expected[b, : u + 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_logits_are_the_originals(original):
-    model, encoded, enc_lens, predicted = original
-    logits, expected = model.joint(encoded, predicted), seedrun.arrays()["logits"].double()
-    for b, (n, u) in enumerate(zip(enc_lens, seedrun.arrays()["y_lens"], strict=True)):
-        torch.testing.assert_close(logits[b, :n, : u + 1], expected[b, :n, : u + 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
-def test_loss_is_the_originals(original, fused):
-    each, mean = (seedrun_cost(original, fused, r).tolist() for r in ("none", "mean"))
-    # warp-transducer sums in float32.
-    assert each == pytest.approx(seedrun.facts()["loss_each"], rel=1e-6)
-    assert mean == pytest.approx(seedrun.facts()["loss_mean"], rel=1e-6)
-
-
-@seedrun.needs_seedrun
-@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
-def test_every_gradient_is_the_originals(original, fused):
-    model = original[0]
-    named = dict(model.named_parameters())
-    grads = torch.autograd.grad(
-        seedrun_cost(original, fused, "mean"), list(named.values()), retain_graph=True
-    )
-    expected = seedrun.by_our_names("g/")
-    assert expected.keys() == named.keys()
-    for name, grad in zip(named, grads, strict=True):
-        torch.testing.assert_close(grad, expected[name].double(), rtol=2e-5, atol=3e-6, msg=name)
-    total = torch.stack([g.norm() for g in grads]).norm().item()
-    assert total == pytest.approx(seedrun.facts()["grad_total_norm"], rel=1e-6)
-    norms = seedrun.facts()["grad_l2"]  # under the original's names
-    ours = {name: g.norm().item() for name, g in zip(named, grads, strict=True)}
-    assert ours == pytest.approx({seedrun.our_name(k): v for k, v in norms.items()}, rel=1e-4)
-
-
-@seedrun.needs_seedrun
-def test_stack_time_is_the_originals():
-    x = seedrun.arrays()["stack_in"].transpose(0, 1)  # time-first in the original
-    assert torch.equal(StackTime(3)(x), seedrun.arrays()["stack_out"].transpose(0, 1))
-    lens = Transducer(seedrun.config(stack=3)).num_frames(torch.tensor([7, 5]))
-    assert lens.tolist() == seedrun.facts()["stack_lens"]
-
-
-@seedrun.needs_seedrun
-def test_splice_is_the_originals():
-    cfg = features.FeatureConfig(num_mels=4, freq_mask_max=1, align=1)
-    mels, expected = seedrun.arrays()["splice_in"], seedrun.arrays()["splice_out"]  # bins first
-    for b, (n, frames) in enumerate(zip([8, 5], seedrun.facts()["splice_lens"], strict=True)):
-        spliced = features.splice(mels[b, :, :n].T, cfg)
-        assert len(spliced) == frames
-        assert torch.equal(spliced, expected[b, :, :frames].T)
-
-
-@seedrun.needs_seedrun
-def test_initialisation_is_the_originals():
-    torch.manual_seed(0)
-    model, init = Transducer(seedrun.config()), seedrun.facts()["init"]
-    lstm = model.encoder.pre.layers[0]
-    for name in ("bias_ih_l0", "bias_hh_l0"):
-        forget = getattr(lstm, name)[8:16].tolist()
-        assert forget == init[f"{name} forget slice"]
-    bound = init["bound 0.5/sqrt(H)"]
-    others = torch.cat([lstm.bias_ih_l0[:8], lstm.bias_ih_l0[16:]])
-    assert 0.95 * bound < lstm.weight_ih_l0.abs().max().item() <= bound
-    assert 0.9 * bound < others.abs().max().item() <= bound
-    assert model.joint_network.output.weight.abs().max().item() == pytest.approx(
-        init["joint_net.2 max|w|"], rel=0.05
-    )
-    # Both are deviations of 66 draws from N(0, 1).
-    embed_std = model.predictor.embed.weight.std().item()
-    assert embed_std == pytest.approx(init["embed std"], rel=0.25)
