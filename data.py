@@ -380,9 +380,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer | None,
                  cfg: FeatureConfig, seed: int | None = None, epoch: int = 0,
-                 skip_bad: bool = False) -> None:
+                 skip_bad: bool = False, strength: float = 1.0) -> None:
         self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
+        self.strength = strength  # of SpecAugment
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -404,7 +405,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         """With `skip_bad`, a file that cannot be read gives a warning and None."""
         utterance = self.utterances[index]
         try:
-            feats = features(load_audio(utterance.path, self.cfg), self.cfg, self.rng(index))
+            samples = load_audio(utterance.path, self.cfg)
+            feats = features(samples, self.cfg, self.rng(index), self.strength)
         except (OSError, ValueError) as error:
             if not self.skip_bad:
                 raise

@@ -16,12 +16,11 @@ Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,20 +142,11 @@ def greedy_search(model: Transducer, encoded: Tensor, enc_lens: Tensor,
 @torch.no_grad()
 def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
                   max_symbols_per_frame: int = MAX_SYMBOLS_PER_FRAME,
-                  max_symbols: int = MAX_SYMBOLS,
-                  arcs: list[list[Arc]] | None = None) -> list[list[int]]:
-    """Encodes and searches: (B, T_in, D), (B,) -> B label lists.
-
-    The limits are those of greedy_search. The path of each utterance is appended to `arcs`.
-    """
+                  max_symbols: int = MAX_SYMBOLS) -> list[list[int]]:
+    """Encodes and searches: (B, T_in, D), (B,) -> B label lists; limits as in greedy_search."""
     assert not model.training
     encoded, enc_lens = model.encode(feats, feat_lens)  # (B, T, J), (B,)
-    paths = None if arcs is None else [[] for _ in range(len(feats))]
-    labels, _ = greedy_search(model, encoded, enc_lens, None, max_symbols_per_frame, max_symbols,
-                              paths)
-    if arcs is not None:
-        arcs += paths
-    return labels
+    return greedy_search(model, encoded, enc_lens, None, max_symbols_per_frame, max_symbols)[0]
 
 
 # ------------------------------------------------------------------------------- words and times
@@ -227,8 +217,6 @@ def word_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[i
 
     Words are separated by white space; upper and lower case differ.
     """
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
     pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
     errors = sum(x != y for h, r in pairs for x, y in align(h, r))
     return errors, sum(len(r) for _, r in pairs)
@@ -239,9 +227,8 @@ def word_error_rate(errors: int, words: int) -> float:
     return errors / words if words else math.inf
 
 
-def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
-                    most: int = 10) -> list[str]:
-    """One line per kind of word error: its count, and its `most` frequent examples."""
+def describe_errors(hypotheses: Sequence[str], references: Sequence[str]) -> list[str]:
+    """One line per kind of word error: its count, and its ten most frequent examples."""
     kinds = {"substitutions": Counter(), "insertions": Counter(), "deletions": Counter()}
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         for heard, said in align(hypothesis.split(), reference.split()):
@@ -253,20 +240,8 @@ def describe_errors(hypotheses: Sequence[str], references: Sequence[str],
                 kinds["substitutions"][f"{said} -> {heard}"] += 1
     lines = []
     for kind, errors in kinds.items():
-        examples = ", ".join(f"{error} ({n})" for error, n in errors.most_common(most))
+        examples = ", ".join(f"{error} ({n})" for error, n in errors.most_common(10))
         lines.append(f"{kind}: {errors.total():,}" + (f": {examples}" if examples else ""))
-    return lines
-
-
-def describe_blanks(frames: int, labels: int, words: int) -> list[str]:
-    """Share of blanks among a model's symbols, if one blank ends every encoder frame.
-
-    A second line warns of a model that has not learnt to emit labels.
-    """
-    ratio = frames / (frames + labels)
-    lines = [f"blank ratio: {ratio:.3f}, {labels / frames:.3f} symbols a frame"]
-    if labels < words / 10:
-        lines += [f"the model emits (almost) only blanks: {labels:,} symbols for {words:,} words"]
     return lines
 
 
@@ -287,9 +262,25 @@ def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) ->
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+@torch.no_grad()
+def ctc_greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor) -> list[list[int]]:
+    """Most likely class at every label position of the CTC head: (B, T_in, D) -> B label lists.
+
+    Equal neighbours count once and blanks not at all (Graves et al. 2006). It shows what the
+    encoder has learnt while the CTC head is trained alone.
+    """
+    logits, lens = model.ctc_logits(feats, feat_lens)  # (B, N, V), (B,)
+    hypotheses = []
+    for classes, n in zip(logits.argmax(-1), lens.tolist(), strict=True):
+        labels = classes[:n].unique_consecutive().tolist()
+        hypotheses.append([label for label in labels if label != model.cfg.blank])
+    return hypotheses
+
+
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
-                   counts: Counter | None = None) -> dict[str, str]:
-    """Utterance id -> hypothesis.
+                   counts: Counter | None = None,
+                   search: Callable[..., list[list[int]]] = greedy_decode) -> dict[str, str]:
+    """Utterance id -> hypothesis, by `greedy_decode` or `ctc_greedy_decode`.
 
     Adds to `counts` the encoder "frames", the emitted "labels", and the hypotheses that were "cut"
     at MAX_SYMBOLS.
@@ -297,7 +288,7 @@ def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Ba
     texts = {}
     counts = Counter() if counts is None else counts
     for batch in batches:
-        labels = greedy_decode(model, batch.feats, batch.feat_lens)
+        labels = search(model, batch.feats, batch.feat_lens)
         texts.update(zip(batch.ids, map(tokenizer.decode, labels), strict=True))
         counts["frames"] += int(model.num_frames(batch.feat_lens).sum())
         counts["labels"] += sum(map(len, labels))
@@ -327,38 +318,23 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
           f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
-    lines = describe_errors(hypotheses, references)
-    lines += describe_blanks(counts["frames"], counts["labels"], words)
+    print("\n".join(describe_errors(hypotheses, references)))
+    frames, labels = counts["frames"], counts["labels"]  # a blank ends every frame
+    print(f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame")
     if counts["cut"]:
-        lines.append(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
-                     "evaluation allows")
-    print("\n".join(lines))
+        print(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
+              "evaluation allows")
 
 
 # ----------------------------------------------------------------------------- transcribing files
 
 
-def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
-    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
-
-    Returns also the number of folders that cannot be read; each is named on stderr.
-    """
+def list_audio(paths: Sequence[str]) -> list[str]:
+    """Files as given; a folder becomes all audio below it, by name, or stays if it has none."""
     files: list[str] = []
-    errors: list[OSError] = []
     for path in paths:
-        inside, visited = [], set()
-        for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
-            if os.path.realpath(folder) in visited:  # links lead to a folder twice, or in a circle
-                subfolders.clear()
-                continue
-            visited.add(os.path.realpath(folder))
-            subfolders.sort()
-            inside += (str(Path(folder, name)) for name in names if is_audio(name))
-        files += sorted(inside) or [path]
-    errors = [error for error in errors if os.path.isdir(error.filename)]
-    for error in errors:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return files, len(errors)
+        files += sorted(str(f) for f in Path(path).rglob("*") if is_audio(f.name)) or [path]
+    return files
 
 
 class Transcription(NamedTuple):
@@ -370,8 +346,9 @@ class Transcription(NamedTuple):
     arcs: list[Arc]
 
 
+@torch.no_grad()
 def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
-    """Path of each file through its lattice, to its end: (T_in, D) each.
+    """Path of each file, (T_in, D), through its lattice, without a limit on all symbols.
 
     A batch of more than MAX_FRAMES padded frames is decoded in halves.
     """
@@ -380,8 +357,8 @@ def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
     if half and len(feats) * feat_lens.max() > MAX_FRAMES:
         return find_paths(model, feats[:half]) + find_paths(model, feats[half:])
     padded = torch.nn.utils.rnn.pad_sequence(feats, batch_first=True)  # (B, T_in, D)
-    paths: list[list[Arc]] = []
-    greedy_decode(model, padded, feat_lens, max_symbols=sys.maxsize, arcs=paths)
+    paths: list[list[Arc]] = [[] for _ in feats]
+    greedy_search(model, *model.encode(padded, feat_lens), max_symbols=sys.maxsize, paths=paths)
     return paths
 
 
@@ -489,7 +466,7 @@ def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: fl
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
-    paths, num_failed = list_audio(args.audio)
+    paths, num_failed = list_audio(args.audio), 0
     if args.plot and len(paths) != 1:
         raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
     for path in filter(None, (args.ctm, args.json, args.plot)):

@@ -63,6 +63,7 @@ class FeatureConfig:
     dither: float = 1e-5  # standard deviation; training only
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
+    mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
     time_masks: int = 10
@@ -88,7 +89,7 @@ class FeatureConfig:
               "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
             (("dither", "freq_masks", "freq_mask_max", "time_masks"),
              lambda x: x >= 0, "at least 0"),
-            (("preemphasis", "time_mask_max"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("preemphasis", "time_mask_max", "mel_warp"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
             (("max_utterance_s",), lambda x: x > 0, "more than 0"),
             (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
             (("trim_db",), lambda x: x <= 0, "at most 0"),
@@ -365,18 +366,37 @@ def normalize(mels: Tensor) -> Tensor:
     return x.float()
 
 
-def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> Tensor:
+def warp_mels(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+              strength: float = 1.0) -> Tensor:
+    """(frames, 80) with the mel axis stretched by a random factor, as another vocal tract would.
+
+    Jaitly & Hinton (2013), vocal tract length perturbation, on the mel scale: the value of a bin
+    is read, by linear interpolation, at its index times 1 - `mel_warp` to 1 + `mel_warp`.
+    """
+    if cfg.mel_warp * strength == 0:
+        return mels
+    factor = 1 + strength * rng.uniform(-cfg.mel_warp, cfg.mel_warp)
+    bins = mels.shape[1]
+    place = (torch.arange(bins) * factor).clamp_max(bins - 1)
+    below = place.long()
+    above = (below + 1).clamp_max(bins - 1)
+    return torch.lerp(mels[:, below], mels[:, above], place - below)
+
+
+def spec_augment(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+                 strength: float = 1.0) -> Tensor:
     """Zeroes random bands of mel bins and of frames of (frames, 80), in place.
 
-    Widths are uniform from 0 to the maximum. The maximum of frames is a share of the utterance's
-    length, so that short utterances are not wiped out ("adaptive", arXiv:1912.05533).
+    Widths are uniform from 0 to `strength` times the maximum. The maximum of frames is a share of
+    the utterance's length, so that short utterances are not wiped out ("adaptive",
+    arXiv:1912.05533).
     """
     frames, bins = mels.shape
     for _ in range(cfg.freq_masks):
-        width = rng.integers(0, cfg.freq_mask_max, endpoint=True)
+        width = rng.integers(0, round(cfg.freq_mask_max * strength), endpoint=True)
         start = rng.integers(0, bins - width, endpoint=True)
         mels[:, start : start + width] = 0
-    longest = round(frames * cfg.time_mask_max)
+    longest = round(frames * cfg.time_mask_max * strength)
     for _ in range(cfg.time_masks):
         width = rng.integers(0, longest, endpoint=True)
         start = rng.integers(0, frames - width, endpoint=True)
@@ -397,10 +417,11 @@ def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
 
 
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
-             rng: np.random.Generator | None = None) -> Tensor:
+             rng: np.random.Generator | None = None, strength: float = 1.0) -> Tensor:
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
 
-    With `rng`, augmented for training: speed perturbation, dither and SpecAugment.
+    With `rng`, augmented for training: speed perturbation, dither, and a warped mel axis and
+    SpecAugment with `strength` times their full strength.
     """
     if rng is not None:
         samples = change_speed(samples, draw_speed(rng, cfg))
@@ -409,5 +430,5 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
         samples = dither(samples, rng, cfg)
     mels = normalize(log_mel(samples, cfg))
     if rng is not None:
-        mels = spec_augment(mels, rng, cfg)
+        mels = spec_augment(warp_mels(mels, rng, cfg, strength), rng, cfg, strength)
     return splice(mels, cfg)

@@ -83,9 +83,8 @@ class Lattice:
         alpha = blank.new_full((T + U1, B, U1 + 1), LOG_ZERO)
         alpha[0, :, 1] = 0
         for d in range(T + U1 - 1):
-            torch.logaddexp(
-                alpha[d, :, 1:] + blank[d], alpha[d, :, :-1] + label[d], out=alpha[d + 1, :, 1:]
-            )
+            torch.logaddexp(alpha[d, :, 1:] + blank[d], alpha[d, :, :-1] + label[d],
+                            out=alpha[d + 1, :, 1:])
         self.end = (enc_lens + target_lens, torch.arange(B, device=blank.device), target_lens)
         costs = -alpha[:, :, 1:][self.end]  # (B,)
         self.costs = costs.masked_fill(costs >= -LOG_ZERO, torch.inf)  # no path reaches the end
@@ -116,19 +115,15 @@ class Lattice:
 # --------------------------------------------------------------------- arguments of both losses
 
 
-def blank_class(blank: int, V: int) -> int:
-    """The index of the blank; -1 means the last class, as in torchaudio."""
-    if not -1 <= blank < V:
-        raise ValueError(f"blank: {blank}, expected -1 or 0 <= blank < {V}")
-    return V - 1 if blank == -1 else blank
-
-
 def check_batch(B: int, T: int, U: int, V: int, targets: Tensor, enc_lens: Tensor,
-                target_lens: Tensor, blank: int, lens_name: str) -> None:
+                target_lens: Tensor, blank: int, lens_name: str) -> int:
     """Raises ValueError that names an argument and its value unless they make a batch.
 
-    `lens_name` is the name of `enc_lens` that the caller knows.
+    `lens_name` is the name of `enc_lens` that the caller knows. Returns the index of the blank.
     """
+    if not -1 <= blank < V:
+        raise ValueError(f"blank: {blank}, expected -1 or 0 <= blank < {V}")
+    blank = V - 1 if blank == -1 else blank  # as in torchaudio
     if B < 1:
         raise ValueError("a batch of 0 utterances, expected at least 1")
     if targets.shape != (B, U) or targets.dtype not in (torch.int32, torch.int64):
@@ -146,6 +141,7 @@ def check_batch(B: int, T: int, U: int, V: int, targets: Tensor, enc_lens: Tenso
     for b, u in wrong.nonzero().tolist()[:1]:
         raise ValueError(f"targets[{b}, {u}]: {targets[b, u].item()}, expected 0 <= label < {V} "
                          f"other than blank {blank}")
+    return blank
 
 
 def label_of_node(targets: Tensor, target_lens: Tensor) -> Tensor:
@@ -184,11 +180,9 @@ class LatticeCosts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         refuse_second_derivative()
-        blank_posterior, label_posterior = ctx.lattice.posteriors()
         scale = -grad_costs.double()[:, None, None]
-        grad_blank = (blank_posterior * scale).to(ctx.dtype)
-        grad_label = (label_posterior * scale).to(ctx.dtype)
-        return grad_blank, grad_label, None, None
+        grads = ((posterior * scale).to(ctx.dtype) for posterior in ctx.lattice.posteriors())
+        return *grads, None, None
 
 
 def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: Tensor,
@@ -214,14 +208,41 @@ def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_
     if logits.dim() != 4:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, T, U+1, V)")
     B, T, U1, V = logits.shape
-    blank = blank_class(blank, V)
-    check_batch(B, T, U1 - 1, V, targets, logit_lens, target_lens, blank, "logit_lens")
+    blank = check_batch(B, T, U1 - 1, V, targets, logit_lens, target_lens, blank, "logit_lens")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probs = F.log_softmax(logits, dim=-1, dtype=dtype)  # (B, T, U+1, V)
     labels = label_of_node(targets, target_lens)[:, None, :, None].expand(B, T, U1, 1)
     label = log_probs.gather(3, labels)[..., 0]  # (B, T, U+1)
     costs = LatticeCosts.apply(log_probs[..., blank], label, logit_lens, target_lens)
     return reduce_costs(costs, reduction)
+
+
+# ---------------------------------------------------------------------------------- CTC loss
+
+
+def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: Tensor,
+             blank: int) -> tuple[Tensor, Tensor]:
+    """Connectionist temporal classification, Graves et al. (2006), by torch's `ctc_loss`.
+
+    An alignment needs a position for every label and one more between two equal labels.
+
+    Args:
+        logits: (B, N, V) unnormalised scores of N label positions.
+        targets: (B, U) label ids; entries past `target_lens` are ignored.
+        logit_lens: (B,) valid positions.
+        target_lens: (B,) valid labels.
+        blank: index of the blank class.
+    Returns:
+        Costs in nats (B,), and booleans (B,) that are False where no alignment exists; the cost
+        and its gradient are 0 there.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = F.log_softmax(logits, -1, dtype=dtype).transpose(0, 1)  # (N, B, V)
+    costs = F.ctc_loss(log_probs, targets, logit_lens, target_lens, blank, reduction="none",
+                       zero_infinity=True)
+    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lens[:, None]
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)
+    return costs, target_lens + repeats <= logit_lens
 
 
 # ------------------------------------------------------------- loss fused with the joint network
@@ -241,13 +262,6 @@ ROW_UNIT = 128
 SKIP_BELOW = 2.0**-10
 
 
-def compute_dtype(encoded: Tensor) -> torch.dtype:
-    """Autocast's dtype where autocast is on, else that of the arguments."""
-    if encoded.dtype != torch.float64 and torch.is_autocast_enabled(encoded.device.type):
-        return torch.get_autocast_dtype(encoded.device.type)
-    return encoded.dtype
-
-
 def whole_rows(count: int) -> int:
     return -(-count // ROW_UNIT) * ROW_UNIT
 
@@ -265,15 +279,12 @@ def random_rows(count: int, device: torch.device) -> Tensor:
 
 
 def drop(hidden: Tensor, dropout: float, random: Tensor) -> None:
-    """Sets every value, even NaN, to 0 with probability `dropout`; does not scale the rest.
+    """Sets every value, even NaN, to 0 in place with probability `dropout`; scales no value.
 
-    Drawing a number for every value would take longer than the matrix products, so two short
-    random rows are drawn once. Each block XORs a random slice of one with a random slice of the
-    other; values are independent, except in two blocks whose slices happen to shift alike.
-
-    Args:
-        hidden: a contiguous block of values, changed in place.
-        random: the two rows, each at least twice as long as `hidden`, from `random_rows`.
+    Drawing a number for every value would take longer than the matrix products, so two `random`
+    rows, each twice as long as a block, are drawn once. Each contiguous block XORs a random slice
+    of one with a random slice of the other; values are independent, except in two blocks whose
+    slices happen to shift alike.
     """
     count = hidden.numel()
     first, second = torch.randint(random.shape[1] - count, (2,)).tolist()
@@ -324,17 +335,11 @@ def arc_scores(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor,
 
 def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor, weight: Tensor,
                    bias: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of some rows of `hidden` before ReLU and dropout, of `weight` and of `bias`.
+    """Gradients of some `rows` of `hidden` before ReLU and dropout, of `weight` and of `bias`.
 
     A node's gradient with respect to its logits is softmax * (blank + label posterior), minus
-    the posterior of each arc at the class that the arc emits.
-
-    Args:
-        hidden: (all rows, J) joint hidden values.
-        rows: (count,) indices of the rows to work on.
-        arcs: (2, count) posteriors of their blank and label arcs times the upstream gradient.
-        labels: (all rows,) class of each label arc.
-        weight, bias, blank: the output layer (V, J), (V,) and the blank's index.
+    the posterior of each arc at the class that the arc emits. `arcs` (2, count) are the posteriors
+    of the rows' blank and label arcs, times the upstream gradient.
     """
     grad_hidden = hidden.new_empty(len(rows), hidden.shape[1])
     grad_weight = torch.zeros_like(weight, dtype=arcs.dtype)
@@ -362,12 +367,12 @@ def sum_nodes(grad_hidden: Tensor, is_visited: Tensor, sizes: list[tuple[int, in
     `grad_hidden` (count, J) has a row for each of the `count` nodes where `is_visited` (nodes,) is
     True; the others have no gradient.
     """
-    masks = is_visited.split([n * u1 for n, u1 in sizes])
-    rows_of = grad_hidden.split([int(mask.sum()) for mask in masks])
-    for b, (mask, rows) in enumerate(zip(masks, rows_of, strict=True)):
+    for b, visited in enumerate(is_visited.split([n * u1 for n, u1 in sizes])):
         n, u1 = sizes[b]
-        grad_nodes = rows.new_zeros(n * u1, rows.shape[1])
-        grad_nodes[mask] = rows
+        count = int(visited.sum())
+        grad_nodes = grad_hidden.new_zeros(n * u1, grad_hidden.shape[1])
+        grad_nodes[visited] = grad_hidden[:count]
+        grad_hidden = grad_hidden[count:]
         grad_nodes = grad_nodes.view(n, u1, -1)
         grad_encoded[b, :n] = grad_nodes.sum(1)
         grad_predicted[b, :u1] = grad_nodes.sum(0)
@@ -458,23 +463,19 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
         ValueError: a shape, length or label is not possible; the message has its value.
     """
     if encoded.dim() != 3 or predicted.dim() != 3 or encoded.shape[::2] != predicted.shape[::2]:
-        raise ValueError(
-            f"encoded: shape {tuple(encoded.shape)}, predicted: {tuple(predicted.shape)}, "
-            "expected (B, T, J) and (B, U+1, J)"
-        )
+        raise ValueError(f"encoded: shape {tuple(encoded.shape)}, predicted: "
+                         f"{tuple(predicted.shape)}, expected (B, T, J) and (B, U+1, J)")
     B, T, J = encoded.shape
     U, V = predicted.shape[1] - 1, len(weight)
     if weight.shape != (V, J) or bias.shape != (V,):
-        raise ValueError(
-            f"weight: shape {tuple(weight.shape)}, bias: {tuple(bias.shape)}, expected (V, {J}) "
-            "and (V,)"
-        )
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, bias: {tuple(bias.shape)}, "
+                         f"expected (V, {J}) and (V,)")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
-    blank = blank_class(blank, V)
-    check_batch(B, T, U, V, targets, encoded_lens, target_lens, blank, "encoded_lens")
-    costs = JointCosts.apply(
-        encoded, predicted, weight, bias, label_of_node(targets, target_lens), encoded_lens,
-        target_lens, blank, dropout, compute_dtype(encoded),
-    )
+    blank = check_batch(B, T, U, V, targets, encoded_lens, target_lens, blank, "encoded_lens")
+    dtype, device = encoded.dtype, encoded.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    costs = JointCosts.apply(encoded, predicted, weight, bias, label_of_node(targets, target_lens),
+                             encoded_lens, target_lens, blank, dropout, dtype)
     return reduce_costs(costs, reduction)

@@ -22,13 +22,16 @@ Training v1.0 RNN-T, with the normalisation layers of Intel e2eAIOK (modelzoo/rn
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
-EncoderState = tuple[LstmState, LstmState]  # of the stacks before and after StackTime
+# The last input frame of every convolution, then the stacks before and after StackTime.
+EncoderState = tuple[list[Tensor], LstmState | None, LstmState]
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,22 @@ class ModelConfig:
     pred_dropout: float = 0.3  # after every LSTM layer of the prediction network
     joint_dropout: float = 0.3  # on the joint hidden layer
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
+    conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
+    conv_channels: int = 32  # of the first two convolutions; later ones have twice as many
+    residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
+    ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
+    orthogonal_init: bool = False  # LSTM weights: orthogonal and Xavier instead of uniform
     forget_gate_bias: float = 1.0  # of bias_ih, before weights_init_scale
     weights_init_scale: float = 0.5  # multiplies LSTM weights and biases at the start
 
     def __post_init__(self) -> None:
-        for name in ("feature_size", "enc_hidden", "pre_layers", "stack", "post_layers",
-                     "pred_hidden", "pred_layers", "joint_hidden"):
+        for name in ("feature_size", "enc_hidden", "stack", "post_layers",
+                     "pred_hidden", "pred_layers", "joint_hidden", "conv_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        for name in ("pre_layers", "conv_layers", "ctc_split"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size: {self.vocab_size}, expected a label and the blank")
         for name in ("enc_dropout", "pred_dropout", "joint_dropout"):
@@ -72,7 +83,7 @@ class ModelConfig:
     @property
     def reduction(self) -> int:
         """Input frames per encoder frame."""
-        return self.stack
+        return 2**self.conv_layers * self.stack
 
 
 PRESETS = {
@@ -167,6 +178,44 @@ class FeatureNorm(nn.Module):
         return torch.addcmul(self.bias - mean * scale, feats, scale)
 
 
+class ConvFrontEnd(nn.Module):
+    """3 x 3 convolutions that halve time and frequency, a linear layer, LayerNorm.
+
+    Output frame t of a convolution sees its input frames 2t - 1, 2t and 2t + 1. So an output of
+    all layers needs no input frame past its own group of 2^layers: the encoder stays causal.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        channels = [1, *(cfg.conv_channels * (1 if i < 2 else 2) for i in range(cfg.conv_layers))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(*pair, kernel_size=3, stride=2, padding=(0, 1)) for pair in pairwise(channels)
+        )
+        bins = -(-cfg.feature_size // 2**cfg.conv_layers)
+        self.linear = nn.Linear(channels[-1] * bins, cfg.enc_hidden)
+        self.layer_norm = nn.LayerNorm(cfg.enc_hidden)
+
+    def forward(self, x: Tensor, lens: Tensor,
+                state: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(B, T_in, D), (B,), state -> (B, ceil(T_in / 2^layers), H), (B,), state.
+
+        The state holds the frame that precedes the input of every convolution.
+
+        An empty `state` stands for zeros, which precede the first frame of an utterance.
+        """
+        x, last = x[:, None], []  # (B, 1, T_in, D)
+        for i, convolution in enumerate(self.convolutions):
+            # The frames behind an utterance's end must hold zeros, as for an utterance alone.
+            x = x.masked_fill(~valid_frames(lens, x.shape[2])[:, None, :, None], 0.0)
+            before = state[i] if state else torch.zeros_like(x[:, :, :1])
+            last.append(x[:, :, -1:])
+            x = F.pad(torch.cat([before, x], 2), (0, 0, 0, x.shape[2] % 2))
+            x = F.relu(convolution(x))  # (B, channels, ceil(T / 2), ceil(D / 2))
+            lens = (lens + 1) // 2
+        x = self.linear(x.transpose(1, 2).flatten(2))  # (B, T, H)
+        return self.layer_norm(x), lens, last
+
+
 class WideLstm(nn.LSTM):
     """One layer of torch.nn.LSTM, faster to train in bfloat16 where the input is wide.
 
@@ -207,11 +256,22 @@ class WideLstm(nn.LSTM):
         return torch.stack(outputs), (h[None], c[None])
 
 
+def initialize_gates(name: str, parameter: Tensor) -> None:
+    """Orthogonal recurrent and Xavier-uniform input weights for each gate, biases of zero."""
+    if "bias" in name:
+        nn.init.zeros_(parameter)
+        return
+    for gate in parameter.chunk(4):  # (H, H) or (H, input_size)
+        (nn.init.orthogonal_ if "weight_hh" in name else nn.init.xavier_uniform_)(gate)
+
+
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
 
-    The layers are separate modules because torch.nn.LSTM has no dropout after its last layer.
-    Between them time comes first, as oneDNN's LSTM reads and writes it.
+    With `cfg.residual` LayerNorm follows every layer, and a layer as wide as its input adds the
+    input to its output before. The layers are separate modules because torch.nn.LSTM has no
+    dropout after its last layer. Between them time comes first, as oneDNN's LSTM reads and
+    writes it.
     """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
@@ -220,9 +280,15 @@ class LstmStack(nn.Module):
         input_sizes = [input_size] + [hidden] * (layers - 1)
         self.layers = nn.ModuleList(WideLstm(size, hidden) for size in input_sizes)
         self.dropout = nn.Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
+        self.residual = cfg.residual
+        if cfg.residual:
+            self.layer_norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
+        else:
+            self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
             for name, parameter in self.layers.named_parameters():
+                if cfg.orthogonal_init:
+                    initialize_gates(name, parameter)
                 # The gates stand in the order input, forget, cell, output. The LSTM adds two
                 # forget biases: one is set to the wanted value and the other to zero.
                 if "bias" in name:
@@ -237,10 +303,15 @@ class LstmStack(nn.Module):
             layer_states = list(zip(*(s.split(1) for s in state), strict=True))
         x = x.transpose(0, 1).contiguous()  # (T, B, input_size)
         for i, layer in enumerate(self.layers):
-            x, layer_states[i] = layer(x, layer_states[i])
-            x = self.dropout(x)
+            y, layer_states[i] = layer(x, layer_states[i])
+            y = self.dropout(y)
+            if self.residual:
+                y = self.layer_norms[i](x + y if x.shape == y.shape else y)
+            x = y
         h, c = (torch.cat(states) for states in zip(*layer_states, strict=True))
-        return self.layer_norm(x).transpose(0, 1), (h, c)
+        if not self.residual:
+            x = self.layer_norm(x)
+        return x.transpose(0, 1), (h, c)
 
 
 class StackTime(nn.Module):
@@ -261,30 +332,41 @@ class StackTime(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Transcription network of Graves (2012), unidirectional, with StackTime in the middle."""
+    """Transcription network of Graves (2012), unidirectional, with StackTime in the middle.
+
+    Convolutions may come first (`cfg.conv_layers`).
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         H = cfg.enc_hidden
         self.feature_norm = FeatureNorm(cfg.feature_size) if cfg.normalization else None
-        self.pre = LstmStack(cfg.feature_size, H, cfg.pre_layers, cfg.enc_dropout, cfg)
+        width = cfg.feature_size
+        self.conv = self.pre = None
+        if cfg.conv_layers:
+            self.conv, width = ConvFrontEnd(cfg), H
+        if cfg.pre_layers:
+            self.pre, width = LstmStack(width, H, cfg.pre_layers, cfg.enc_dropout, cfg), H
         self.stack_time = StackTime(cfg.stack)
-        self.post = LstmStack(cfg.stack * H, H, cfg.post_layers, cfg.enc_dropout, cfg)
+        self.post = LstmStack(cfg.stack * width, H, cfg.post_layers, cfg.enc_dropout, cfg)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
                 state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
         """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding."""
-        pre_state, post_state = (None, None) if state is None else state
-        x = feats
+        conv_state, pre_state, post_state = ([], None, None) if state is None else state
+        x, lens = feats, feat_lens
         if self.feature_norm is not None:
-            x = self.feature_norm(x, feat_lens)  # (B, T_in, D)
-        x, pre_state = self.pre(x, pre_state)  # (B, T_in, H)
+            x = self.feature_norm(x, lens)  # (B, T_in, D)
+        if self.conv is not None:
+            x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_conv, H)
+        if self.pre is not None:
+            x, pre_state = self.pre(x, pre_state)  # (B, T_conv, H)
         # StackTime may put padding frames beside the last valid ones. They must hold zeros, as
         # for an utterance alone, and not the outputs of LSTM and LayerNorm.
-        x = x.masked_fill(~valid_frames(feat_lens, x.shape[1])[:, :, None], 0.0)
+        x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
         x = self.stack_time(x)  # (B, T, stack*H)
         x, post_state = self.post(x, post_state)  # (B, T, H)
-        return x, (pre_state, post_state)
+        return x, (conv_state, pre_state, post_state)
 
 
 class Predictor(nn.Module):
@@ -332,6 +414,15 @@ class Joint(nn.Module):
         return self.output(self.dropout(F.relu(encoded + predicted)))
 
 
+class Outputs(NamedTuple):
+    """Outputs of both networks in the joint space, and of the CTC head if there is one."""
+
+    encoded: Tensor | None  # (B, T, J)
+    enc_lens: Tensor  # (B,)
+    predicted: Tensor | None  # (B, U+1, J)
+    ctc_logits: Tensor | None  # (B, T*split, V)
+
+
 class Transducer(nn.Module):
     """The whole model. `encode` and `predict` end in the joint space (J).
 
@@ -345,6 +436,19 @@ class Transducer(nn.Module):
         self.encoder = Encoder(cfg)
         self.predictor = Predictor(cfg)
         self.joint_network = Joint(cfg)
+        # The head has parameters of its own, which recognition does not use.
+        self.ctc_head = None
+        if cfg.ctc_split:
+            self.ctc_head = nn.Linear(cfg.enc_hidden, cfg.ctc_split * cfg.vocab_size)
+
+    def scale_dropout(self, strength: float) -> None:
+        """Sets every dropout probability to `strength` times that of the configuration."""
+        networks = ((self.encoder, self.cfg.enc_dropout), (self.predictor, self.cfg.pred_dropout),
+                    (self.joint_network, self.cfg.joint_dropout))
+        for network, probability in networks:
+            for module in network.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = strength * probability
 
     def num_frames(self, feat_lens: Tensor) -> Tensor:
         """Encoder frames of utterances of `feat_lens` input frames: (B,) -> (B,)."""
@@ -356,6 +460,20 @@ class Transducer(nn.Module):
         assert feats.shape[2] == self.cfg.feature_size, feats.shape
         x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
         return self.joint_network.encoder_projection(x), self.num_frames(feat_lens)
+
+    def ctc_logits(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T_in, D), (B,) -> logits of the CTC head (B, T*split, V), valid positions (B,)."""
+        x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
+        return self.split_positions(x), self.cfg.ctc_split * self.num_frames(feat_lens)
+
+    def split_positions(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T*split, V): every encoder frame has `cfg.ctc_split` label positions.
+
+        CTC (Graves et al. 2006, doi:10.1145/1143844.1143891) emits at most one label per
+        position, and StackTime may leave fewer frames than labels.
+        """
+        B, T, _ = x.shape
+        return self.ctc_head(x).view(B, T * self.cfg.ctc_split, self.cfg.vocab_size)
 
     def encode_chunk(self, feats: Tensor,
                      state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
@@ -377,8 +495,13 @@ class Transducer(nn.Module):
         """(B, T, J), (B, U+1, J) -> logits (B, T, U+1, V). For training see loss.py."""
         return self.joint_network(encoded[:, :, None], predicted[:, None])
 
-    def forward(self, feats: Tensor, feat_lens: Tensor,
-                targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder and predictor outputs for the loss: (B, T, J), (B,), (B, U+1, J)."""
-        encoded, enc_lens = self.encode(feats, feat_lens)
-        return encoded, enc_lens, self.predict(targets)
+    def forward(self, feats: Tensor, feat_lens: Tensor, targets: Tensor,
+                ctc_alone: bool = False) -> Outputs:
+        """Everything that the losses need; with `ctc_alone` only the CTC head's logits."""
+        x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
+        enc_lens = self.num_frames(feat_lens)
+        ctc_logits = None if self.ctc_head is None else self.split_positions(x)
+        if ctc_alone:
+            return Outputs(None, enc_lens, None, ctc_logits)
+        encoded = self.joint_network.encoder_projection(x)  # (B, T, J)
+        return Outputs(encoded, enc_lens, self.predict(targets), ctc_logits)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -53,8 +53,18 @@ def read_run(out: Path) -> tuple[list[dict], list[dict]]:
     return steps, evals
 
 
+def plot_means(row: Sequence[Any], parts: Sequence[list[dict]], key: str, colour: str,
+               style: dict) -> None:
+    """Draws the mean of `key` over every part, against epochs (left) and hours (right)."""
+    for ax, x in zip(row, ("epochs", "hours"), strict=True):
+        xs, ys = ([statistics.fmean(r[k] for r in part) for part in parts] for k in (x, key))
+        ax.plot(xs, ys, linewidth=1, color=colour, **style)
+
+
 def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> None:
     """Loss, dev WER, learning rate and speed of some runs, against epochs and against hours.
+
+    The loss that training minimises is solid; the part of a CTC head is dashed.
 
     Args:
         runs: name in the legend -> steps and evaluations, as `read_run` returns them.
@@ -65,15 +75,16 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
     figure.subplots_adjust(0.1, 0.05, 0.985, 0.985, wspace=0.04, hspace=0.08)
     panels = {"loss": "training loss, nats", "wer": "dev WER, %", "lr": "learning rate",
               "utts_per_s": "utterances/s"}
-    for name, (steps, evals) in runs.items():
+    for number, (name, (steps, evals)) in enumerate(runs.items()):
         size = -(-len(steps) // 100) or 1  # steps per point: the curves have at most 100 points
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
-        scores = [r | {"wer": min(100.0, 100 * r["wer"])} for r in evals]
-        for row, key in zip(axes, panels, strict=True):
-            groups, marker = ([[r] for r in scores], ".") if key == "wer" else (parts, "")
-            for ax, x in zip(row, ("epochs", "hours"), strict=True):
-                xs, ys = ([statistics.fmean(r[k] for r in g) for g in groups] for k in (x, key))
-                ax.plot(xs, ys, marker=marker, linewidth=1, label=name)
+        scores = [[r | {"wer": min(100.0, 100 * r["wer"])}] for r in evals]
+        for row, key in enumerate(("loss", "wer", "lr", "utts_per_s")):
+            style = {"label": name, "marker": "." if key == "wer" else ""}
+            plot_means(axes[row], scores if key == "wer" else parts, key, f"C{number}", style)
+        if any("ctc_loss" in r for r in steps):
+            style = {"label": f"{name}: CTC", "linestyle": "--"}
+            plot_means(axes[0], parts, "ctc_loss", f"C{number}", style)
     for row, label in zip(axes, panels.values(), strict=True):
         row[0].set(ylabel=label, ylim=(0, None))
         for ax in row:
@@ -333,9 +344,10 @@ class Monitor:
         """Writes a step's record; `batch` counts the steps of the epoch."""
         self.log.write("step", **record)
         if batch % self.log_every == 1 or self.log_every == 1:
+            ctc = f"ctc loss {record['ctc_loss']:.2f} | " if "ctc_loss" in record else ""
             self.log.say(
                 f"epoch {record['epoch']} | iter {batch}/{self.steps_per_epoch} | "
-                f"loss {record['loss']:.2f} | utts/s {record['utts_per_s']:.1f} | "
+                f"loss {record['loss']:.2f} | {ctc}utts/s {record['utts_per_s']:.1f} | "
                 f"took {record['step_s']:.2f} s | lrate {record['lr']:.2e} | "
                 f"grad norm {record['grad_norm']:.2f} | data wait {record['data_s']:.2f} s"
             )
@@ -347,19 +359,28 @@ class Monitor:
             hours = (time.monotonic() - self.started) * left / self.steps / 3600
             self.log.say(f"projected: {hours:.2f} h for the rest of {self.epochs} epochs")
 
-    def epoch(self, best_wer: float, left_out: int, **record: Any) -> None:
-        """Writes an epoch's record; `left_out` counts its utterances that could not be read."""
+    def epoch(self, best_wer: float, left_out: int, num_unaligned: int = 0, **record: Any) -> None:
+        """Writes an epoch's record and compares its loss with that of the epoch before.
+
+        Args:
+            left_out: utterances that could not be read.
+            num_unaligned: utterances with more labels than the CTC head has positions.
+        """
         self.log.write("epoch", **record)
         self.log.say(f"epoch {record['epoch']} | avg train utts/s {record['utts_per_s']:.1f} | "
                      f"avg loss {record['loss']:.2f} | took {record['seconds']:.1f} s")
         if left_out:
             self.log.say(f"epoch {record['epoch']} | {left_out} bad utterances left out")
+        if num_unaligned:
+            self.log.say(f"epoch {record['epoch']} | {num_unaligned} utterances have more labels "
+                         "than the CTC head has positions: left out of its loss")
         self.check_loss(record["loss"], best_wer)
 
-    def evaluation(self, is_warm: bool, **record: Any) -> None:
+    def evaluation(self, is_warm: bool, search: str = "transducer", **record: Any) -> None:
         """Writes an evaluation's record; `is_warm` is true after the warm-up."""
-        self.log.write("eval", **record)
-        self.log.say(f"epoch {record['epoch']} | dev ema wer {100 * record['wer']:.2f} % | "
+        self.log.write("eval", search=search, **record)
+        ctc = "ctc " if search == "ctc" else ""
+        self.log.say(f"epoch {record['epoch']} | dev ema {ctc}wer {100 * record['wer']:.2f} % | "
                      f"{record['errors']:,} errors in {record['words']:,} words | "
                      f"rtf {record['rtf']:.4f} | took {record['seconds']:.1f} s")
         if is_warm:  # before, a transducer may be of any WER

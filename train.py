@@ -58,7 +58,7 @@ from checkpoint import (
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig, check_ranges
-from loss import joint_transducer_loss
+from loss import ctc_loss, joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
 from ranks import Ranks, all_sum, leave, start_ranks
 from report import Log, Monitor
@@ -83,6 +83,11 @@ class TrainConfig:
     warmup_epochs: float = 6
     hold_epochs: float = 40
     lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
+    hold_share: float = 0.0  # of all epochs; then linearly to lr_min; 0: hold_epochs and lr_gamma
+    ctc_epochs: int = 0  # at the start, CTC head alone; at most a quarter of all epochs
+    ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
+    ramp_begin: float = 0.0  # epochs without dropout and SpecAugment
+    ramp_epochs: float = 0.0  # over which they then grow to their full strength
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-9
@@ -122,29 +127,45 @@ class TrainConfig:
              lambda x: x >= 1, "at least 1"),
             (("lr", "eps", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
             (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
-              "time_limit_s", "checkpoint_every_s", "seed", "loader_workers"),
+              "time_limit_s", "checkpoint_every_s", "seed", "loader_workers", "ctc_epochs",
+              "ctc_weight", "ramp_begin", "ramp_epochs"),
              lambda x: x >= 0, "at least 0"),
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
             (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
+            (("hold_share",), lambda x: 0 <= x < 1, "0 <= x < 1"),
         ), may_be_infinite="clip_norm")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.resume and self.restart:
             raise ValueError("resume and restart exclude each other")
 
+    @property
+    def has_ctc(self) -> bool:
+        return self.ctc_epochs > 0 or self.ctc_weight > 0
+
+    def is_ctc_alone(self, epoch: int) -> bool:
+        """True in the epochs, counted from 1, that train the CTC head without the transducer."""
+        return epoch <= min(self.ctc_epochs, self.epochs // 4)
+
+    def strength(self, epoch: int) -> float:
+        """Share of their full strength that dropout and SpecAugment have in an epoch."""
+        return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
+
 
 # The fields that a preset changes beside those of its model. Small corpora need small batches and
 # so have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient
 # of a small batch is mostly noise; without weight decay it is Adam, which batches of 8 need.
 RECIPES = {
-    # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding.
-    "democratized": dict(num_buckets=12),
+    "baseline": dict(ctc_split=1),
+    # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
+    # fewer frames than labels, so the CTC head needs several positions per frame.
+    "democratized": dict(num_buckets=12, ctc_split=4),
     "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
                  hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
-                 num_buckets=12),
+                 num_buckets=12, ctc_split=2),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
-                 ema_decay=0.99, num_buckets=12),
+                 ema_decay=0.99, num_buckets=12, ctc_split=2),
 }
 
 # Ctrl-C and the signals that batch systems send before they kill.
@@ -195,6 +216,8 @@ def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, Featur
         features = FeatureConfig(**values_for(FeatureConfig))
         model = replace(PRESETS[preset], feature_size=features.feature_size,
                         **values_for(ModelConfig))
+        if train.has_ctc and not model.ctc_split:
+            raise ValueError("ctc_split: 0, expected at least 1 with ctc_epochs or ctc_weight")
     except ValueError as error:
         parser.error(str(error))
     return replace(train, train_splits=tuple(train.train_splits)), model, features
@@ -218,15 +241,20 @@ def matrix_dtype(precision: str) -> torch.dtype:
 
 
 def lr_at(step: int, epoch: int, *, lr: float, warmup_epochs: float, hold_epochs: float,
-          steps_per_epoch: int, gamma: float, lr_min: float) -> float:
+          steps_per_epoch: int, gamma: float, lr_min: float, epochs: int = 0,
+          hold_share: float = 0.0) -> float:
     """Learning rate of a step; step and epoch count from 1.
 
     Linear warm-up, hold, then a factor `gamma` per epoch (constant inside an epoch), never less
-    than `lr_min`: common/optimizers.py:20-46 of the original.
+    than `lr_min`: common/optimizers.py:20-46 of the original. With `hold_share` the rate is held
+    for that share of all `epochs` instead and then falls linearly, to `lr_min` at their end.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         scale = (step + 1) / (warmup_steps + 1)
+    elif hold_share:
+        done = step / (epochs * steps_per_epoch)
+        scale = min(1.0, (1 - done) / (1 - hold_share))
     elif step < warmup_steps + hold_epochs * steps_per_epoch:
         scale = 1.0
     else:
@@ -241,7 +269,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     Returns:
         The norm before scaling.
     """
-    grads = [p.grad for p in parameters]
+    grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     if norm > max_norm:
         torch._foreach_div_(grads, norm / max_norm)
@@ -268,20 +296,21 @@ class Lamb(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            group["step"] += 1
             params = [p for p in group["params"] if p.grad is not None]
             sizes = [p.numel() for p in params]
             # All tensors share one buffer for their updates, since allocating memory takes time.
             updates = params[0].new_empty(max(sizes)) if params else None
             for p, size in zip(params, sizes, strict=True):
                 if not self.state[p]:
-                    self.state[p] = {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+                    self.state[p] = {"step": 0, "mean": torch.zeros_like(p),
+                                     "square": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
                 self.move(p, updates[:size], group)
 
     def move(self, p: Tensor, update: Tensor, group: dict) -> None:
@@ -290,7 +319,7 @@ class Lamb(torch.optim.Optimizer):
         tensors = (update, p, p.grad.reshape(-1), state["mean"], state["square"])
         norms = []
         for part in zip(*(x.view(-1).split(self.PART) for x in tensors), strict=True):
-            self.adam_update(*part, group)
+            self.adam_update(*part, state["step"], group)
             if decays:
                 norms.append(torch.stack([part[1].norm(), part[0].norm()]))
         rate = group["lr"]
@@ -302,14 +331,14 @@ class Lamb(torch.optim.Optimizer):
 
     @staticmethod
     def adam_update(update: Tensor, p: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
-                    group: dict) -> None:
+                    step: int, group: dict) -> None:
         """Moves the moments and writes Adam's update plus weight decay to `update`."""
         beta1, beta2 = group["betas"]
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        torch.div(square, 1 - beta2 ** group["step"], out=update)
+        torch.div(square, 1 - beta2**step, out=update)
         update.sqrt_().add_(group["eps"])
-        torch.div(mean, update, out=update).div_(1 - beta1 ** group["step"])
+        torch.div(mean, update, out=update).div_(1 - beta1**step)
         update.add_(p, alpha=group["weight_decay"])
 
 
@@ -343,15 +372,34 @@ class Trainer(NamedTuple):
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
-    model = Transducer(model_cfg)
+    model = Transducer(model_cfg if cfg.has_ctc else replace(model_cfg, ctc_split=0))
     ema = copy.deepcopy(model).eval()
     optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     if cfg.ipex:
         optimize_with_ipex(model, optimizer)
-    parallel = model
-    if ranks.world > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(cfg, ranks, model, parallel, ema, optimizer, matrix_dtype(cfg.precision))
+    trainer = Trainer(cfg, ranks, model, model, ema, optimizer, matrix_dtype(cfg.precision))
+    return begin_epoch(trainer, 1)
+
+
+def begin_epoch(trainer: Trainer, epoch: int) -> Trainer:
+    """The trainer with the dropout of an epoch, counted from 1, and the parameters it trains.
+
+    Parameters that the CTC head does not need have no gradient while it is trained alone, and
+    DistributedDataParallel waits for the gradient of every parameter that had one when it was made.
+    """
+    cfg, model = trainer.cfg, trainer.model
+    model.scale_dropout(cfg.strength(epoch))
+    is_alone = cfg.is_ctc_alone(epoch)
+    changed = trainer.parallel is model
+    for name, parameter in model.named_parameters():
+        is_trained = not is_alone or name.startswith(("encoder.", "ctc_head."))
+        changed |= is_trained != parameter.requires_grad
+        parameter.requires_grad_(is_trained)
+    if trainer.ranks.world == 1 or not changed:
+        return trainer
+    return trainer._replace(
+        parallel=DistributedDataParallel(model, gradient_as_bucket_view=True)
+    )
 
 
 def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
@@ -367,38 +415,67 @@ def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
     ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
 
 
-def batch_loss(trainer: Trainer, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every utterance of a micro-batch: (B,) in nats."""
-    model = trainer.model
+class Losses(NamedTuple):
+    """Negative log-likelihoods of the utterances of a micro-batch, in nats, (B,) each."""
+
+    loss: Tensor  # the weighted sum of both, which training minimises
+    transducer: Tensor  # 0 while the CTC head is trained alone
+    ctc: Tensor  # 0 without a CTC head and where no alignment exists
+    has_no_alignment: Tensor
+
+
+def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
+    model, cfg = trainer.model, trainer.cfg
+    zero = torch.zeros(len(batch.ids))
+    loss, transducer, ctc, has_alignment = zero, zero, zero, zero == 0
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
-        encoded, enc_lens, predicted = trainer.parallel(
-            batch.feats, batch.feat_lens, batch.targets
-        )  # (B, T, J), (B,), (B, U+1, J)
-        output = model.joint_network.output
-        return joint_transducer_loss(
-            encoded, predicted, output.weight, output.bias, batch.targets, enc_lens,
-            batch.target_lens, model.cfg.blank, model.cfg.joint_dropout, reduction="none",
-        )  # (B,)
+        outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
+        if outputs.ctc_logits is not None:
+            positions = model.cfg.ctc_split * outputs.enc_lens
+            ctc, has_alignment = ctc_loss(outputs.ctc_logits, batch.targets, positions,
+                                          batch.target_lens, model.cfg.blank)
+            loss = ctc if ctc_alone else cfg.ctc_weight * ctc
+        if not ctc_alone:
+            output = model.joint_network.output
+            transducer = joint_transducer_loss(
+                outputs.encoded, outputs.predicted, output.weight, output.bias, batch.targets,
+                outputs.enc_lens, batch.target_lens, model.cfg.blank,
+                model.joint_network.dropout.p, reduction="none",
+            )
+            loss = transducer if outputs.ctc_logits is None else loss + transducer
+    return Losses(loss, transducer, ctc, ~has_alignment)
 
 
-def sum_losses(losses: Tensor, batch: Batch, step: int, ranks: Ranks) -> tuple[float, int]:
-    """Sum and number of the losses of a micro-batch over all ranks.
+def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
+    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (5,).
 
     Raises:
         FloatingPointError: a loss on any rank is not finite; every rank raises it.
     """
-    bad = [i for i, ok in zip(batch.ids, losses.isfinite().tolist(), strict=True) if not ok]
-    sums = torch.tensor([len(bad), losses.double().sum(), len(losses)], dtype=torch.float64)
-    total_bad, total, count = all_sum(sums, ranks).tolist()
+    is_finite = losses.loss.isfinite().tolist()
+    bad = [i for i, ok in zip(batch.ids, is_finite, strict=True) if not ok]
+    sums = [x.detach().double().sum() for x in losses]
+    sums = torch.tensor([len(bad), *sums, len(batch.ids)], dtype=torch.float64)
+    total_bad, *_ = sums = all_sum(sums, ranks)
     if total_bad > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
         raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite")
-    return total, int(count)
+    return sums[1:]
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch], step: int,
-               lr: float) -> tuple[float, float]:
-    """One optimiser step over all micro-batches: returns the mean loss and the gradient's norm.
+class StepResult(NamedTuple):
+    """Means over the utterances of a step, in nats."""
+
+    loss: float  # what training minimises
+    grad_norm: float
+    transducer_loss: float
+    ctc_loss: float
+    num_unaligned: int  # utterances with more labels than the CTC head has positions
+
+
+def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
+               ctc_alone: bool = False) -> StepResult:
+    """One optimiser step over all micro-batches.
 
     Every utterance of the global batch has the same weight, so accumulation and ranks change
     nothing but the order of summation. The random numbers of dropout depend on (seed, step,
@@ -414,15 +491,14 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int,
     if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
         moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
         norm.begin_step(all_sum(moments, ranks))
-    total, computed = 0.0, 0
+    sums = torch.zeros(5, dtype=torch.float64)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
         with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
-            losses = batch_loss(trainer, batch)
-            loss_sum, count = sum_losses(losses.detach(), batch, step, ranks)
-            total, computed = total + loss_sum, computed + count
-            (losses.sum() / num_requested).backward()
+            losses = batch_losses(trainer, batch, ctc_alone)
+            sums += sum_losses(losses, batch, step, ranks)
+            (losses.loss.sum() / num_requested).backward()
     if norm is not None:
         norm.end_step()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
@@ -430,13 +506,18 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int,
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
-    update_ema(trainer.ema, trainer.model, cfg.ema_decay)
-    return total / computed, grad_norm
+    # The average of the first steps would lag: its decay warms up.
+    update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
+    loss, transducer, ctc, num_unaligned, count = sums.tolist()
+    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, int(num_unaligned))
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
-             features: FeatureConfig) -> dict:
-    """WER of the averaged weights; every rank decodes its share of the batches, in float32."""
+             features: FeatureConfig, ctc_alone: bool = False) -> dict:
+    """WER of the averaged weights; every rank decodes its share of the batches, in float32.
+
+    With `ctc_alone` the search is that of the CTC head.
+    """
     started = time.perf_counter()
     cfg, ranks = trainer.cfg, trainer.ranks
     mine = decode.evaluation_batches(utterances, cfg.eval_batch_size)[ranks.rank :: ranks.world]
@@ -445,7 +526,8 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     loader = data.batch_loader(dataset, mine, cfg.loader_workers, cfg.timeout_s / 2)
     bar = report.progress_bar(loader, ranks.rank, desc="dev", unit="batch", total=len(mine))
     counts = Counter()
-    texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts)
+    search = decode.ctc_greedy_decode if ctc_alone else decode.greedy_decode
+    texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts, search)
     decoded = [u for u in utterances if u.id in texts]
     errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
     sums = torch.tensor([errors, words, counts["frames"], counts["labels"]])
@@ -527,7 +609,8 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     The order of the utterances depends on (seed, epoch) alone, their augmentation on (seed, epoch,
     utterance): for any number of ranks a step has the same utterances.
     """
-    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad)
+    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
+                                 cfg.strength(epoch))
     global_batch = cfg.batch_size * cfg.accumulation * ranks.world
     rng = np.random.default_rng((cfg.seed, epoch))
     order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
@@ -566,6 +649,7 @@ class State:
     batch: int = 0  # steps of this epoch that are done
     step: int = 0  # steps of the run that are done
     loss_sum: float = 0.0  # over the steps of this epoch
+    num_unaligned: int = 0  # utterances of this epoch without a CTC alignment
     epoch_s: float = 0.0  # seconds spent in the steps of this epoch
     loss: float = math.nan  # mean over this epoch, or the last one if this has no step yet
     utts_per_s: float = math.nan  # likewise
@@ -573,15 +657,17 @@ class State:
     best_wer: float = math.inf
     evaluated: int = 0  # step of the newest evaluation
 
-    def count_step(self, loss: float, step_s: float, utterances: int) -> None:
+    def count_step(self, result: StepResult, step_s: float, utterances: int) -> None:
         self.step, self.batch = self.step + 1, self.batch + 1
-        self.loss_sum, self.epoch_s = self.loss_sum + loss, self.epoch_s + step_s
+        self.loss_sum, self.epoch_s = self.loss_sum + result.loss, self.epoch_s + step_s
+        self.num_unaligned += result.num_unaligned
         self.seconds += step_s
         self.loss = self.loss_sum / self.batch
         self.utts_per_s = self.batch * utterances / self.epoch_s
 
     def begin_next_epoch(self) -> None:
         self.epoch, self.batch, self.loss_sum, self.epoch_s = self.epoch + 1, 0, 0.0, 0.0
+        self.num_unaligned = 0
 
     def position(self, steps_per_epoch: int) -> dict:
         """The fields that place a record of log.jsonl."""
@@ -771,6 +857,10 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             break
         log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
         log.mllog("epoch_start", epoch_num=epoch)
+        ctc_alone = cfg.is_ctc_alone(epoch)
+        run = run._replace(trainer=begin_epoch(run.trainer, epoch))
+        if ctc_alone != cfg.is_ctc_alone(epoch - 1):
+            run.monitor.epoch_loss = math.inf  # another loss: no comparison with the last epoch
         left_out = 0
         started = saved_at = time.monotonic()
         for batches in stopper.until_stop(shown_steps(run, state)):
@@ -781,13 +871,15 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
                 (epoch - 1) * per_epoch + state.batch + 1, epoch, lr=cfg.lr,
                 warmup_epochs=cfg.warmup_epochs, hold_epochs=cfg.hold_epochs,
                 steps_per_epoch=per_epoch, gamma=cfg.lr_gamma, lr_min=cfg.lr_min,
+                epochs=cfg.epochs, hold_share=cfg.hold_share,
             )
-            loss, grad_norm = train_step(run.trainer, batches, state.step + 1, lr)
+            result = train_step(run.trainer, batches, state.step + 1, lr, ctc_alone)
             step_s = time.monotonic() - started
-            state.count_step(loss, step_s, run.trainer.global_batch)
+            state.count_step(result, step_s, run.trainer.global_batch)
             run.monitor.step(
-                state.batch, **state.position(per_epoch), loss=loss, lr=lr, grad_norm=grad_norm,
-                utts_per_s=run.trainer.global_batch / step_s, step_s=step_s, data_s=data_s,
+                state.batch, **state.position(per_epoch), **loss_fields(run, result), lr=lr,
+                grad_norm=result.grad_norm, utts_per_s=run.trainer.global_batch / step_s,
+                step_s=step_s, data_s=data_s,
             )
             left_out += sum(b.num_requested - len(b.ids) for b in batches)
             is_due = time.monotonic() - saved_at >= cfg.checkpoint_every_s
@@ -799,7 +891,8 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         if not stopper.reason:
             left_out = int(all_sum(torch.tensor(left_out), run.trainer.ranks))
             run.monitor.epoch(state.best_wer, left_out, epoch=epoch, step=state.step,
-                              loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s)
+                              loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s,
+                              num_unaligned=state.num_unaligned)
             state.begin_next_epoch()
         save(run, state)
         if stopper.reason in ("", "time limit"):
@@ -808,6 +901,12 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         if stopper.reason:
             break
     return stopper.reason or ("target wer" if state.best_wer <= cfg.target_wer else "epochs")
+
+
+def loss_fields(run: Run, result: StepResult) -> dict:
+    """The losses of a step for log.jsonl; both parts where there is a CTC head."""
+    parts = {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
+    return {"loss": result.loss, **(parts if run.trainer.model.cfg.ctc_split else {})}
 
 
 def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
@@ -829,16 +928,20 @@ def evaluate_and_save(run: Run, state: State) -> None:
     log, cfg = run.log, run.trainer.cfg
     epoch = state.epoch if state.batch else state.epoch - 1
     log.mllog("eval_start", epoch_num=epoch)
-    result = evaluate(run.trainer, run.tokenizer, run.dev, run.features)
+    ctc_alone = cfg.is_ctc_alone(epoch)
+    result = evaluate(run.trainer, run.tokenizer, run.dev, run.features, ctc_alone)
     log.mllog("eval_accuracy", result["wer"], epoch_num=epoch)
     log.mllog("eval_stop", epoch_num=epoch)
     state.seconds += result["seconds"]
-    is_best = result["wer"] < state.best_wer
-    state.best_wer = min(result["wer"], state.best_wer)
+    # The CTC head's WER says nothing about the transducer, which best.pt is for.
+    is_best = result["wer"] < state.best_wer and not ctc_alone
+    if is_best:
+        state.best_wer = result["wer"]
     state.evaluated = state.step
     position = state.position(run.steps_per_epoch) | {"epoch": epoch}
     run.monitor.evaluation(epoch > cfg.warmup_epochs, **position, loss=state.loss,
-                           utts_per_s=state.utts_per_s, **result)
+                           utts_per_s=state.utts_per_s, search="ctc" if ctc_alone else "transducer",
+                           **result)
     save(run, state, is_best)
     log.draw()
 

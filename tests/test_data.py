@@ -3,12 +3,9 @@
 
     python -m pytest tests/test_data.py
 
-Corpora are written into temporary folders. Where it exists, ../shared adds the orders that the
-original's bucketing sampler draws and the durations of train-clean-100.
+Corpora are written into temporary folders.
 """
 
-import gzip
-import json
 import multiprocessing
 import os
 import time
@@ -27,10 +24,6 @@ import features
 from data import Problem, Utterance
 from features import FeatureConfig
 from tools import prepare
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-SAMPLERS = SHARED / "oracles" / "seedrun" / "seed_model_golden.json"
-TRAIN_CLEAN_100 = SHARED / "librispeech" / "train-clean-100.tsv.gz"
 
 NOISE = 0.1 * np.random.default_rng(1).standard_normal(16000)
 
@@ -476,16 +469,6 @@ def test_dropping_all_utterances_is_an_error_with_the_limit():
         data.drop_long(utterances_of([17, 18]))
 
 
-@pytest.mark.skipif(not TRAIN_CLEAN_100.is_file(), reason=f"{TRAIN_CLEAN_100} is not here")
-def test_train_clean_100_loses_286_utterances():
-    with gzip.open(TRAIN_CLEAN_100, "rt", encoding="utf-8") as lines:
-        next(lines)
-        utterances = utterances_of(line.split("\t")[1] for line in lines)
-    kept, note = data.drop_long(utterances)
-    assert note == "286 of 28,539 dropped, 1.3 h"
-    assert len(kept) == 28253
-
-
 # ------------------------------------------------------------------------------------- tokenizer
 
 TEXTS = [
@@ -636,28 +619,6 @@ def test_fewer_utterances_than_a_batch_are_an_error_with_both_numbers():
 
 def test_share_of_a_rank_obeys_the_same_rules():
     check_order(draw_order()[:, 0::2], durations(103), 8)
-
-
-@pytest.fixture(scope="module")
-def samplers() -> dict:
-    if not SAMPLERS.is_file():
-        pytest.skip(f"{SAMPLERS} is not here")
-    return json.loads(SAMPLERS.read_text())
-
-
-def test_original_sampler_has_our_durations_and_size(samplers):
-    assert durations(103) == samplers["sampler_in"]["durations"]
-    assert draw_order().size == 96
-    assert {s["dataset_size"] for s in samplers["samplers"].values()} == {96}
-
-
-@pytest.mark.parametrize(("name", "columns"), [("bucketing_ws1", 8), ("bucketing_ws2_rank0", 4)])
-def test_original_orders_obey_the_same_rules(samplers, name, columns):
-    # Two epochs. Rank 0 of 2 took samples 0, 2, 4 and 6 of each batch of eight.
-    epochs = np.array(samplers["samplers"][name]["labels"]).reshape(2, 12, columns)
-    for epoch in epochs:
-        check_order(epoch, durations(103), 8)
-    assert not np.array_equal(*epochs)
 
 
 # --------------------------------------------------------------------------------------- collate

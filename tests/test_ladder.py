@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """bench.py ladder and scaling: what they measure, print, store and project."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -20,8 +19,6 @@ import features
 from loss import joint_transducer_loss
 from tools import bench, ladder, measure
 from tools.ladder import Case, Rung
-
-TRAIN_CLEAN_100 = REPO.parent / "shared/librispeech/train-clean-100.tsv.gz"
 
 
 def random_batch(batch: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
@@ -122,26 +119,6 @@ def test_stored_shapes_are_those_of_six_buckets():
     assert max(seconds) <= features.DEFAULT.max_utterance_s
     assert np.mean(seconds) == pytest.approx(12.65, abs=0.01)
     assert np.mean([n for bucket in buckets for _, n in bucket]) == pytest.approx(58.1, abs=0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not TRAIN_CLEAN_100.exists(), reason=f"{TRAIN_CLEAN_100} is not there")
-def test_stored_shapes_are_drawn_from_train_clean_100():
-    """Takes a minute: it trains the tokenizer."""
-    lines = gzip.decompress(TRAIN_CLEAN_100.read_bytes()).decode().splitlines()
-    rows = [line.split("\t") for line in lines[1:]]
-    tokenizer = data.Tokenizer(data.train_tokenizer((text for _, _, text in rows), 1024))
-    rows = [row for row in rows if float(row[1]) <= features.DEFAULT.max_utterance_s]
-    seconds = np.array([float(row[1]) for row in rows])
-    labels = np.array([len(tokenizer.encode(row[2])) for row in rows])
-    buckets = []
-    for bucket in np.array_split(np.argsort(seconds, kind="stable"), 6):
-        buckets.append([])
-        for i, part in enumerate(np.array_split(bucket, 32)):
-            part = part[np.argsort(labels[part], kind="stable")]
-            chosen = part[int((i * 11 % 32 + 0.5) / 32 * len(part))]
-            buckets[-1].append((round(float(seconds[chosen]), 2), int(labels[chosen])))
-    assert measure.read_shapes() == (buckets, len(rows))
 
 
 # ---- the command `ladder` ---------------------------------------------------------------------

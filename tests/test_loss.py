@@ -5,34 +5,24 @@
 
 Both functions pass the same tests: `loss_of_table` builds a joint network whose logits are any
 given table, so joint_transducer_loss is a function of logits too. The oracle is the enumeration
-of every path; published numbers come with their source. ../shared/oracles, where it exists, adds
-19 cases from other implementations. Tests run in float64 unless they are about another dtype;
-the tolerance 1e-9 leaves room for the rounding of sums of some hundred terms.
+of every path; published numbers come with their source, and test_oracles.py adds 19 cases from
+other implementations. Tests run in float64 unless they are about another dtype; the tolerance 1e-9
+leaves room for the rounding of sums of some hundred terms.
 """
 
 import gc
 import itertools
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import loss
-
-ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
-LOSS_JSON = ORACLES / "loss" / "transducer_loss_oracles.json"
-SEED_RUN = ORACLES / "seedrun"
-needs_oracles = pytest.mark.skipif(not LOSS_JSON.is_file(), reason=f"{LOSS_JSON} is not here")
-
-CASES = json.loads(LOSS_JSON.read_text())["cases"] if LOSS_JSON.is_file() else []
-
 
 # ------------------------------------------------------------------------ problems and functions
 
@@ -74,13 +64,6 @@ def random_problem(lens: list, target_lens: list, V: int, blank: int, seed: int 
     return Problem(logits, targets, torch.tensor(lens), torch.tensor(target_lens), blank)
 
 
-def problem_of(case: dict) -> Problem:
-    logits = torch.tensor(case["logits"], dtype=torch.float64)
-    targets = torch.tensor(case["targets"], dtype=torch.int64).view(len(logits), -1)
-    lens, target_lens = (torch.tensor(case[k]) for k in ("logit_lengths", "target_lengths"))
-    return Problem(logits, targets, lens, target_lens, case["blank_resolved"])
-
-
 def table_joint(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A joint network with these logits: encoded, predicted, weight, bias.
 
@@ -114,9 +97,8 @@ def joint_arguments(B: int, T: int, U: int, V: int, J: int, seed: int = 1) -> li
     """Random encoded, predicted, weight, bias that require gradients, float64."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((B, T, J), (B, U + 1, J), (V, J), (V,))
-    return [
-        torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes
-    ]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+            for s in shapes]
 
 
 def joint_logits(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -132,6 +114,11 @@ def grads_of(costs: Tensor, arguments: list[Tensor]) -> list[Tensor]:
 def assert_close(actual: Tensor, expected, tolerance: float = 1e-9) -> None:
     expected = torch.as_tensor(expected, dtype=actual.dtype).view(actual.shape)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-9) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, tolerance)
 
 
 # -------------------------------------------------------------------------------- golden numbers
@@ -204,24 +191,10 @@ def test_label_zero_is_a_label_when_blank_is_last_B1_T5_U3_V3(loss_of):
 
 
 @both
-@pytest.mark.parametrize(("T", "U", "V"), [(1, 0, 2), (1, 3, 5), (10, 2, 4), (5, 7, 29)])
-def test_equal_logits_have_a_closed_form(loss_of, T, U, V):
-    # Every arc has log-probability -ln V, and C(T+U-1, U) paths take T+U of them.
-    lens = (torch.tensor([T]), torch.tensor([U]))
-    logits = torch.full((1, T, U + 1, V), 0.1, dtype=torch.float64)
-    problem = Problem(logits, torch.ones(1, U, dtype=torch.int64), *lens, 0)
-    expected = (T + U) * math.log(V) - math.log(math.comb(T + U - 1, U))
-    assert_close(costs_and_grad(loss_of, problem)[0], expected)
-
-
-@both
 def test_blank_minus_one_is_the_last_class(loss_of):
     problem = random_problem([5, 2], [3, 4], V=5, blank=4)
-    for actual, expected in zip(
-        costs_and_grad(loss_of, problem._replace(blank=-1)), costs_and_grad(loss_of, problem),
-        strict=True,
-    ):
-        assert torch.equal(actual, expected)
+    actual = costs_and_grad(loss_of, problem._replace(blank=-1))
+    assert all(map(torch.equal, actual, costs_and_grad(loss_of, problem)))
 
 
 # ----------------------------------------------------------------------------- every alignment
@@ -310,15 +283,12 @@ PROBLEMS = {
     "blank_first": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=0),
     "blank_middle": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=2),
     "blank_last": random_problem([5, 2, 1, 6], [3, 4, 2, 0], V=5, blank=4),
-    **{case["id"]: problem_of(case) for case in CASES},
 }
 
 
-@pytest.fixture(params=PROBLEMS if CASES else [*PROBLEMS, "oracles"])
+@pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS)
 def problem(request) -> Problem:
-    if request.param == "oracles":
-        pytest.skip(f"{LOSS_JSON} is not here")
-    return PROBLEMS[request.param]
+    return request.param
 
 
 @both
@@ -350,15 +320,9 @@ def test_padding_does_not_change_anything(loss_of, problem):
 @both
 def test_int32_targets_and_lengths_give_the_same_result_as_int64(loss_of):
     problem = random_problem([5, 2], [3, 4], V=5, blank=0)
-    short = problem._replace(
-        targets=problem.targets.int(),
-        lens=problem.lens.int(),
-        target_lens=problem.target_lens.int(),
-    )
-    for actual, expected in zip(
-        costs_and_grad(loss_of, short), costs_and_grad(loss_of, problem), strict=True
-    ):
-        assert torch.equal(actual, expected)
+    short = Problem(problem.logits, *(x.int() for x in problem[1:4]), problem.blank)
+    actual = costs_and_grad(loss_of, short)
+    assert all(map(torch.equal, actual, costs_and_grad(loss_of, problem)))
 
 
 @both
@@ -414,21 +378,6 @@ def test_paths_leave_every_frame_and_every_column_once(problem):
 
 
 # -------------------------------------------------------------------------------- the lattice
-
-
-def test_skew_puts_anti_diagonals_into_rows():
-    scores = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
-    diagonals = loss.skew(scores, -1.0)
-    assert diagonals.shape == (6, 2, 4)
-    for d, b, u in itertools.product(range(6), range(2), range(4)):
-        expected = scores[b, d - u, u] if 0 <= d - u < 3 else -1.0
-        assert diagonals[d, b, u] == expected
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 1), (3, 1, 5), (3, 5, 1)])
-def test_unskew_is_the_inverse_of_skew(shape):
-    scores = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(loss.unskew(loss.skew(scores, -1.0)), scores)
 
 
 def test_lattice_of_float32_runs_in_float64():
@@ -492,13 +441,7 @@ def test_reduction_of_costs_and_gradients(loss_of, reduction):
     assert value.shape == ()
     assert_close(value.detach(), costs.sum() * scale)
     assert_close(logits.grad, grads * scale)
-
-
-@both
-def test_mean_is_the_default(loss_of):
-    problem = PROBLEMS["blank_last"]
-    expected = loss_of(*problem, reduction="none").mean()
-    assert_close(loss_of(*problem), expected)
+    assert loss_of(*problem) == loss_of(*problem, reduction="mean")  # the default
 
 
 # ------------------------------------------------- the joint network's loss against explicit logits
@@ -518,9 +461,7 @@ def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
     costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
     assert costs.dtype == dtype
     assert_close(costs, expected.detach(), tolerance)
-    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
-    for actual, reference in pairs:
-        assert_close(actual, reference, tolerance)
+    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments), tolerance)
 
 
 def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
@@ -544,9 +485,7 @@ def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
         expected.append(loss.transducer_loss(logits, targets[b : b + 1, : u1 - 1], *lengths, blank))
     expected = torch.stack(expected)
     assert_close(costs, expected.detach())
-    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
-    for actual, reference in pairs:
-        assert_close(actual, reference)
+    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments))
 
 
 @pytest.mark.parametrize(("rows", "unit"), [(1, 1), (7, 1), (7, 5), (64, 16)])
@@ -557,9 +496,7 @@ def test_block_size_does_not_change_the_joint_loss(monkeypatch, rows, unit):
     monkeypatch.setattr(loss, "ROW_UNIT", unit)
     costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
     assert_close(costs, expected.detach())
-    pairs = zip(grads_of(costs, arguments), grads_of(expected, arguments), strict=True)
-    for actual, reference in pairs:
-        assert_close(actual, reference)
+    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments))
 
 
 def relative_errors(arguments: list[Tensor], costs: Tensor, rest: tuple) -> Tensor:
@@ -573,61 +510,57 @@ def relative_errors(arguments: list[Tensor], costs: Tensor, rest: tuple) -> Tens
 
 
 def autocast_problem() -> tuple[list[Tensor], tuple]:
-    """Under autocast, linear layers return bfloat16: encoded and predicted. Parameters stay."""
+    """Under autocast, linear layers return bfloat16: encoded and predicted. Parameters stay.
+
+    Rounding `encoded` later would move sums across the corner of the ReLU, and some gradients from
+    0 to 1.
+    """
     arguments, rest = joint_problem(torch.float32, T=30, U=20)
     rounded = [x.detach().bfloat16().requires_grad_() for x in arguments[:2]]
     return [*rounded, *arguments[2:]], rest
 
 
-def test_joint_under_autocast_is_the_float64_loss_within_bfloat16_rounding():
-    # A gradient passes five roundings to bfloat16 (hidden, weight, row of softmax, product,
-    # result) of at most 2**-8 each. `encoded` is in bfloat16 from the start: rounding it would
-    # move sums across the corner of the ReLU, and some gradients from 0 to 1.
-    arguments, rest = autocast_problem()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    assert costs.dtype == torch.float32
-    errors = relative_errors(arguments, costs, rest)
-    assert errors.max() < 5 * 2**-8
-    assert errors.min() > 1e-5  # so bfloat16 was used, and for all of them
-
-
 @pytest.mark.parametrize("rows", [loss.BLOCK_ROWS, 16])
 def test_joint_under_autocast_is_as_accurate_as_autocast_on_explicit_logits(monkeypatch, rows):
     # Both round the same values, but add them up in another order. Sums over many blocks, taken in
-    # bfloat16, would be less accurate.
+    # bfloat16, would be less accurate. A gradient passes five roundings to bfloat16 (hidden,
+    # weight, row of softmax, product, result) of at most 2**-8 each.
     monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
     monkeypatch.setattr(loss, "ROW_UNIT", min(rows, loss.ROW_UNIT))
     arguments, rest = autocast_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         joint = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
         plain = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
-    limits = 1.5 * relative_errors(arguments, plain, rest)
-    assert (relative_errors(arguments, joint, rest) < limits).all()
+    assert joint.dtype == torch.float32
+    errors = relative_errors(arguments, joint, rest)
+    assert (errors < 1.5 * relative_errors(arguments, plain, rest)).all()
+    assert 1e-5 < errors.min() < errors.max() < 5 * 2**-8  # bfloat16 is used for all of them
 
 
-class SoftmaxDtypes(TorchDispatchMode):
-    """Records the dtypes in which softmax and log-softmax are computed."""
+class Operations(TorchDispatchMode):
+    """Records the arguments of every softmax and the elements of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = []
+        self.softmaxes, self.largest = [], 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
         if "softmax" in operation.overloadpacket.__name__:
-            self.found.append(args[0].dtype)
-        return operation(*args, **(kwargs or {}))
+            self.softmaxes.append(args[0])
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
 
 
 def test_softmax_under_autocast_is_in_float32():
     arguments, rest = autocast_problem()
-    with torch.autocast("cpu", dtype=torch.bfloat16), SoftmaxDtypes() as softmax:
+    with torch.autocast("cpu", dtype=torch.bfloat16), Operations() as forward:
         costs = loss.joint_transducer_loss(*arguments, *rest)
-    forward = len(softmax.found)
-    with softmax:
+    with Operations() as backward:
         costs.backward()
-    assert 0 < forward < len(softmax.found)
-    assert set(softmax.found) == {torch.float32}
+    for operations in (forward, backward):
+        assert {x.dtype for x in operations.softmaxes} == {torch.float32}
 
 
 def test_backward_pass_keeps_the_forward_pass_dtype_under_autocast():
@@ -638,7 +571,7 @@ def test_backward_pass_keeps_the_forward_pass_dtype_under_autocast():
     expected = grads_of(expected, arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = grads_of(costs, arguments)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_float64_stays_exact_under_autocast():
@@ -658,60 +591,30 @@ def test_softmax_of_bfloat16_logits_is_in_float32():
     assert_close(costs, expected, 1e-6)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return result
-
-
 @pytest.mark.parametrize(("V", "J"), [(200, 8), (8, 200)])
 def test_joint_holds_hidden_values_or_a_block_of_logits(V, J):
     B, T, U = 2, 150, 31
     problem = random_problem([T, T], [U, U], V, blank=0)
     arguments = [x.detach().float().requires_grad_() for x in joint_arguments(B, T, U, V, J)]
-    with LargestTensor() as joint:
+    with Operations() as joint:
         loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
-    with LargestTensor() as plain:
+    with Operations() as plain:
         loss.transducer_loss(joint_logits(*arguments), *problem[1:]).backward()
     nodes = B * T * (U + 1)
-    assert plain.elements == nodes * max(V, J)  # so LargestTensor sees logits where they exist
-    assert joint.elements == max(loss.BLOCK_ROWS * V, loss.whole_rows(nodes) * J)
+    assert plain.largest == nodes * max(V, J)  # logits are seen where they exist
+    assert joint.largest == max(loss.BLOCK_ROWS * V, loss.whole_rows(nodes) * J)
 
 
-class ProductRows(TorchDispatchMode):
-    """Records the numbers of rows of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = set()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            self.rows.add(args[name == "addmm"].shape[0])
-        return operation(*args, **(kwargs or {}))
-
-
-def test_matrix_products_have_few_distinct_numbers_of_rows():
-    # oneDNN builds and keeps a kernel for each of them.
+def test_softmaxes_have_few_distinct_numbers_of_rows():
+    # oneDNN builds and keeps a kernel for each number of rows of the products before them.
     lens, target_lens, V = list(range(20, 60, 3)), list(range(8, 36, 2)), 16
     problem = random_problem(lens, target_lens, V, blank=0)
-    arguments = [
-        x.detach().float().requires_grad_()
-        for x in joint_arguments(len(lens), max(lens), max(target_lens), V, 8)
-    ]
-    with ProductRows() as products:
+    arguments = joint_arguments(len(lens), max(lens), max(target_lens), V, 8)
+    with Operations() as operations:
         loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
-    units = {rows for rows in products.rows if rows != V}  # the weight's gradient has V rows
-    assert len(products.rows) > len(units) > 1
-    assert all(rows % loss.ROW_UNIT == 0 and rows <= loss.BLOCK_ROWS for rows in units)
+    rows = {len(x) for x in operations.softmaxes}
+    assert len(rows) > 1
+    assert all(n % loss.ROW_UNIT == 0 and n <= loss.BLOCK_ROWS for n in rows)
 
 
 # ------------------------------------------------------------------------- nodes without gradient
@@ -757,13 +660,8 @@ def test_skipped_nodes_lose_less_gradient_than_the_stated_bound(dtype):
     assert 0 < lost <= 2 * T * (U + 1) / (T + U) * least
 
 
-def test_stated_bound_is_a_tenth_of_eps_for_100_frames_and_labels():
-    assert 0.09 < 2 * 100 * 101 / (100 + 100) * loss.SKIP_BELOW < 0.11
-
-
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
+    ("dtype", "tolerance"), [
         (torch.bfloat16, 2**-7),  # the row is rounded
         (torch.float32, 1e-5),  # the log-probabilities of the 70 arcs of a path are
         (torch.float64, 1e-9),
@@ -777,48 +675,36 @@ def test_gradients_of_visited_nodes_are_exact_to_rounding(dtype, tolerance):
     assert (off <= tolerance * visits(problem))[kept].all()
 
 
-def test_backward_multiplies_only_the_rows_of_visited_nodes(monkeypatch):
-    rows = []
-
-    def count(hidden, chosen, *rest):
-        rows.append(len(chosen))
-        return joint_backward(hidden, chosen, *rest)
-
-    joint_backward = loss.joint_backward
-    monkeypatch.setattr(loss, "joint_backward", count)
+def test_backward_computes_the_softmax_of_visited_nodes_only():
     problem = peaked_table(40, 30, torch.float32)
-    grads = costs_and_grad(loss_of_table, problem)[1]
-    assert rows == [loss.whole_rows(int(grads.any(-1).sum()))]
-    assert rows[0] < 0.8 * 40 * 31
+    with Operations() as operations:
+        grads = costs_and_grad(loss_of_table, problem)[1]
+    *forward, backward = [len(x) for x in operations.softmaxes]
+    assert sum(forward) == loss.whole_rows(40 * 31)
+    assert backward == loss.whole_rows(int(grads.any(-1).sum())) < 0.8 * 40 * 31
 
 
 def test_utterances_with_upstream_gradient_zero_get_no_gradient():
     # Their values may be NaN: a caller leaves out an utterance by weight 0.
-    arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
-    arguments = [x.detach() for x in arguments]
-    expected = None
-    for skipped in ([], [0], [1], list(range(len(targets)))):
-        inputs = [x.clone() for x in arguments]
-        for b in skipped:
-            inputs[0][b] = torch.nan
-        inputs = [x.requires_grad_() for x in inputs]
-        costs = loss.joint_transducer_loss(
-            *inputs, targets, enc_lens, target_lens, blank, reduction="none"
-        )
-        upstream = torch.ones(len(targets), dtype=torch.float64)
+    arguments, rest = joint_problem(torch.float64)
+    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    expected = torch.autograd.grad(costs.sum(), arguments)
+    for skipped in ([0], [1], [0, 1, 2]):
+        inputs = [x.detach().clone().requires_grad_() for x in arguments]
+        inputs[0].data[skipped] = torch.nan
+        upstream = torch.ones(3, dtype=torch.float64)
         upstream[skipped] = 0
+        costs = loss.joint_transducer_loss(*inputs, *rest, reduction="none")
         grads = torch.autograd.grad(costs, inputs, upstream)
-        expected = grads if expected is None else expected
-        others = [b for b in range(len(targets)) if b not in skipped]
         for actual, whole in zip(grads[:2], expected[:2], strict=True):
             assert not actual[skipped].any()
-            assert_close(actual[others], whole[others])
+            assert_close(actual[upstream > 0], whole[upstream > 0])
         assert all(g.isfinite().all() for g in grads)
 
 
 def test_nan_in_the_padding_reaches_neither_costs_nor_gradients():
-    arguments, (targets, lens, target_lens, blank) = joint_problem(torch.float64)
-    rest = (targets, lens, target_lens, blank)
+    arguments, rest = joint_problem(torch.float64)
+    _, lens, target_lens, _ = rest
     costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
     grads = grads_of(costs, arguments)
     T, U1 = arguments[0].shape[1], arguments[1].shape[1]
@@ -846,37 +732,17 @@ def test_nan_in_an_utterance_reaches_its_cost_and_gradients():
 # ----------------------------------------------------------------------------------------- dropout
 
 
-def test_mean_over_dropout_masks_is_the_value_without_dropout():
-    # For one frame and no label the cost is -log p(blank), so the difference of two blanks' costs
-    # is a difference of logits: linear in the hidden values, whose mean dropout must not change.
-    encoded, predicted, weight, bias = (x.detach() for x in joint_arguments(1, 1, 0, 2, 32))
-    targets, lens = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([1])
-
-    def difference(dropout, seed):
-        values = []
-        for blank in (0, 1):
-            torch.manual_seed(seed)
-            arguments = (encoded, predicted, weight, bias, targets, lens, lens * 0, blank)
-            values.append(loss.joint_transducer_loss(*arguments, dropout=dropout))
-        return values[1] - values[0]
-
-    drawn = torch.stack([difference(0.3, seed) for seed in range(400)])
-    error = drawn.std() / math.sqrt(400)
-    assert error > 0.01
-    assert abs(drawn.mean() - difference(0.0, 0)) < 4 * error
-
-
 def kept_nodes(T: int, U1: int, J: int, dropout: float, dtype=torch.float32) -> Tensor:
-    """(T*(U+1), J) joint hidden values of one utterance that are 1 without dropout."""
+    """(2*T*(U+1), J) joint hidden values of two utterances that are 1 without dropout."""
     torch.manual_seed(3)
-    ones, zeros = torch.ones(1, T, J, dtype=dtype), torch.zeros(1, U1, J, dtype=dtype)
-    return loss.joint_hidden(ones, zeros, [(T, U1)], dropout)[: T * U1]
+    ones, zeros = torch.ones(2, T, J, dtype=dtype), torch.zeros(2, U1, J, dtype=dtype)
+    return loss.joint_hidden(ones, zeros, [(T, U1)] * 2, dropout)[: 2 * T * U1]
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dropout_drops_its_share(dropout, dtype):
-    hidden = kept_nodes(100, 50, 64, dropout, dtype)
+    hidden = kept_nodes(50, 50, 64, dropout, dtype)
     share = round(dropout * 2**15) / 2**15
     assert hidden.unique().tolist() == [0, 1]
     assert math.isclose(loss.kept_numbers(dropout) / 2**15, 1 - share)
@@ -886,7 +752,7 @@ def test_dropout_drops_its_share(dropout, dtype):
 
 
 def test_dropout_masks_of_nodes_are_independent():
-    kept = kept_nodes(30, 20, 64, 0.5) > 0  # (600, 64)
+    kept = kept_nodes(15, 20, 64, 0.5) > 0  # (600, 64)
     equal = (kept[:, None] == kept).double().mean(-1)  # (600, 600)
     # The mean of 64 fair coins is 0.5 +- 0.0625; six deviations bound the extreme of 180,000 pairs.
     assert equal.fill_diagonal_(0.5).sub(0.5).abs().max() < 6 * 0.0625
@@ -895,22 +761,10 @@ def test_dropout_masks_of_nodes_are_independent():
 def test_dropout_masks_of_blocks_are_independent(monkeypatch):
     # All blocks take slices of the same random rows.
     monkeypatch.setattr(loss, "BLOCK_ROWS", 50)
-    kept = (kept_nodes(100, 50, 64, 0.5) > 0).float().view(100, 50 * 64) - 0.5  # (blocks, values)
+    kept = (kept_nodes(50, 50, 64, 0.5) > 0).float().view(100, 50 * 64) - 0.5  # (blocks, values)
     equal_more_than_half = (2 * kept @ kept.T / (50 * 64)).fill_diagonal_(0)
     # The mean of 3200 fair coins is 0.5 +- 0.0088; six deviations bound the extreme of 4950 pairs.
     assert equal_more_than_half.abs().max() < 6 * 0.0088
-
-
-def test_utterances_of_a_batch_have_different_dropout_masks():
-    encoded, predicted, weight, bias = (x.detach() for x in joint_arguments(1, 4, 3, 5, 32))
-    lens = (torch.tensor([4, 4]), torch.tensor([3, 3]))
-    targets = torch.ones(2, 3, dtype=torch.int64)
-    torch.manual_seed(1)
-    costs = loss.joint_transducer_loss(
-        encoded.repeat(2, 1, 1), predicted.repeat(2, 1, 1), weight, bias, targets, *lens, 0,
-        dropout=0.5, reduction="none",
-    )
-    assert abs(costs[0] - costs[1]) > 0.01
 
 
 def test_dropout_mask_follows_the_global_seed():
@@ -918,12 +772,9 @@ def test_dropout_mask_follows_the_global_seed():
     costs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        costs.append(loss.joint_transducer_loss(*arguments, *rest, dropout=0.3).item())
-    torch.manual_seed(1)
-    for _ in range(2):
-        costs.append(loss.joint_transducer_loss(*arguments, *rest, dropout=0.3).item())
-    assert costs[0] == costs[1] == costs[3]
-    assert len(set(costs)) == 3  # another seed, and the next call after a seed
+        costs += [loss.joint_transducer_loss(*arguments, *rest, 0.3).item() for _ in range(2)]
+    assert costs[:2] == costs[2:4]
+    assert len(set(costs)) == 4  # two calls after one seed differ
 
 
 def test_without_dropout_the_random_state_is_left_alone():
@@ -947,14 +798,11 @@ GOOD = random_problem([3, 2], [2, 1], V=4, blank=1)
 WRONG_BATCHES = {
     "targets_shape": ({"targets": torch.zeros(2, 3).long()}, r"targets: \(2, 3\).*\(2, 2\)"),
     "targets_float": ({"targets": torch.zeros(2, 2)}, r"targets: .*torch\.float32"),
-    "label_is_blank": (
-        {"targets": torch.tensor([[0, 1], [0, 0]])},
-        r"targets\[0, 1\]: 1,.*blank 1",
-    ),
+    "label_is_blank": ({"targets": torch.tensor([[0, 1], [0, 0]])}, r"targets\[0, 1\]: 1,.* 1$"),
     "label_negative": ({"targets": torch.tensor([[0, 2], [-1, 0]])}, r"targets\[1, 0\]: -1"),
     "label_too_large": ({"targets": torch.tensor([[0, 4], [0, 0]])}, r"targets\[0, 1\]: 4,.*4"),
     "lens_shape": ({"lens": torch.tensor([3])}, r"LENS: .*\(1,\).*\(2,\)"),
-    "lens_float": ({"lens": torch.tensor([3.0, 2.0])}, r"LENS: .*torch\.float32"),
+    "lens_int16": ({"lens": torch.tensor([3, 2]).short()}, r"LENS: .*int16, expected int32 or int"),
     "lens_zero": ({"lens": torch.tensor([3, 0])}, r"LENS\[1\]: 0,.*1 <= n <= 3"),
     "lens_too_large": ({"lens": torch.tensor([4, 3])}, r"LENS\[0\]: 4,.*1 <= n <= 3"),
     "target_lens_shape": ({"target_lens": torch.tensor([[2, 1]])}, r"target_lens: .*\(1, 2\)"),
@@ -979,24 +827,9 @@ def test_impossible_batch_is_an_error_that_names_argument_and_value(name, change
         LOSSES[name](*problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool])
-@pytest.mark.parametrize("name", ["logit_lens", "target_lens"])
-def test_lengths_of_other_integer_types_are_refused(name, dtype):
-    lens = {"logit_lens": torch.tensor([1]), "target_lens": torch.tensor([1])}
-    lens[name] = lens[name].to(dtype)
-    with pytest.raises(ValueError, match=f"{name}: .*, expected int32 or int64"):
-        loss.transducer_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[1]]), *lens.values(), 3)
-
-
 def test_a_batch_of_no_utterances_is_an_error():
-    logits, *rest, blank = (*(x[:0] for x in GOOD[:4]), GOOD.blank)
-    arguments = joint_arguments(0, 3, 2, V=4, J=6)
-    for call in (
-        lambda: loss.transducer_loss(logits, *rest, blank),
-        lambda: loss.joint_transducer_loss(*arguments, *rest, blank),
-    ):
-        with pytest.raises(ValueError, match="a batch of 0 utterances"):
-            call()
+    with pytest.raises(ValueError, match="a batch of 0 utterances"):
+        loss.transducer_loss(*(x[:0] for x in GOOD[:4]), GOOD.blank)
 
 
 @both
@@ -1034,174 +867,3 @@ def test_impossible_dropout_is_an_error(dropout):
     arguments = joint_arguments(2, 3, 2, V=4, J=6)
     with pytest.raises(ValueError, match=f"^dropout: {dropout}, expected 0 <= dropout < 1"):
         loss.joint_transducer_loss(*arguments, *GOOD[1:], dropout)
-
-
-# ------------------------------------------------------------------------ other implementations
-
-
-def cases_with(field: str):
-    cases = [c for c in CASES if field in c]
-    skipped = pytest.param(None, marks=needs_oracles, id="oracles")
-    return pytest.mark.parametrize("case", cases or [skipped], ids=lambda case: case["id"])
-
-
-@needs_oracles
-def test_all_oracle_cases_are_read():
-    assert len(CASES) == 19
-    counts = {
-        "published_costs": 10, "published_grad_logits": 4, "published_grad_log_probs": 5,
-        "float64_costs": 19, "float64_grad_logits": 19, "float64_grad_log_probs": 19,
-        "brute_force_costs": 17, "closed_form_costs": 3, "emissions": 3, "am": 1,
-    }
-    assert {field: sum(field in c for c in CASES) for field in counts} == counts
-
-
-@both
-@cases_with("published_costs")
-def test_published_costs(loss_of, case):
-    costs, _ = costs_and_grad(loss_of, problem_of(case))
-    assert_close(costs, case["published_costs"], case["tolerance"])
-
-
-@both
-@cases_with("published_grad_logits")
-def test_published_gradients(loss_of, case):
-    # Their authors computed them in float32.
-    _, grads = costs_and_grad(loss_of, problem_of(case))
-    assert_close(grads, case["published_grad_logits"], 1e-6)
-
-
-@both
-@cases_with("float64_costs")
-def test_float64_costs_and_gradients(loss_of, case):
-    costs, grads = costs_and_grad(loss_of, problem_of(case))
-    assert_close(costs, case["float64_costs"])
-    assert_close(grads, case["float64_grad_logits"])
-
-
-@both
-@cases_with("float64_costs")
-def test_float32_costs_and_gradients(loss_of, case):
-    problem = problem_of(case)
-    costs, grads = costs_and_grad(loss_of, problem._replace(logits=problem.logits.float()))
-    assert_close(costs, case["float64_costs"], 1e-5)
-    assert_close(grads, case["float64_grad_logits"], 1e-5)
-
-
-def grad_of_log_probs(case: dict) -> Tensor:
-    """(B, T, U+1, V): minus the posterior of an arc, at the class that it emits."""
-    problem = problem_of(case)
-    lattice, emitted = lattice_of(problem)
-    on_blank, on_label = lattice.posteriors()
-    grads = torch.zeros_like(problem.logits)
-    grads[..., problem.blank] -= on_blank
-    return grads.scatter_add_(3, emitted, -on_label[..., None])
-
-
-@cases_with("float64_grad_log_probs")
-def test_posteriors_are_the_gradients_of_log_probs(case):
-    assert_close(grad_of_log_probs(case), case["float64_grad_log_probs"])
-
-
-@cases_with("published_grad_log_probs")
-def test_published_gradients_of_log_probs(case):
-    assert_close(grad_of_log_probs(case), case["published_grad_log_probs"], 1e-6)
-
-
-@both
-@cases_with("brute_force_costs")
-def test_brute_force_costs(loss_of, case):
-    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["brute_force_costs"])
-
-
-@both
-@cases_with("closed_form_costs")
-def test_closed_form_costs(loss_of, case):
-    assert_close(costs_and_grad(loss_of, problem_of(case))[0], case["closed_form_costs"])
-
-
-def additive_joint(emissions: Tensor, predictions: Tensor) -> tuple:
-    """A joint network whose logits are emissions + predictions: the ReLU is idle above -100."""
-    weight = torch.eye(emissions.shape[-1], dtype=torch.float64)
-    return emissions + 100, predictions, weight, weight.new_full((len(weight),), -100)
-
-
-@cases_with("emissions")
-def test_joint_gradients_of_awni_transducer(case):
-    # Its joint network is a sum without non-linearity, and its gradients are from float32.
-    inputs = [
-        torch.tensor(case[k], dtype=torch.float64).requires_grad_()
-        for k in ("emissions", "predictions")
-    ]
-    arguments = additive_joint(*inputs)
-    costs = loss.joint_transducer_loss(*arguments, *problem_of(case)[1:], reduction="none")
-    assert_close(costs.detach(), case["float64_costs"])
-    grads = torch.autograd.grad(costs.sum(), inputs)
-    for actual, key in zip(grads, ("emissions", "predictions"), strict=True):
-        assert_close(actual, case[f"published_grad_{key}"], 1e-6)
-
-
-@cases_with("am")
-def test_joint_costs_of_fast_rnnt(case):
-    am, lm = (torch.tensor([case[k]], dtype=torch.float64) for k in ("am", "lm"))
-    problem = problem_of(case)
-    costs = loss.joint_transducer_loss(*additive_joint(am, lm), *problem[1:], reduction="none")
-    assert_close(costs, case["float64_costs"])
-
-
-def best_labels(problem: dict, blank: int) -> list[int]:
-    """The labels of the most probable path, by the lattice at a temperature near 0."""
-    emissions, predictions = (
-        torch.tensor(problem[k]).double() for k in ("emissions", "predictions")
-    )
-    log_probs = (emissions[:, :, None] + predictions[:, None]).log_softmax(-1)  # (1, T, U+1, V)
-    classes = [v for v in range(log_probs.shape[-1]) if v != blank]
-    T, U = problem["T"], problem["U"]
-    costs = {}
-    for labels in itertools.product(classes, repeat=U):
-        emitted = torch.tensor([*labels, classes[0]]).view(1, 1, -1, 1).expand(1, T, -1, 1)
-        arcs = (log_probs[..., blank], log_probs.gather(3, emitted)[..., 0])
-        lattice = loss.Lattice(*(1e4 * x for x in arcs), torch.tensor([T]), torch.tensor([U]))
-        costs[labels] = lattice.costs.item()
-    return [list(min(costs, key=costs.get))]
-
-
-@needs_oracles
-def test_best_path_of_awni_transducer():
-    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
-    assert best_labels(viterbi, viterbi["blank"]) == viterbi["expected_labels"]
-
-
-@needs_oracles
-def test_best_path_of_awni_transducer_on_one_frame():
-    viterbi = json.loads(LOSS_JSON.read_text())["viterbi"]
-    assert (
-        best_labels(viterbi["no_blanks"], viterbi["blank"])
-        == (viterbi["no_blanks"]["expected_labels"])
-    )
-
-
-@needs_oracles
-def test_losses_of_the_original_on_its_own_logits():
-    # The original's tiny model ran in float32 with its build of warprnnt.
-    run = np.load(SEED_RUN / "seed_model_golden.npz")
-    expected = json.loads((SEED_RUN / "seed_model_golden.json").read_text())
-    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
-    logits = torch.from_numpy(run["logits"])
-    assert_close(loss.transducer_loss(logits, *rest, 11, "none"), expected["loss_each"], 1e-5)
-    assert_close(loss.transducer_loss(logits, *rest, 11), expected["loss_mean"], 1e-5)
-
-
-@needs_oracles
-def test_joint_gradients_of_the_original():
-    # The gradient of a projection's bias is the sum of the gradients over all frames or columns.
-    run = np.load(SEED_RUN / "seed_model_golden.npz")
-    names = ("enc_out", "pred_out", "w/joint_net.2.weight", "w/joint_net.2.bias")
-    arguments = [torch.from_numpy(run[k]).requires_grad_() for k in names]
-    rest = [torch.from_numpy(run[k]).long() for k in ("y", "enc_lens", "y_lens")]
-    loss.joint_transducer_loss(*arguments, *rest, 11).backward()
-    encoded, predicted, weight, bias = (x.grad for x in arguments)
-    assert_close(weight, run["g/joint_net.2.weight"], 1e-5)
-    assert_close(bias, run["g/joint_net.2.bias"], 1e-5)
-    assert_close(encoded.sum((0, 1)), run["g/joint_enc.bias"], 1e-5)
-    assert_close(predicted.sum((0, 1)), run["g/joint_pred.bias"], 1e-5)

@@ -4,28 +4,25 @@
     python -m pytest tests/test_model.py
 
 FeatureNorm and WideLstm are compared with torch's own, initialisation and parameter counts with
-the MLPerf v1.0 model, the joint network with its formula, chunks with the whole utterance. Where
-../shared exists, so is every activation, loss and gradient of a tiny model of the original system.
+the MLPerf v1.0 model, the joint network with its formula, chunks with the whole utterance. The
+activations and gradients of a model of the original are in test_oracles.py.
 """
 
 import copy
-import json
 import math
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import seedrun
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import features
-from loss import joint_transducer_loss, transducer_loss
+from loss import joint_transducer_loss
 from model import (
     PRESETS,
+    ConvFrontEnd,
     FeatureNorm,
     LstmStack,
     ModelConfig,
@@ -35,14 +32,14 @@ from model import (
     WideLstm,
 )
 
-MISC = Path(__file__).resolve().parents[2] / "shared" / "oracles" / "misc_oracles.json"
-
 TINY = ModelConfig(
     feature_size=6, vocab_size=9, enc_hidden=10, pre_layers=2, stack=3, post_layers=2,
     pred_hidden=7, pred_layers=2, joint_hidden=8, enc_dropout=0.0, pred_dropout=0.0,
     joint_dropout=0.0,
 )
 NORMALIZED = replace(TINY, normalization=True)
+CONV = replace(NORMALIZED, pre_layers=0, stack=2, post_layers=3, conv_layers=2, conv_channels=4,
+               residual=True)
 LENS = [13, 5, 9, 1]  # the last groups of 3 frames have one, two, three and one valid frames
 
 
@@ -100,7 +97,7 @@ def test_num_frames_rounds_up(factor):
     ids=["float64", "float32"],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
     cfg, training, dtype, tolerance
 ):
@@ -111,7 +108,7 @@ def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
     encoded, enc_lens = model.encode(feats, lens)
     for b, n in enumerate(LENS):
         alone, alone_lens = model.encode(feats[b : b + 1, :n], lens[b : b + 1])
-        assert enc_lens[b] == alone_lens[0] == alone.shape[1] == math.ceil(n / cfg.stack)
+        assert enc_lens[b] == alone_lens[0] == alone.shape[1] == math.ceil(n / cfg.reduction)
         torch.testing.assert_close(
             encoded[b, : enc_lens[b]], alone[0], rtol=tolerance, atol=tolerance
         )
@@ -131,7 +128,7 @@ def test_predict_gives_a_padded_batch_what_it_gives_each_utterance_alone(cfg, tr
         torch.testing.assert_close(predicted[b, : u + 1], alone[0], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
     feats, feat_lens = garbage_batch()
     targets = torch.tensor([[1, 4], [7, 8], [2, 2], [-1, 8]])
@@ -145,7 +142,7 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
         output = model.joint_network.output
         for rows, T_in, U in batches:
             labels = targets[rows, :U]
-            encoded, enc_lens, predicted = model(feats[rows, :T_in], feat_lens[rows], labels)
+            encoded, enc_lens, predicted, _ = model(feats[rows, :T_in], feat_lens[rows], labels)
             joint_transducer_loss(
                 encoded, predicted, output.weight, output.bias, labels, enc_lens, target_lens[rows],
                 cfg.blank, reduction="sum",
@@ -164,10 +161,9 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(groups=st.lists(st.integers(1, 4), min_size=1, max_size=6), removed=st.integers(0, 2),
-       normalized=st.booleans())
-def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, normalized):
-    # Every chunk is a multiple of the 3 frames of an encoder frame; the last one lacks `removed`.
-    cfg = NORMALIZED if normalized else TINY
+       cfg=st.sampled_from([TINY, NORMALIZED, CONV]))
+def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, cfg):
+    # Every chunk is a multiple of the frames of an encoder frame; the last one lacks `removed`.
     model, lengths = make_model(cfg).eval(), [cfg.reduction * n for n in groups]
     lengths[-1] -= removed
     generator = torch.Generator().manual_seed(2)
@@ -182,7 +178,7 @@ def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, norma
 
 
 @pytest.mark.parametrize("traced_frames", [9, 10])  # with and without a group to fill
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
 def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, traced_frames):
     model = make_model(cfg, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(3)
@@ -417,7 +413,7 @@ def test_gradient_reaches_every_parameter(preset):
     torch.manual_seed(0)
     feats, lens = torch.randn(2, 20, 6), torch.tensor([20, 11])
     targets, target_lens = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])
-    encoded, enc_lens, predicted = model(feats, lens, targets)
+    encoded, enc_lens, predicted, _ = model(feats, lens, targets)
     output = model.joint_network.output
     joint_transducer_loss(
         encoded, predicted, output.weight, output.bias, targets, enc_lens, target_lens,
@@ -425,6 +421,58 @@ def test_gradient_reaches_every_parameter(preset):
     ).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+# ------------------------------------------------------ convolutions, residuals, initialisation
+
+
+def test_convolutions_are_torchs_with_symmetric_padding():
+    front_end = ConvFrontEnd(replace(CONV, conv_layers=3)).double()
+    x = torch.randn(2, 11, 6, dtype=torch.float64)
+    lens = torch.tensor([11, 11])
+    y, out_lens, _ = front_end(x, lens, [])
+    expected = x[:, None]
+    for convolution in front_end.convolutions:
+        expected = nn.functional.conv2d(expected, convolution.weight, convolution.bias, stride=2,
+                                        padding=1).relu()
+    expected = front_end.layer_norm(front_end.linear(expected.transpose(1, 2).flatten(2)))
+    assert y.shape == (2, 2, 10)
+    assert out_lens.tolist() == [2, 2]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_of_the_convolutions_needs_no_frame_past_its_group():
+    model = make_model(CONV).eval()
+    lens = torch.tensor([32])
+    feats = torch.randn(1, 32, 6, dtype=torch.float64)
+    encoded, _ = model.encode(feats, lens)
+    for t in range(4):
+        changed = feats.clone()
+        changed[:, (t + 1) * CONV.reduction :] += 1.0
+        assert torch.equal(model.encode(changed, lens)[0][:, : t + 1], encoded[:, : t + 1])
+
+
+def test_residual_layers_add_their_input_before_layer_norm():
+    stack = make_model(CONV).encoder.post.eval()
+    x = torch.randn(2, 5, 20, dtype=torch.float64)
+    y, _ = stack(x)
+    expected = x.transpose(0, 1)
+    for layer, norm in zip(stack.layers, stack.layer_norms, strict=True):
+        out, _ = layer(expected)
+        expected = norm(out if out.shape != expected.shape else expected + out)
+    torch.testing.assert_close(y, expected.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_orthogonal_initialisation():
+    torch.manual_seed(0)
+    cfg = replace(TINY, orthogonal_init=True, weights_init_scale=1.0)
+    for lstm in Transducer(cfg).encoder.post.layers:
+        for gate in lstm.weight_hh_l0.chunk(4):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(10), rtol=0, atol=1e-5)
+        fan = lstm.input_size + lstm.hidden_size
+        assert 0.8 < lstm.weight_ih_l0.abs().max() / math.sqrt(6 / fan) <= 1
+        bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
+        assert bias.tolist() == [0.0] * 10 + [1.0] * 10 + [0.0] * 20
 
 
 # ---------------------------------------------------------------------- LstmStack and WideLstm
@@ -591,22 +639,12 @@ def test_parameter_count(cfg, expected):
     assert count_parameters(cfg) == expected
 
 
-@pytest.mark.skipif(not MISC.is_file(), reason="../shared/oracles is not here")
-def test_parameter_counts_are_those_of_the_oracle():
-    oracle = json.loads(MISC.read_text(encoding="utf-8"))["parameter_counts"]
-    for pre, post, stack in ((2, 3, 2), (2, 3, 8), (2, 2, 8)):
-        cfg = ModelConfig(pre_layers=pre, post_layers=post, stack=stack)
-        expected = oracle[f"pre{pre}_post{post}_stack{stack}"]
-        assert count_parameters(cfg) == expected
-        added = count_parameters(replace(cfg, normalization=True)) - expected
-        assert added == oracle["normalization_adds"]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(name, 0) for name in ("feature_size", "enc_hidden", "pre_layers", "stack", "post_layers",
-                            "pred_hidden", "pred_layers", "joint_hidden")]
-    + [("vocab_size", 1), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
+    [(name, 0) for name in ("feature_size", "enc_hidden", "stack", "post_layers",
+                            "pred_hidden", "pred_layers", "joint_hidden", "conv_channels")]
+    + [("vocab_size", 1), ("pre_layers", -1), ("conv_layers", -1), ("ctc_split", -1),
+       ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
        ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
 )
 def test_config_errors_name_field_and_value(field, value):
@@ -616,132 +654,3 @@ def test_config_errors_name_field_and_value(field, value):
 
 def test_config_accepts_the_smallest_values():
     ModelConfig(1, 2, 1, 1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0)
-
-
-# ------------------------------------------------------------------- against the original's numbers
-
-# The original ran in float32 and summed at most some hundred terms.
-CLOSE = dict(rtol=1e-5, atol=2e-6)
-
-
-@pytest.fixture(scope="module")
-def original():
-    """The seedrun model in float64 and its outputs for the seedrun batch."""
-    model = seedrun.model("w/").double()
-    feats, lens = seedrun.features("", model.cfg.stack)
-    encoded, enc_lens = model.encode(feats.double(), lens)
-    predicted = model.predict(seedrun.arrays()["y"])
-    return model, encoded, enc_lens, predicted
-
-
-def seedrun_cost(original, fused, reduction):
-    model, encoded, enc_lens, predicted = original
-    targets, target_lens = seedrun.arrays()["y"], seedrun.arrays()["y_lens"]
-    blank = model.cfg.blank
-    if fused:
-        layer = model.joint_network.output
-        return joint_transducer_loss(encoded, predicted, layer.weight, layer.bias, targets,
-                                     enc_lens, target_lens, blank, reduction=reduction)
-    logits = model.joint(encoded, predicted)
-    return transducer_loss(logits, targets, enc_lens, target_lens, blank, reduction)
-
-
-@seedrun.needs_seedrun
-def test_encoder_output_is_the_originals(original):
-    _, encoded, enc_lens, _ = original
-    expected = seedrun.arrays()["enc_out"].double()
-    assert enc_lens.tolist() == seedrun.arrays()["enc_lens"].tolist()
-    for b, n in enumerate(enc_lens.tolist()):
-        torch.testing.assert_close(encoded[b, :n], expected[b, :n], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_padding_changes_nothing_but_the_last_incomplete_group_of_the_original():
-    model = seedrun.model("w/").double()
-    feats, _ = seedrun.features("", model.cfg.stack)
-    lens = seedrun.arrays()["x_lens"]  # 7 and 10 end inside a group of 3
-    encoded, enc_lens = model.encode(feats.double(), lens)
-    expected = seedrun.arrays()["enc_out"].double()
-    for b, n in enumerate(enc_lens.tolist()):
-        torch.testing.assert_close(encoded[b, : n - 1], expected[b, : n - 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_predictor_output_is_the_originals(original):
-    expected = seedrun.arrays()["pred_out"].double()
-    for b, u in enumerate(seedrun.arrays()["y_lens"].tolist()):
-        torch.testing.assert_close(original[3][b, : u + 1], expected[b, : u + 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-def test_logits_are_the_originals(original):
-    model, encoded, enc_lens, predicted = original
-    logits, expected = model.joint(encoded, predicted), seedrun.arrays()["logits"].double()
-    for b, (n, u) in enumerate(zip(enc_lens, seedrun.arrays()["y_lens"], strict=True)):
-        torch.testing.assert_close(logits[b, :n, : u + 1], expected[b, :n, : u + 1], **CLOSE)
-
-
-@seedrun.needs_seedrun
-@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
-def test_loss_is_the_originals(original, fused):
-    each, mean = (seedrun_cost(original, fused, r).tolist() for r in ("none", "mean"))
-    # warp-transducer sums in float32.
-    assert each == pytest.approx(seedrun.facts()["loss_each"], rel=1e-6)
-    assert mean == pytest.approx(seedrun.facts()["loss_mean"], rel=1e-6)
-
-
-@seedrun.needs_seedrun
-@pytest.mark.parametrize("fused", [False, True], ids=["transducer", "joint_transducer"])
-def test_every_gradient_is_the_originals(original, fused):
-    model = original[0]
-    named = dict(model.named_parameters())
-    grads = torch.autograd.grad(
-        seedrun_cost(original, fused, "mean"), list(named.values()), retain_graph=True
-    )
-    expected = seedrun.by_our_names("g/")
-    assert expected.keys() == named.keys()
-    for name, grad in zip(named, grads, strict=True):
-        torch.testing.assert_close(grad, expected[name].double(), rtol=2e-5, atol=3e-6, msg=name)
-    total = torch.stack([g.norm() for g in grads]).norm().item()
-    assert total == pytest.approx(seedrun.facts()["grad_total_norm"], rel=1e-6)
-    norms = seedrun.facts()["grad_l2"]  # under the original's names
-    ours = {name: g.norm().item() for name, g in zip(named, grads, strict=True)}
-    assert ours == pytest.approx({seedrun.our_name(k): v for k, v in norms.items()}, rel=1e-4)
-
-
-@seedrun.needs_seedrun
-def test_stack_time_is_the_originals():
-    x = seedrun.arrays()["stack_in"].transpose(0, 1)  # time-first in the original
-    assert torch.equal(StackTime(3)(x), seedrun.arrays()["stack_out"].transpose(0, 1))
-    lens = Transducer(seedrun.config(stack=3)).num_frames(torch.tensor([7, 5]))
-    assert lens.tolist() == seedrun.facts()["stack_lens"]
-
-
-@seedrun.needs_seedrun
-def test_splice_is_the_originals():
-    cfg = features.FeatureConfig(num_mels=4, freq_mask_max=1, align=1)
-    mels, expected = seedrun.arrays()["splice_in"], seedrun.arrays()["splice_out"]  # bins first
-    for b, (n, frames) in enumerate(zip([8, 5], seedrun.facts()["splice_lens"], strict=True)):
-        spliced = features.splice(mels[b, :, :n].T, cfg)
-        assert len(spliced) == frames
-        assert torch.equal(spliced, expected[b, :, :frames].T)
-
-
-@seedrun.needs_seedrun
-def test_initialisation_is_the_originals():
-    torch.manual_seed(0)
-    model, init = Transducer(seedrun.config()), seedrun.facts()["init"]
-    lstm = model.encoder.pre.layers[0]
-    for name in ("bias_ih_l0", "bias_hh_l0"):
-        forget = getattr(lstm, name)[8:16].tolist()
-        assert forget == init[f"{name} forget slice"]
-    bound = init["bound 0.5/sqrt(H)"]
-    others = torch.cat([lstm.bias_ih_l0[:8], lstm.bias_ih_l0[16:]])
-    assert 0.95 * bound < lstm.weight_ih_l0.abs().max().item() <= bound
-    assert 0.9 * bound < others.abs().max().item() <= bound
-    assert model.joint_network.output.weight.abs().max().item() == pytest.approx(
-        init["joint_net.2 max|w|"], rel=0.05
-    )
-    # Both are deviations of 66 draws from N(0, 1).
-    embed_std = model.predictor.embed.weight.std().item()
-    assert embed_std == pytest.approx(init["embed std"], rel=0.25)

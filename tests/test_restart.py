@@ -48,10 +48,10 @@ def run(corpus, monkeypatch):
     real_step = train.train_step
 
     def start(out, *argv, at=None, data_root=corpus):
-        def step_with_action(trainer, batches, step, lr):
+        def step_with_action(trainer, batches, step, *args):
             if step in (at or {}):
                 at[step]()
-            return real_step(trainer, batches, step, lr)
+            return real_step(trainer, batches, step, *args)
 
         monkeypatch.setattr(train, "train_step", step_with_action)
         argv = ["train.py", "--data", str(data_root), "--out", str(out), *TINY, *map(str, argv)]
@@ -310,9 +310,9 @@ def test_restart_deletes_the_run_and_nothing_else(run, whole, tmp_path):
 def test_a_resumed_run_takes_the_flags_of_its_optimiser(run, tmp_path, flag, name, value):
     run(tmp_path, "--epochs", 1)
     assert run(tmp_path, "--resume", flag, value[0] if name == "betas" else value) == 0
-    (group,) = load_checkpoint(tmp_path / LAST)["optimizer"]["param_groups"]
-    assert group[name] == value
-    assert group["step"] == 12
+    optimizer = load_checkpoint(tmp_path / LAST)["optimizer"]
+    assert optimizer["param_groups"][0][name] == value
+    assert {state["step"] for state in optimizer["state"].values()} == {12}
 
 
 def test_a_directory_with_best_pt_alone_holds_a_run(run, tmp_path):
@@ -414,7 +414,9 @@ def test_another_number_of_ranks_goes_on_at_the_next_epoch(corpus, tmp_path):
 
 def flip(path):
     contents = bytearray(path.read_bytes())
-    contents[len(contents) // 2] ^= 1
+    # Less than 64 bytes between two tensors are padding, which no checksum covers.
+    middle = len(contents) // 2
+    contents[middle : middle + 100] = bytes(byte ^ 1 for byte in contents[middle : middle + 100])
     path.write_bytes(contents)
 
 

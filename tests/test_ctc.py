@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CTC head finds the alignment: its loss, its epochs, and the schedules of a short run.
+
+    python -m pytest tests/test_ctc.py
+
+The CTC loss is compared with the sum over all alignments. Steps run in float64: accumulation
+and two ranks repeat one big batch to the rounding.
+"""
+
+import itertools
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tones import REPO, TINY, events, run_here, run_train, tiny_corpus
+
+import decode
+import train
+from checkpoint import digest, load_checkpoint
+from data import Batch
+from features import FeatureConfig, features, spec_augment, warp_mels
+from loss import ctc_loss
+from model import ModelConfig, Transducer
+from ranks import Ranks, start_ranks
+from train import TrainConfig, lr_at
+
+MODEL = ModelConfig(
+    feature_size=6, vocab_size=5, enc_hidden=8, pre_layers=1, stack=3, post_layers=1,
+    pred_hidden=4, pred_layers=1, joint_hidden=6, normalization=True, ctc_split=2,
+)
+CTC = ["--ctc-epochs", "1", "--ctc-weight", "0.5", "--ctc-split", "4", "--epochs", "4",
+       "--stack", "2", "--ramp-begin", "1", "--ramp-epochs", "2", "--hold-share", "0.5",
+       "--weight-decay", "0", "--lr", "0.01"]
+ALONE = Ranks(0, 1, 0)
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def brute_force_ctc(log_probs, target, blank):
+    """-log of the sum over all alignments: class sequences that collapse to the target."""
+    N, V = log_probs.shape
+    total = 0.0
+    for path in itertools.product(range(V), repeat=N):
+        collapsed = [k for k, _ in itertools.groupby(path) if k != blank]
+        if collapsed == target:
+            total += math.exp(sum(float(log_probs[n, k]) for n, k in enumerate(path)))
+    return -math.log(total)
+
+
+@pytest.mark.parametrize("target", [[], [0], [0, 1], [1, 1], [2, 0, 2]])
+def test_ctc_loss_is_the_sum_over_all_alignments_N5_V4(target):
+    logits = torch.randn(1, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([target + [0] * (3 - len(target))])
+    costs, has_alignment = ctc_loss(logits, targets, torch.tensor([5]),
+                                    torch.tensor([len(target)]), blank=3)
+    expected = brute_force_ctc(logits[0].log_softmax(-1), target, 3)
+    assert costs.item() == pytest.approx(expected, rel=1e-9)
+    assert has_alignment.tolist() == [True]
+
+
+def test_ctc_loss_of_an_utterance_without_alignment_is_zero_and_counted():
+    logits = torch.randn(3, 4, 5, requires_grad=True)
+    # Two equal labels need a blank between them: three labels and two repeats take five positions.
+    targets = torch.tensor([[1, 1, 1], [1, 2, 1], [1, 1, 2]])
+    costs, has_alignment = ctc_loss(logits, targets, torch.tensor([4, 3, 4]),
+                                    torch.tensor([3, 3, 3]), blank=4)
+    assert has_alignment.tolist() == [False, True, True]
+    assert costs[0] == 0
+    assert (costs[1:] > 0).all()
+    costs.sum().backward()
+    assert not logits.grad[0].any()
+
+
+def test_ctc_loss_does_not_depend_on_padding():
+    logits = torch.randn(2, 6, 5, dtype=torch.float64)
+    targets = torch.tensor([[1, 2, 3], [0, 0, 0]])
+    args = targets, torch.tensor([6, 4]), torch.tensor([3, 1])
+    padded = logits.clone()
+    padded[1, 4:] = 1e6
+    other = targets.clone()
+    other[1, 1:] = 3
+    expected = ctc_loss(logits, *args, blank=4)[0]
+    assert torch.equal(ctc_loss(padded, other, *args[1:], blank=4)[0], expected)
+
+
+# ----------------------------------------------------------------------------------- the CTC head
+
+
+def test_the_head_has_split_positions_per_encoder_frame():
+    model = Transducer(MODEL).eval()
+    logits, lens = model.ctc_logits(torch.randn(2, 7, 6), torch.tensor([7, 4]))
+    assert logits.shape == (2, 3 * 2, 5)
+    assert lens.tolist() == [6, 4]
+
+
+def test_the_head_is_the_only_difference_in_parameters():
+    names = {name for name, _ in Transducer(MODEL).named_parameters()}
+    without = {name for name, _ in Transducer(replace(MODEL, ctc_split=0)).named_parameters()}
+    assert names - without == {"ctc_head.weight", "ctc_head.bias"}
+    assert without < names
+
+
+def test_ctc_greedy_decode_collapses_repeats_and_drops_blanks(monkeypatch):
+    model = Transducer(MODEL).eval()
+    classes = torch.tensor([[1, 1, 4, 1, 2, 2, 4, 0], [4, 4, 3, 3, 3, 0, 0, 0]])
+    logits = torch.nn.functional.one_hot(classes, 5).float()
+    monkeypatch.setattr(model, "ctc_logits", lambda *_: (logits, torch.tensor([8, 4])))
+    assert decode.ctc_greedy_decode(model, None, None) == [[1, 1, 2, 0], [3]]
+
+
+def test_scale_dropout_sets_every_network():
+    model = Transducer(replace(MODEL, enc_dropout=0.4, pred_dropout=0.2, joint_dropout=0.6))
+    model.scale_dropout(0.5)
+    assert model.encoder.pre.dropout.p == model.encoder.post.dropout.p == 0.2
+    assert model.predictor.rnn.dropout.p == 0.1
+    assert model.joint_network.dropout.p == 0.3
+
+
+# ---------------------------------------------------------------------------------- the schedules
+
+
+def rates(epochs, hold_share, warmup_epochs=0.0, steps_per_epoch=2, lr_min=0.0):
+    return [lr_at(step, -(-step // steps_per_epoch), lr=1.0, warmup_epochs=warmup_epochs,
+                  hold_epochs=0, steps_per_epoch=steps_per_epoch, gamma=0.5, lr_min=lr_min,
+                  epochs=epochs, hold_share=hold_share)
+            for step in range(1, epochs * steps_per_epoch + 1)]
+
+
+def test_the_rate_is_held_and_then_falls_to_its_least_at_the_last_step():
+    assert rates(4, 0.5) == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates(2, 0.5, lr_min=0.1) == [1, 1, 0.5, 0.1]
+
+
+def test_more_epochs_stretch_the_schedule():
+    assert rates(8, 0.5)[1::2] == rates(4, 0.5)
+
+
+def config(**changes):
+    return TrainConfig(data=".", train_splits=("x",), dev_split="x", out=".", **changes)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(40, 5), (20, 5), (12, 3), (4, 1), (3, 0)])
+def test_the_ctc_head_is_trained_alone_for_at_most_a_quarter_of_the_epochs(epochs, expected):
+    cfg = config(ctc_epochs=5, epochs=epochs)
+    assert sum(cfg.is_ctc_alone(epoch) for epoch in range(1, epochs + 1)) == expected
+
+
+def test_strength_grows_between_the_ends_of_the_ramp():
+    cfg = config(ramp_begin=2, ramp_epochs=4)
+    assert [cfg.strength(epoch) for epoch in range(1, 8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert config().strength(1) == 1
+
+
+@pytest.mark.parametrize("words", [
+    ["--ctc-weight", "-1"], ["--ctc-epochs", "-1"], ["--hold-share", "1"],
+    ["--ramp-begin", "-1"], ["--ctc-weight", "1", "--ctc-split", "0"],
+])
+def test_a_wrong_value_ends_with_status_2(words, capsys):
+    needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
+    with pytest.raises(SystemExit) as end:
+        train.parse_configs([*needed, "--preset", "baseline", *words])
+    assert end.value.code == 2
+    assert words[-2].strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+def test_without_ctc_flags_there_is_no_head():
+    needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
+    for words, has_head in ([], False), (["--ctc-weight", "0.1"], True):
+        cfg, model_cfg, _ = train.parse_configs([*needed, "--preset", "baseline", *words])
+        trainer = train.make_trainer(cfg, replace(model_cfg, enc_hidden=8), ALONE)
+        assert (trainer.model.ctc_head is not None) == has_head
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def test_spec_augment_of_strength_zero_changes_nothing():
+    mels = torch.ones(100, 80)
+    assert spec_augment(mels.clone(), np.random.default_rng(1), strength=0.0).all()
+
+
+def test_strength_bounds_the_widths_of_spec_augment():
+    cfg = FeatureConfig(freq_masks=1, time_masks=0)
+    for seed in range(50):
+        mels = spec_augment(torch.ones(40, 80), np.random.default_rng(seed), cfg, strength=0.25)
+        assert (mels[0] == 0).sum() <= 5  # a quarter of 20 bins
+
+
+def test_warp_mels_reads_bins_at_scaled_places():
+    cfg = FeatureConfig(mel_warp=0.1)
+    mels = torch.arange(80.0).repeat(3, 1)  # the value of a bin is its index
+    factor = 1 + np.random.default_rng(7).uniform(-0.1, 0.1)
+    warped = warp_mels(mels, np.random.default_rng(7), cfg)
+    expected = (torch.arange(80.0) * factor).clamp_max(79)
+    torch.testing.assert_close(warped[0], expected, rtol=0, atol=1e-4)
+
+
+def test_features_without_warp_draw_what_they_always_drew():
+    samples = np.random.default_rng(1).standard_normal(8000).astype(np.float32)
+    plain = features(samples, rng=np.random.default_rng(2))
+    other = features(samples, FeatureConfig(mel_warp=0.1), np.random.default_rng(2))
+    assert torch.equal(plain, features(samples, rng=np.random.default_rng(2), strength=1.0))
+    assert not torch.equal(plain, other)
+
+
+# ------------------------------------------------------------------------------------------ steps
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_batch(*numbers):
+    """Utterances of six to nine frames and one to three labels, a function of their numbers."""
+    feat_lens = torch.tensor([6 + n % 4 for n in numbers])
+    target_lens = torch.tensor([1 + n % 3 for n in numbers])
+    feats = torch.zeros(len(numbers), 9, 6)
+    targets = torch.zeros(len(numbers), 3, dtype=torch.int64)
+    for row, n in enumerate(numbers):
+        generator = torch.Generator().manual_seed(n)
+        feats[row, : feat_lens[row]] = torch.randn(int(feat_lens[row]), 6, generator=generator)
+        targets[row, : target_lens[row]] = torch.randint(0, 4, (int(target_lens[row]),),
+                                                         generator=generator)
+    ids = [f"u{n}" for n in numbers]
+    return Batch(feats, feat_lens, targets, target_lens, ids, 1.0, len(numbers))
+
+
+def make_trainer(ranks=ALONE, **changes):
+    cfg = config(precision="fp32", ctc_epochs=1, ctc_weight=0.5, epochs=4, weight_decay=0.0,
+                 batch_size=2, **changes)
+    return train.make_trainer(cfg, replace(MODEL, enc_dropout=0.0, pred_dropout=0.0,
+                                           joint_dropout=0.0), ranks)
+
+
+def run_two_epochs(trainer, split):
+    """Three steps with the CTC head alone, three with both losses: their results."""
+    results = []
+    for epoch in (1, 2):
+        trainer = train.begin_epoch(trainer, epoch)
+        for step in range(3):
+            batches = [make_batch(*numbers) for numbers in split([4 * step + i for i in range(4)])]
+            results.append(train.train_step(trainer, batches, 3 * epoch + step, 0.02, epoch == 1))
+    return [tuple(r) for r in results]
+
+
+def weights_of(trainer):
+    return {name: x.clone() for name, x in trainer.model.state_dict().items()}
+
+
+def assert_same(ours, expected):
+    for name, x in ours.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_the_loss_is_the_weighted_sum(float64):
+    trainer = train.begin_epoch(make_trainer(), 2)
+    result = train.train_step(trainer, [make_batch(1, 2)], 1, 0.0)
+    assert result.loss == pytest.approx(result.transducer_loss + 0.5 * result.ctc_loss, rel=1e-12)
+    assert result.transducer_loss > 0
+    assert result.ctc_loss > 0
+
+
+def test_the_ctc_head_alone_moves_the_encoder_and_itself_alone(float64):
+    trainer = make_trainer()
+    before = weights_of(trainer)
+    result = train.train_step(trainer, [make_batch(1, 2)], 1, 0.02, ctc_alone=True)
+    assert result.loss == result.ctc_loss
+    assert result.transducer_loss == 0
+    moved = {name.split(".")[0] for name, x in weights_of(trainer).items()
+             if not torch.equal(x, before[name])}
+    assert moved == {"encoder", "ctc_head"}
+
+
+def test_all_parameters_move_once_the_transducer_is_trained(float64):
+    trainer = make_trainer()
+    run_two_epochs(trainer, lambda numbers: [numbers])
+    assert all(p.requires_grad and p.grad is not None for p in trainer.model.parameters())
+    steps = {state["step"] for state in trainer.optimizer.state.values()}
+    assert steps == {3, 6}  # bias correction counts each tensor's own steps
+
+
+def test_accumulated_steps_equal_big_ones(float64):
+    alone, split = make_trainer(), make_trainer(accumulation=2)
+    expected = run_two_epochs(alone, lambda numbers: [numbers])
+    results = run_two_epochs(split, lambda numbers: [numbers[:2], numbers[2:]])
+    np.testing.assert_allclose(results, expected, rtol=1e-9)
+    assert_same(weights_of(split), weights_of(alone))
+
+
+def rank_main(folder):
+    """Runs in each of two processes and writes its results to <folder>/rank<r>.pt."""
+    torch.set_default_dtype(torch.float64)
+    ranks, _ = start_ranks(expected=2, timeout_s=60)
+    trainer = make_trainer(ranks)
+    results = run_two_epochs(trainer, lambda numbers: [numbers[ranks.rank :: 2]])
+    torch.save((results, weights_of(trainer)), Path(folder) / f"rank{ranks.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(tmp_path, float64):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    command = [sys.executable, "-c", f"import test_ctc; test_ctc.rank_main({str(tmp_path)!r})"]
+    processes = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+                                  stderr=subprocess.PIPE, text=True) for r in range(2)]
+    errors = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
+    alone = make_trainer()
+    expected = run_two_epochs(alone, lambda numbers: [numbers])
+    for rank in range(2):
+        results, weights = torch.load(tmp_path / f"rank{rank}.pt")
+        np.testing.assert_allclose(results, expected, rtol=1e-9)
+        assert_same(weights, weights_of(alone))
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert run_here("--data", corpus, "--out", out, *TINY, *CTC) == 0
+    return out
+
+
+def test_both_losses_stand_in_the_log(finished):
+    first, *_, last = events(finished, "step")
+    assert first["loss"] == first["ctc_loss"]
+    assert first["transducer_loss"] == 0
+    assert last["loss"] == pytest.approx(last["transducer_loss"] + 0.5 * last["ctc_loss"], rel=1e-6)
+
+
+def test_the_search_of_an_evaluation_stands_in_the_log(finished):
+    searches = [event["search"] for event in events(finished, "eval")]
+    assert searches == ["ctc", "transducer", "transducer", "transducer"]
+
+
+def test_best_is_not_the_score_of_the_ctc_head(finished):
+    scores = [e["wer"] for e in events(finished, "eval") if e["search"] == "transducer"]
+    assert load_checkpoint(finished / "best.pt")["state"]["best_wer"] == min(scores)
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 6])
+def test_a_run_that_stops_resumes_bit_for_bit(stop_after, corpus, finished, tmp_path):
+    """In the CTC epoch, between it and the next, and in the middle of the next."""
+    def stop(*args, **kwargs):
+        result = train_step(*args, **kwargs)
+        if args[2] == stop_after:
+            raise KeyboardInterrupt
+        return result
+
+    words = ["--data", corpus, "--out", tmp_path, *TINY, *CTC, "--checkpoint-every-s", "0"]
+    train_step = train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(*words)
+    assert run_here(*words, "--resume") == 0
+    for field in ("loss", "ctc_loss", "lr", "grad_norm"):
+        ours, expected = ([e[field] for e in events(out, "step")] for out in (tmp_path, finished))
+        assert ours == expected, field
+    ours, expected = (load_checkpoint(out / "checkpoint-00000016.pt")
+                      for out in (tmp_path, finished))
+    for part in ("model", "ema", "optimizer"):
+        assert digest(ours[part]) == digest(expected[part]), part
+
+
+def test_the_console_shows_the_ctc_loss(corpus, tmp_path):
+    done = run_train(corpus, tmp_path, *CTC, "--log-every", "1")
+    assert done.returncode == 0, done.stderr
+    assert "| ctc loss " in done.stdout
+    assert "dev ema ctc wer" in done.stdout
