@@ -768,6 +768,7 @@ def test_a_lost_batch_is_an_error_in_words(dataset, utterances, monkeypatch):
     assert next(batches).ids == [utterances[0].id]  # after several polls, but in time
     with pytest.raises(OSError, match="no batch: none came for 4 s. .*/dev/shm may be full"):
         next(batches)
+    data.end_workers()  # the worker still sleeps
 
 
 def test_other_errors_of_the_loader_are_passed_on(dataset, monkeypatch):
