@@ -182,11 +182,13 @@ def diagnose(path: str | Path, error: Exception) -> OSError | ValueError:
     """The exception that says why soundfile could not open a file."""
     try:
         with open(path, "rb") as file:
-            is_empty = not file.read(1)
+            head = file.read(64)
     except OSError as os_error:
         return type(os_error)(f"{path}: {os_error.strerror}")
-    if is_empty:
+    if not head:
         return ValueError(f"{path}: the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        return ValueError(f"{path}: a git-LFS pointer; `git lfs pull` fetches the audio")
     return ValueError(f"{path}: not readable as audio: {getattr(error, 'error_string', error)}")
 
 

@@ -207,6 +207,8 @@ def bad_place(place: str) -> Bad:
 
 BAD = {
     "zero bytes": Bad(lambda c: c.bytes(b""), AUDIO, FLAC + "the file is empty"),
+    "git-LFS pointer": Bad(lambda c: c.bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+                           AUDIO, FLAC + "a git-LFS pointer"),
     "text": Bad(lambda c: c.bytes(b"no audio" * 999), AUDIO, FLAC + "not readable as audio: "),
     "no samples": Bad(lambda c: c.wav([]), AUDIO, WAV + "the file has no samples"),
     "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: the end is missing"),
