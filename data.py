@@ -33,7 +33,9 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from features import (
@@ -133,13 +135,11 @@ def list_files(split: Path) -> Iterator[Path | Problem]:
     """Audio and transcripts in the chapters of a split; such files elsewhere are problems."""
     errors: list[OSError] = []
     for parent, folders, names in os.walk(split, onerror=errors.append, followlinks=True):
-        wanted = {name for name in (*names, *folders) if is_audio(name) or is_transcript(name)}
+        ignored = wanted = [name for name in names if is_audio(name) or is_transcript(name)]
         if len(Path(parent).relative_to(split).parts) == 2:  # <speaker>/<chapter>
             yield from (Path(parent, name) for name in wanted)
-            ignored = set(folders) - wanted
+            ignored = folders.copy()
             folders.clear()  # os.walk does not enter them, so that a loop of links ends
-        else:
-            ignored = wanted - set(folders)
         for name in sorted(ignored):
             where = str(Path(parent, name))
             yield Problem("warning", "not a file of a chapter", where, "it is ignored")
@@ -416,10 +416,6 @@ class SpeechDataset(torch.utils.data.Dataset):
         return feats, labels, utterance
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batch:
     """Pads to the longest item, rounded up: oneDNN builds its kernels once per shape."""
     good = [item for item in items if item is not None]
@@ -428,13 +424,11 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     feats, labels, utterances = zip(*good, strict=True)
     feat_lens = torch.tensor([len(f) for f in feats])
     target_lens = torch.tensor([len(ids) for ids in labels])
-    T_in = round_up(int(feat_lens.max()), cfg.round_frames)
-    U = round_up(int(target_lens.max()), cfg.round_labels)
-    padded = feats[0].new_zeros(len(good), T_in, cfg.feature_size)
-    targets = torch.zeros(len(good), U, dtype=torch.int64)
-    for row, (f, ids) in enumerate(zip(feats, labels, strict=True)):
-        padded[row, : len(f)] = f
-        targets[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    padded = pad_sequence(feats, batch_first=True)
+    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % cfg.round_frames))
+    targets = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in labels],
+                           batch_first=True)
+    targets = F.pad(targets, (0, -targets.shape[1] % cfg.round_labels))
     return Batch(padded, feat_lens, targets, target_lens, [u.id for u in utterances],
                  sum(u.duration_s for u in utterances), num_requested=len(items))
 
@@ -477,6 +471,7 @@ def reason(error: Exception) -> str:
     return text.splitlines()[-1] if text.startswith("Caught ") else text
 
 
+@atexit.register
 def end_workers() -> None:
     """Kills workers at exit; multiprocessing would send SIGTERM, which they ignore, and wait."""
     for worker in multiprocessing.active_children():
@@ -493,18 +488,15 @@ def next_batch(loader: Iterator[Batch], timeout_s: float) -> Batch:
         try:
             return next(loader)
         except (RuntimeError, ConnectionError) as error:
-            message = str(error)
-            if isinstance(error, RuntimeError) and not message.startswith("DataLoader "):
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise  # the dataset raised it
-            if not message.startswith("DataLoader timed out"):
-                why = f"a worker process was killed ({message}), perhaps because memory ran out"
-            elif time.monotonic() < until:
+            timed_out = str(error).startswith("DataLoader timed out")
+            if timed_out and time.monotonic() < until:
                 continue
-            else:
-                why = (f"none for {timeout_s:g} s: the disk of the recordings does not answer, or "
-                       "/dev/shm is full (docker run --shm-size)")
-            raise OSError(f"no batch: {why}; train.py --loader-workers 0 prepares batches "
-                          "without worker processes") from error
+            why = f"none came for {timeout_s:g} s" if timed_out else "a worker process was killed"
+            raise OSError(f"no batch: {why}. Memory or /dev/shm may be full (docker run "
+                          "--shm-size), or the disk does not answer; train.py --loader-workers 0 "
+                          "prepares batches without worker processes") from error
 
 
 def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_workers: int,
@@ -514,8 +506,6 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
     Raises:
         OSError: a worker was killed, or no batch came for `timeout_s`.
     """
-    atexit.unregister(end_workers)  # an earlier loader may have registered it
-    atexit.register(end_workers)
     on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None: not set from Python
     loader = iter(torch.utils.data.DataLoader(
         dataset,

@@ -103,21 +103,17 @@ DEFAULT = FeatureConfig()
 
 # --------------------------------------------------------------------------- audio file to samples
 
-FORMATS = {  # file name suffix -> libsndfile's names of the formats it may hold
-    ".flac": ("FLAC",),
-    ".wav": ("WAV", "WAVEX", "RF64"),
-    ".ogg": ("OGG",),
-}
+SUFFIXES = (".flac", ".wav", ".ogg")  # of the files of a corpus
 LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
 
 
 def is_audio(name: str) -> bool:
     """Whether a file name is that of audio. macOS puts a file `._a.flac` beside `a.flac`."""
-    return Path(name).suffix.lower() in FORMATS and not name.startswith("._")
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith("._")
 
 
 def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """(n,) samples of a FLAC, WAV or OGG file, float32 at 16 kHz; raises as `read_audio` does.
+    """(n,) samples of an audio file, float32 at 16 kHz; raises as `read_audio` does.
 
     Channels are averaged and other rates are resampled; each gives a warning.
     """
@@ -136,14 +132,15 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not audio of the format that its name tells, is empty, truncated or
-            damaged, or a sample is NaN or beyond LOUDEST.
+        ValueError: it is not audio, is empty, truncated or damaged, or a sample is NaN or beyond
+            LOUDEST.
     """
     with open_audio(path) as audio:
         try:
             samples = audio.read(audio.frames, dtype="float32")
         except soundfile.LibsndfileError as error:
-            raise diagnose(path, audio, error) from error
+            message = error.error_string or f"libsndfile error {error.code}"
+            raise ValueError(f"{path}: damaged audio: {message}") from error
     # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
     if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
         bad = np.count_nonzero(~good)
@@ -156,10 +153,11 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
     try:
         audio = soundfile.SoundFile(os.fsencode(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw has no header
-        raise diagnose(path, None, error) from error
-    formats = FORMATS.get(Path(path).suffix.lower(), (audio.format,))
-    if audio.format not in formats or audio.frames == 0 or is_truncated(audio):
-        raise diagnose(path, audio)
+        raise diagnose(path, error) from error
+    if audio.frames == 0:
+        raise ValueError(f"{path}: the file has no samples")
+    if is_truncated(audio):
+        raise ValueError(f"{path}: truncated: the end is missing")
     return audio
 
 
@@ -174,39 +172,24 @@ def is_truncated(audio: soundfile.SoundFile) -> bool:
             return True
         if len(last) == 0:
             return True
-    # `frames` of a WAV or RF64 file are those it holds; libsndfile logs what its header promises.
-    if "does not match value from 'ds64' chunk" in audio.extra_info:
-        return True
+    # `frames` of a WAV file are those it holds; libsndfile logs what its header promises.
     promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
     # A program that writes to a pipe cannot know the size and promises the largest possible one.
     return promised is not None and int(promised[1]) < 0x7FFF_F000
 
 
-def diagnose(path: str | Path, audio: soundfile.SoundFile | None,
-             error: Exception | None = None) -> OSError | ValueError:
-    """The exception that says why a file cannot be used; `audio` is None if it did not open, and
-    `error` is the exception of soundfile if there was one."""
+def diagnose(path: str | Path, error: Exception) -> OSError | ValueError:
+    """The exception that says why soundfile could not open a file."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as os_error:
         return type(os_error)(f"{path}: {os_error.strerror}")
-    expected = FORMATS.get(Path(path).suffix.lower())
     if not head:
-        problem = "the file is empty"
-    elif head.startswith(b"version https://git-lfs"):
-        problem = "the file is a git-LFS pointer; `git lfs pull` fetches the audio"
-    elif audio is None:
-        problem = f"not readable as audio: {getattr(error, 'error_string', error)}"
-    elif expected and audio.format not in expected:
-        problem = f"the file holds {audio.format}, not {expected[0]}"
-    elif audio.frames == 0:
-        problem = "the file has no samples"
-    elif error is None:
-        problem = "truncated: the end is missing"
-    else:
-        problem = f"damaged audio: {error.error_string or f'libsndfile error {error.code}'}"
-    return ValueError(f"{path}: {problem}")
+        return ValueError(f"{path}: the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        return ValueError(f"{path}: a git-LFS pointer; `git lfs pull` fetches the audio")
+    return ValueError(f"{path}: not readable as audio: {getattr(error, 'error_string', error)}")
 
 
 @functools.cache

@@ -134,12 +134,6 @@ def test_a_loop_of_folders_ends(corpus):
     assert {p.kind for p in problems} == {"not a file of a chapter"}
 
 
-def test_a_changed_corpus_is_seen_at_the_next_scan(corpus):
-    assert corpus.scan()[1] == []
-    corpus.bytes(b"")
-    assert [p.kind for p in corpus.scan()[1]] == ["audio not readable"]
-
-
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -159,19 +153,10 @@ def short_wav(corpus):
     path.write_bytes(path.read_bytes()[:10000])
 
 
-def mp3(corpus):
-    soundfile.write(corpus.folder / "7-9-0000.flac", NOISE, 16000, format="MP3")
-
-
 def link_to_itself(corpus):
     path = corpus.folder / "7-9-0000.flac"
     path.unlink()
     path.symlink_to(path)
-
-
-def folder_named_flac(corpus):
-    (corpus.folder / "7-9-0000.flac").unlink()
-    (corpus.folder / "7-9-0000.flac").mkdir()
 
 
 def audio_in_another_chapter(corpus):
@@ -200,7 +185,6 @@ class Bad(NamedTuple):
 
 FLAC, WAV = "{folder}/7-9-0000.flac: ", "{folder}/7-9-0000.wav: "
 LINE_1, LINE_2 = "{folder}/7-9.trans.txt:1", "{folder}/7-9.trans.txt:2"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 NAN = np.where(np.arange(16000) == 8000, np.nan, NOISE)
 INFINITY = np.where(np.arange(16000) < 2, -np.inf, NOISE)
 AUDIO, CONTROL = "audio not readable", "control character"
@@ -223,9 +207,9 @@ def bad_place(place: str) -> Bad:
 
 BAD = {
     "zero bytes": Bad(lambda c: c.bytes(b""), AUDIO, FLAC + "the file is empty"),
-    "git-LFS pointer": Bad(lambda c: c.bytes(LFS), AUDIO, FLAC + "the file is a git-LFS pointer"),
+    "git-LFS pointer": Bad(lambda c: c.bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+                           AUDIO, FLAC + "a git-LFS pointer"),
     "text": Bad(lambda c: c.bytes(b"no audio" * 999), AUDIO, FLAC + "not readable as audio: "),
-    "MP3 named flac": Bad(mp3, AUDIO, FLAC + "the file holds MP3, not FLAC"),
     "no samples": Bad(lambda c: c.wav([]), AUDIO, WAV + "the file has no samples"),
     "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: the end is missing"),
     "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: the end is missing"),
@@ -233,7 +217,6 @@ BAD = {
     "NaN": Bad(lambda c: c.wav(NAN), AUDIO, WAV + "1 samples not finite", decoded=True),
     "infinity": Bad(lambda c: c.wav(INFINITY), AUDIO, WAV + "2 samples not finite", decoded=True),
     "link to itself": Bad(link_to_itself, AUDIO, FLAC + "Too many levels of symbolic links"),
-    "folder": Bad(folder_named_flac, AUDIO, FLAC + "Is a directory"),
     "constant": Bad(lambda c: c.flac(samples=np.full(999, 0.25)), "constant audio",
                     FLAC + "every sample is 0.25", level="warning", decoded=True),
     "8 kHz": Bad(lambda c: c.flac(samples=NOISE[:8000], rate=8000), "sample rate",
@@ -299,18 +282,6 @@ def test_headers_show_all_problems_but_those_inside_the_audio(corpus, bad):
     assert (bad.kind in [p.kind for p in corpus.scan()[1]]) == (not bad.decoded)
 
 
-BAD_AUDIO = {name: bad for name, bad in BAD.items() if bad.kind == AUDIO}
-
-
-@pytest.mark.parametrize("bad", BAD_AUDIO.values(), ids=BAD_AUDIO)
-def test_loading_a_bad_file_says_the_same(corpus, bad):
-    bad.spoil(corpus)
-    [path] = corpus.folder.glob("7-9-0000.*")
-    with pytest.raises((OSError, ValueError)) as error:
-        features.load_audio(path)
-    assert str(error.value) == corpus.scan(decode=True)[1][0].message
-
-
 def test_the_first_of_two_recordings_is_used(corpus):
     second_recording(corpus, "7/9/7-9-0000.wav")
     assert corpus.scan()[0][0].path == str(corpus.folder / "7-9-0000.flac")
@@ -319,15 +290,6 @@ def test_the_first_of_two_recordings_is_used(corpus):
 def test_duration_does_not_depend_on_rate_and_channels(corpus):
     corpus.flac(samples=np.stack([NOISE] * 2, 1), rate=8000)
     assert [u.duration_s for u in corpus.scan()[0]] == [2.0, 1.0]
-
-
-def test_a_file_without_permission_is_an_error_of_its_own(corpus, monkeypatch):
-    def refuse(path):
-        raise PermissionError(f"{path}: Permission denied")  # root may read every file
-
-    monkeypatch.setattr(data, "open_audio", refuse)
-    path = corpus.folder / "7-9-0000.flac"
-    assert corpus.scan()[1][0] == Problem("error", AUDIO, "7-9-0000", f"{path}: Permission denied")
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
@@ -458,12 +420,6 @@ def test_long_utterances_are_dropped_and_counted():
     assert note == "1,200 of 3,000 dropped, 602.8 h"
 
 
-def test_longest_duration_is_a_setting():
-    kept, note = data.drop_long(utterances_of([1, 2]), FeatureConfig(max_utterance_s=1.5))
-    assert len(kept) == 1
-    assert note == "1 of 2 dropped, 0.0 h"
-
-
 def test_dropping_all_utterances_is_an_error_with_the_limit():
     with pytest.raises(ValueError, match=r"at most 16\.7 s: 2 of 2 dropped"):
         data.drop_long(utterances_of([17, 18]))
@@ -482,14 +438,10 @@ def tokenizer() -> data.Tokenizer:
     return data.Tokenizer(data.train_tokenizer(TEXTS, 36))
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "A MAT ON A HOUSE", "IT", ""])
-def test_decode_is_the_inverse_of_encode(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 @pytest.mark.parametrize(
     "text",
     [
+        TEXTS[0],
         "\u00c9COLE \u0130ZM\u0130R \u00c5NGSTR\u00d6M",
         "\u0645\u06cc\u200c\u062e\u0648",
         "A\u2026 \u00bd \u2122 \ufb01\u200bX",
@@ -723,12 +675,6 @@ def test_seed_0_augments_too(utterances):
     assert feats_of(utterances, 0, 0, 0) != feats_of(utterances, None, 0, 0)
 
 
-def test_order_of_reading_does_not_change_the_augmentation(dataset):
-    forwards = [dataset[i][0] for i in range(6)]
-    backwards = [dataset[i][0] for i in reversed(range(6))]
-    assert all(map(torch.equal, forwards, reversed(backwards)))
-
-
 def test_durations_are_those_after_speed_perturbation(utterances):
     plain = data.SpeechDataset(utterances, None, features.DEFAULT)
     assert plain.durations_s() == [u.duration_s for u in utterances]
@@ -762,12 +708,6 @@ def test_loader_pads_with_the_settings_of_the_dataset(utterances, tokenizer):
     assert batch.targets.shape[1] == batch.target_lens.item()
 
 
-def test_loader_accepts_the_order_of_a_rank(dataset, utterances):
-    order = data.bucket_batches(dataset.durations_s(), 4, 2, np.random.default_rng(1))[:, 1::2]
-    batches = data.batch_loader(dataset, order, 0)
-    assert [b.ids for b in batches] == [[utterances[i].id for i in row] for row in order]
-
-
 def test_a_killed_worker_is_an_error_in_words_at_the_next_batch(dataset):
     batches = data.batch_loader(dataset, [[0]] * 500, 1)
     next(batches)
@@ -789,18 +729,18 @@ def test_a_lost_batch_is_an_error_in_words(dataset, utterances, monkeypatch):
     monkeypatch.setattr(data, "POLL_S", 0.2)
     batches = data.batch_loader(dataset, [[0], [1]], 1, timeout_s=4.0)
     assert next(batches).ids == [utterances[0].id]  # after several polls, but in time
-    with pytest.raises(OSError, match="no batch: none for 4 s: .*/dev/shm is full"):
+    with pytest.raises(OSError, match="no batch: none came for 4 s. .*/dev/shm may be full"):
         next(batches)
+    data.end_workers()  # the worker still sleeps
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_other_errors_of_the_loader_are_passed_on(dataset, monkeypatch, workers):
+def test_other_errors_of_the_loader_are_passed_on(dataset, monkeypatch):
     def fail(*_):
         raise RuntimeError("a mistake in the front end")
 
     monkeypatch.setattr(data, "features", fail)
     with pytest.raises(RuntimeError, match="a mistake in the front end"):
-        next(data.batch_loader(dataset, [[0]], workers))
+        next(data.batch_loader(dataset, [[0]], 1))
 
 
 def test_the_reason_of_a_worker_s_error_is_its_own_message(tokenizer):

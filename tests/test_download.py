@@ -12,8 +12,6 @@ import hashlib
 import io
 import re
 import shutil
-import socket
-import sys
 import tarfile
 import threading
 import time
@@ -231,40 +229,22 @@ def test_only_the_missing_split_is_downloaded(get, root, server, packed):
     assert [request[0] for request in server.requests] == [f"/copy{DEV_URL}"]
 
 
-def test_a_log_has_plain_lines(get):
-    lines = get().splitlines()
-    assert not any("\r" in line or "|" in line for line in lines)
-    done = [line for line in lines if "100 % of" in line]
+def test_every_step_shows_a_bar_with_rate_and_remaining_time(get):
+    done = [line for line in re.split("[\r\n]+", get()) if "100%" in line]
     assert [line.split(":")[0] for line in done] == [
         f"{step} {split}.tar.gz.partial" for split in (TRAIN, DEV)
         for step in ("download", "verify", "unpack")]
-    assert all("B/s, 00:00 left" in line for line in done)
+    assert all("<00:00, " in line and line.endswith("B/s]") for line in done)
 
 
-def test_a_terminal_has_a_bar_with_rate_and_remaining_time(get, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    last = get().replace("\n", "\r").split(f"\rdownload {PARTIAL}: ")[-1]
-    assert last.startswith("100%|")
-    assert "<00:00" in last
-    assert "B/s]" in last
-
-
-@pytest.mark.parametrize(("split", "resource", "size", "unit"), [
-    ("dev-clean", 12, 337, 10**6), ("dev-other", 12, 314, 10**6),
-    ("test-clean", 12, 346, 10**6), ("test-other", 12, 328, 10**6),
-    ("train-clean-100", 12, 63, 10**8), ("train-clean-360", 12, 23, 10**9),
-    ("train-other-500", 12, 30, 10**9), ("dev-clean-2", 31, 126, 10**6),
-    ("train-clean-5", 31, 332, 10**6),
-])
-def test_published_address_and_size(split, resource, size, unit, monkeypatch, tmp_path):
+def test_published_addresses_and_sizes():
     """https://www.openslr.org/12 and /31 list these sizes, rounded down."""
-    calls = []
-    monkeypatch.setattr(prepare, "verify", lambda *args: None)
-    monkeypatch.setattr(prepare, "download", lambda *args: calls.append(args))
-    path = prepare.fetch(tmp_path, split, prepare.OPENSLR)
-    url = f"https://www.openslr.org/resources/{resource}/{split}.tar.gz"
-    assert calls == [(url, path, prepare.ARCHIVES[split].num_bytes)]
-    assert prepare.ARCHIVES[split].num_bytes // unit == size
+    assert prepare.OPENSLR == "https://www.openslr.org/resources"
+    assert {split: (a.resource, a.num_bytes // 10**6) for split, a in prepare.ARCHIVES.items()} == {
+        "dev-clean": (12, 337), "dev-other": (12, 314), "test-clean": (12, 346),
+        "test-other": (12, 328), "train-clean-100": (12, 6387), "train-clean-360": (12, 23049),
+        "train-other-500": (12, 30593), "train-clean-5": (31, 332), "dev-clean-2": (31, 126),
+    }
 
 
 def test_published_corpora():
@@ -302,15 +282,6 @@ def test_a_silent_server_is_given_up_and_asked_again(get, server, monkeypatch):
     assert server.ranges()[1] == "bytes=1000-"
 
 
-def test_a_refused_connection_is_tried_again(get, monkeypatch, waits):
-    monkeypatch.setattr(prepare, "ATTEMPTS", 3)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # a socket that does not listen refuses connections
-        error = get("--mirror", f"http://127.0.0.1:{unused.getsockname()[1]}/", status=1)
-    assert waits == [2, 4]
-    assert "Connection refused" in error
-
-
 def test_attempts_and_waits_are_bounded(get, server, waits, monkeypatch):
     monkeypatch.setattr(prepare, "ATTEMPTS", 5)
     monkeypatch.setattr(prepare, "LONGEST_WAIT_S", 7)
@@ -329,7 +300,7 @@ def test_another_call_continues_the_partial_file(get, root, server, packed, monk
     server.script = [{"drop": 1000}]
     assert f"(1000 bytes read, {size - 1000} more expected); attempt 1 of 1; " in get(status=1)
     assert names(root) == [PARTIAL]
-    assert get().startswith(f"download {PARTIAL}: {100 * 1000 / size:.0f} % of")
+    assert f"download {PARTIAL}: {100 * 1000 / size:3.0f}%|" in get()
     assert server.requests[1] == (TRAIN_URL, "bytes=1000-", size - 1000)
 
 
@@ -345,14 +316,6 @@ def test_a_server_without_ranges_starts_over(get, server, packed, partial):
     get()
     assert server.ranges()[:2] == ["bytes=1000-", "bytes=700-"]
     assert server.requests[1][2] == len(packed[TRAIN])
-
-
-def test_a_redirected_request_keeps_its_range(get, server, packed, partial):
-    partial(packed[TRAIN][:1000])
-    server.files["/elsewhere"] = packed[TRAIN]
-    server.script = [{"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
-    get()
-    assert server.requests[1] == ("/elsewhere", "bytes=1000-", len(packed[TRAIN]) - 1000)
 
 
 @pytest.mark.parametrize("answer", [
@@ -375,8 +338,6 @@ def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer)
     ({"status": 416}, "416 Client Error: Requested Range Not Satisfiable for url: {url}"),
     ({"headers": {"Content-Range": "bytes 0-99/100"}},
      "{url}: Content-Range is 'bytes 0-99/100', expected 'bytes 1000-{last}/{size}'"),
-    ({"headers": {"Content-Range": None}},
-     "{url}: Content-Range is None, expected 'bytes 1000-{last}/{size}'"),
     ({"ranges": False, "headers": {"Content-Length": "100"}},
      "{url}: Content-Length is '100', expected '{size}'"),
     ({"ranges": False, "data": b"<html>log in first</html>"},
@@ -437,14 +398,9 @@ def member(name, kind, target=""):
 
 @pytest.mark.parametrize(("name", "kind", "target"), [
     ("../evil", tarfile.REGTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/../../../evil", tarfile.REGTYPE, ""),
-    ("../evil", tarfile.DIRTYPE, ""),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "{outside}"),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "../../../../outside"),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "{outside}"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "../../outside"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE, ""),
 ])
 def test_a_malicious_member_is_an_error_and_none_is_written(
         get, root, server, tmp_path, name, kind, target):
@@ -457,13 +413,6 @@ def test_a_malicious_member_is_an_error_and_none_is_written(
     assert names(tmp_path) == ["corpora", "outside"]
     assert names(tmp_path / "corpora") == ["root"]
     assert names(outside) == []
-
-
-def test_a_member_with_an_absolute_path_is_not_written_there(get, server, tmp_path):
-    evil = member(f"{tmp_path}/evil", tarfile.REGTYPE)
-    server.publish(TRAIN, pack(split_files(TRAIN), evil))
-    get()
-    assert names(tmp_path) == ["corpora"]
 
 
 def test_a_python_without_the_data_filter_is_an_error_before_any_request(

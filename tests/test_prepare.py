@@ -89,12 +89,6 @@ def test_recipe_1_has_these_prompts(prompts):
         "64f3a688ceade090fb8daae84aa348ab5450cf830cd9357a036815b9c9106a0c")
 
 
-def test_default_sizes(texts):
-    train, dev = texts
-    assert (len(train), len(dev)) == (2000, 100)
-    assert 5 <= len(" ".join(dev).split()) / len(dev) < 7
-
-
 def test_every_training_word_is_frequent_and_every_dev_word_is_trained(texts):
     train, dev = texts
     counts = Counter(" ".join(train).split())
@@ -123,11 +117,6 @@ def test_each_of_72_speakers_has_one_voice_and_ids_are_unique(prompts):
     assert len({x.id for split in prompts.values() for x in split}) == 2100
 
 
-def test_too_few_training_words_are_an_error():
-    with pytest.raises(ValueError, match="2 training words give 0 dev sentences, wanted 1"):
-        prepare.draw_dev_sentences(1, {"TURN", "ON"}, random.Random(0))
-
-
 # --------------------------------------------------------------------------------------- the sound
 
 
@@ -143,12 +132,6 @@ def test_tree_is_librispeech(spoken):
             folder = f"{split}/{speaker}/{chapter}"
             expected |= {f"{folder}/{utterance}.flac", f"{folder}/{speaker}-{chapter}.trans.txt"}
     assert set(read_tree(spoken)) == expected
-
-
-def test_small_corpora_keep_the_splits_apart_too(spoken):
-    train, dev = (set(transcripts(spoken, s).values()) for s in ("train-demo", "dev-demo"))
-    assert not train & dev
-    assert words_of(dev) <= words_of(train)
 
 
 def test_audio_is_16_khz_mono_int16(spoken):
@@ -228,11 +211,10 @@ def test_a_complete_corpus_is_not_written_again(corpus, capsys):
     assert f"{corpus}: is there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"num_dev": 7}])
-def test_another_corpus_is_not_overwritten(corpus, change):
+def test_another_corpus_is_not_overwritten(corpus):
     before = read_tree(corpus)
     with pytest.raises(FileExistsError, match="holds something other"):
-        prepare.make_demo(corpus, **SIZES | change)
+        prepare.make_demo(corpus, **SIZES | {"seed": 4})
     assert read_tree(corpus) == before
 
 

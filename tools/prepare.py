@@ -31,7 +31,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -99,10 +98,7 @@ def expand(name: str, rng: random.Random) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Return True for the fifth of all sentences that only the dev split may say.
-
-    A checksum of the sentence decides, so that the splits are disjoint whatever their sizes.
-    """
+    """Return True for the fifth of all sentences that only the dev split may say."""
     return zlib.crc32(text.encode()) % 5 == 0
 
 
@@ -117,20 +113,13 @@ def draw_train_sentences(count: int, rng: random.Random) -> list[str]:
 
 
 def draw_dev_sentences(count: int, known_words: set[str], rng: random.Random) -> list[str]:
-    """Draw `count` different held-out sentences that have only words of `known_words`.
-
-    Raises:
-        ValueError: 1000 * count draws give too few such sentences.
-    """
+    """Draw `count` different held-out sentences that have only words of `known_words`."""
     sentences: dict[str, None] = {}  # keys are a set in the order of drawing
-    for _ in range(1000 * count):
+    while len(sentences) < count:
         text = expand("sentence", rng)
         if is_held_out(text) and known_words.issuperset(text.split()):
             sentences[text] = None
-        if len(sentences) == count:
-            return list(sentences)
-    raise ValueError(f"{len(known_words)} training words give {len(sentences)} dev sentences, "
-                     f"wanted {count}: more training utterances have more words")
+    return list(sentences)
 
 
 # --------------------------------------------------------------------------------- demo: speakers
@@ -173,11 +162,7 @@ class Prompt(NamedTuple):
 
 def draw_voices(variants: Sequence[str], accent_step: int, first_speaker: int,
                 rng: random.Random) -> list[Voice]:
-    """Combine every variant with every `accent_step`-th accent.
-
-    Each variant starts at the accent after that of the one before, so that every split has all
-    accents.
-    """
+    """Combine every variant with every `accent_step`-th accent, each from another one on."""
     names = [f"{accent}+{variant}" for i, variant in enumerate(variants)
              for accent in ACCENTS[i % accent_step :: accent_step]]
     return [Voice(speaker, name, rng.randint(*RATE_WPM), rng.randint(*PITCH),
@@ -264,12 +249,9 @@ class Espeak:
         return 0  # 1 would stop the synthesis
 
     def say(self, text: str, voice: Voice, seed: int) -> np.ndarray:
-        """Speak a text.
+        """Speak a text: float32 samples at `sample_rate_hz`, without a pause at either end.
 
-        Args:
-            seed: of the breath noise, which espeak-ng would otherwise draw from the time of day.
-        Returns:
-            float32 samples in [-1, 1) at `sample_rate_hz`, without a pause at either end.
+        The seed is that of the breath noise, which espeak-ng would draw from the time of day.
         """
         if self._lib.espeak_SetVoiceByName(voice.name.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice.name}")
@@ -293,13 +275,10 @@ def vary(voice: Voice, rng: random.Random) -> Voice:
 
 
 def record(speech: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Scale speech to a random level, pad it with pauses and add white noise.
+    """Scale float32 speech to a random level, pad it with pauses and add white noise.
 
-    Args:
-        speech: float32 samples at SAMPLE_RATE_HZ, not all zero.
-    Returns:
-        int16 samples. They do not clip: the peak of the noise is 1.8 times its RMS, which is at
-        most a tenth of the RMS of the speech.
+    The int16 samples do not clip: the peak of the noise is 1.8 times its RMS, which is at most a
+    tenth of the RMS of the speech.
     """
     before, after = (round(rng.uniform(*PAUSE_S) * SAMPLE_RATE_HZ) for _ in range(2))
     peak = 10 ** (rng.uniform(*PEAK_DBFS) / 20)
@@ -425,28 +404,17 @@ CORPORA = {
 CHUNK_BYTES = 2**20
 TIMEOUT_S = 60  # a server that sends no byte for so long is asked again
 ATTEMPTS = 20  # failed requests for one file, in one call
-FIRST_WAIT_S, LONGEST_WAIT_S = 2, 60  # before the next request; the wait doubles each time
+LONGEST_WAIT_S = 60  # before the next request; the wait doubles from 2 s
 LOG_INTERVAL_S = 30
-
-
-def print_state(state: str) -> None:
-    """Print a state of a tqdm bar as a line of its own, without the carriage return before it."""
-    if state.strip():
-        print(state.strip(), file=sys.stderr, flush=True)
 
 
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
              start: int = 0) -> AbstractContextManager[BinaryIO]:
-    """Wrap a stream so that a tqdm bar counts the bytes that its "read" or "write" moves.
-
-    The bar begins at byte `start`. In a log it is a line every LOG_INTERVAL_S.
-    """
-    style = {"desc": label, "initial": start, "unit": "B", "unit_scale": True}
-    if not sys.stderr.isatty():
-        style |= {"file": SimpleNamespace(write=print_state), "mininterval": LOG_INTERVAL_S,
-                  "bar_format": "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, "
-                                "{remaining} left"}
-    return tqdm.wrapattr(stream, method, num_bytes, bytes=False, **style)
+    """Wrap a stream so that a tqdm bar counts, from `start`, the bytes that its "read" or "write"
+    moves. A log shows the bar every LOG_INTERVAL_S."""
+    return tqdm.wrapattr(stream, method, num_bytes, bytes=False, desc=label, initial=start,
+                         unit="B", unit_scale=True,
+                         mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S)
 
 
 def request_rest(url: str, path: Path, num_bytes: int) -> None:
@@ -466,12 +434,10 @@ def request_rest(url: str, path: Path, num_bytes: int) -> None:
         if response.status_code >= 500 or response.status_code in (408, 429):
             raise requests.ConnectionError(f"HTTP status {response.status_code} {response.reason}")
         response.raise_for_status()
-        if response.status_code == requests.codes.partial_content:
-            name, expected = "Content-Range", f"bytes {start}-{num_bytes - 1}/{num_bytes}"
-            announced = response.headers.get(name)
-        else:
+        name, expected = "Content-Range", f"bytes {start}-{num_bytes - 1}/{num_bytes}"
+        if response.status_code != requests.codes.partial_content:
             start, name, expected = 0, "Content-Length", str(num_bytes)
-            announced = response.headers.get(name, expected)  # servers may leave it out
+        announced = response.headers.get(name, expected)  # servers may leave it out
         if announced != expected:
             raise ValueError(f"{url}: {name} is {announced!r}, expected {expected!r}")
         with (
@@ -504,7 +470,7 @@ def download(url: str, path: Path, num_bytes: int) -> None:
             problem = f"{url}: {error.args[0]}; attempt {attempt} of {ATTEMPTS}"
             if attempt == ATTEMPTS:
                 raise ConnectionError(f"{problem}; call again to continue") from error
-            wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
+            wait_s = min(2**attempt, LONGEST_WAIT_S)
             print(f"{problem}, next in {wait_s} s", file=sys.stderr, flush=True)
             time.sleep(wait_s)
 
@@ -561,8 +527,7 @@ def unpack(archive: Path, root: Path, split: str) -> None:
     """Unpack an archive to `root`/`split`, whole or not at all; SPEAKERS.TXT etc. go to `root`.
 
     Raises:
-        ValueError: the archive lacks utterances, or tarfile's data filter refuses a member: it
-            leads outside, is a link to outside, or is a device.
+        ValueError: the archive lacks utterances, or tarfile's data filter refuses a member.
     """
     unpacking = root / f".{split}.unpacking"  # on the disk of `root`: the last step is one rename
     unpacking.mkdir()
@@ -588,11 +553,7 @@ def unpack(archive: Path, root: Path, split: str) -> None:
 
 
 def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
-    """List the splits that are not in `root`.
-
-    Raises:
-        ValueError: a split is there but incomplete.
-    """
+    """List the splits that are not in `root`; raise ValueError if one is incomplete."""
     missing = []
     for split in splits:
         folder, expected = root / split, ARCHIVES[split].utterances
@@ -630,9 +591,8 @@ def fetch(root: Path, split: str, mirror: str) -> Path:
 def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]) -> None:
     """Bring the missing splits of a corpus to `root`.
 
-    Args:
-        mirror: URL of OPENSLR or of a copy of it.
-        files: local archives to use instead of downloading. They are kept; downloads are removed.
+    They are downloaded from `mirror`, a copy of OPENSLR, unless there are local archives, `files`.
+    Downloaded archives are removed, local ones are kept.
     """
     local = match_archives(files, CORPORA[corpus])
     if not hasattr(tarfile, "data_filter"):
@@ -669,11 +629,7 @@ def find_splits(root: Path) -> list[str]:
 
 
 def check(root: Path, splits: Sequence[str]) -> bool:
-    """Print the size and all problems of each split; an empty list means all splits in `root`.
-
-    Returns:
-        True if no problem is an error.
-    """
+    """Print size and problems of the splits, or of all in `root`; returns True without errors."""
     splits = splits or find_splits(root)
     if not splits:
         raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac")
