@@ -217,7 +217,6 @@ def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
         ("    type: int", "    typo: int", "expected a mapping with name, type"),
         ("{min: 1, max: 10}", "{min: 1, max: ten}", "warmup_epochs: invalid literal for int()"),
         ("{min: 1, max: 10}", "{min: 11, max: 10}", "got (low=11, high=10)"),
-        ("{min: 1, max: 10}", "[1, 10]", "expected a mapping with min, max"),
         ("min: 1e-3", "min: 0", "`low > 0` must hold"),
         ("transformation: log", "transformation: exp", "lr: exp: expected log"),
         (LR, "  - {name: stack, type: int, grid: 46}", "stack: 46, expected a list"),
@@ -241,7 +240,6 @@ def test_a_wrong_value_is_an_error_that_shows_it(case, old, new, message):
     [
         (b"", "None: expected a mapping"),
         (b"a: 1\nb: \xff\n", "invalid start byte"),
-        (b"- 1\n", "expected a mapping"),
         (b"a: 1\n---\nb: 2\n", "line 2"),
         (b"[" * 5000, "recursion"),
     ],
@@ -330,16 +328,14 @@ def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(cas
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys):
-    search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)},
-                         [100.0, 0.5], 4)
     study = optuna.create_study(directions=["minimize"] * 2)
     for lr, seconds, wer in ((0.1, 200, 0.1), (0.2, 90, 0.3), (0.3, 95, 0.2), (0.4, 50, 0.6)):
         study.enqueue_trial({"lr": lr})
-        trial = study.ask(search.space)
+        trial = study.ask({"lr": optuna.distributions.FloatDistribution(0, 1)})
         trial.set_constraint("training_time", seconds - 100)
         trial.set_constraint("WER", wer - 0.5)
         study.tell(trial, [seconds, wer])
-    tune.show_results(study, search, tmp_path, ["run"])
+    tune.show_results(study, tmp_path, ["run"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)

@@ -269,21 +269,21 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
             evals = read_evals(folder)
-            if len(evals) <= judged:
+            if not evals:
                 continue
-            judged, last = len(evals), evals[-1]
             # A WER above 1 only says how many words an untrained model inserts.
             best = itertools.accumulate((min(1.0, e["wer"]) for e in evals), min)
             wers = {str(e["epoch"]): wer for e, wer in zip(evals, best, strict=True)}
             trial.set_user_attr("wers", wers)
-            trial.set_user_attr("seconds", 3600 * last["hours"])
-            reason = hopeless(trial.study, trial.number, wers)
-            if reason is not None and last["epoch"] < epochs and process.returncode is None:
-                trial.set_user_attr("reason", reason)
-                raise TrialPruned
-    attrs = trial.user_attrs
-    if process.returncode in (0, train.EXIT_STATUS["time limit"]) and "wers" in attrs:
-        return [attrs["seconds"], min(attrs["wers"].values())]
+            trial.set_user_attr("seconds", seconds := 3600 * evals[-1]["hours"])
+            has_more = evals[-1]["epoch"] < epochs and process.returncode is None
+            if has_more and len(evals) > judged:
+                judged, reason = len(evals), hopeless(trial.study, trial.number, wers)
+                if reason is not None:
+                    trial.set_user_attr("reason", reason)
+                    raise TrialPruned
+    if process.returncode in (0, train.EXIT_STATUS["time limit"]) and evals:
+        return [seconds, min(wers.values())]
     lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
     # Launchers print more after the message that matters.
     messages = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
@@ -382,17 +382,14 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0
 
 
-def print_table(study: optuna.Study, search: Search) -> None:
-    names = list(search.space)
-    rows = [["trial", "state", "seconds", "WER %", "feasible", *names, "reason"]]
+def print_table(study: optuna.Study) -> None:
+    rows = [["trial", "state", "seconds", "WER %", "feasible", "values", "reason"]]
     for t in study.get_trials(deepcopy=False):
-        attrs = t.user_attrs
-        values = [f"{x:.4g}" if isinstance(x := t.params.get(name), float) else str(x)
-                  for name in names]
+        wer = min(t.user_attrs.get("wers", {0: math.nan}).values())
         retried = "cut off; goes on under another number" if t.state == TrialState.FAIL else ""
-        rows.append([str(t.number), t.state.name.lower(), f"{attrs.get('seconds', 0):.1f}",
-                     f"{100 * min(attrs.get('wers', {0: math.nan}).values()):.2f}",
-                     "yes" if is_feasible(t) else "no", *values, attrs.get("reason", retried)])
+        rows.append([str(t.number), t.state.name.lower(), f"{t.user_attrs.get('seconds', 0):.1f}",
+                     f"{100 * wer:.2f}", "yes" if is_feasible(t) else "no",
+                     shlex.join(flags(t.params)), t.user_attrs.get("reason", retried)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -410,10 +407,9 @@ def print_importances(study: optuna.Study) -> None:
             print(f"{metric}: no importances: {error}")
 
 
-def show_results(study: optuna.Study, search: Search, out: Path,
-                 command: Sequence[str]) -> None:
+def show_results(study: optuna.Study, out: Path, command: Sequence[str]) -> None:
     """Table, picture, importances and the best trial's command; ValueError if none is complete."""
-    print_table(study, search)
+    print_table(study)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise ValueError(f"no trial was completed, {out}/trial-*/run.log say why")
@@ -464,7 +460,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one tuner creates the tables and the first trial
             study = open_study(out, search, defaults, env)
         tune(study, search, out, defaults["epochs"], command)
-        show_results(study, search, out, command)
+        show_results(study, out, command)
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
     except (OptunaError, SQLAlchemyError) as error:
