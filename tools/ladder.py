@@ -256,7 +256,7 @@ def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
         dist.barrier()  # rank 0 keeps the store of all
 
 
-# Runs "$@" in a network of its own, whose only interface sends $1 Gbit/s in all.
+# Runs a command in a network namespace whose loopback sends $1 Gbit/s for all ranks together.
 LIMIT = """
 ip link set lo up
 tc qdisc add dev lo root tbf rate "$1gbit" burst 1mb latency 50ms
@@ -266,7 +266,7 @@ exec "$@"
 
 
 def limit_network(ranks: int, gbit: float) -> list[str]:
-    """First arguments of a command line whose ranks each send at `gbit` Gbit/s."""
+    """First arguments of a command line whose ranks each send `gbit` Gbit/s, as if on hosts."""
     user = [] if os.geteuid() == 0 else ["--map-root-user"]
     return ["unshare", *user, "--net", "sh", "-ec", LIMIT, "sh", f"{ranks * gbit:g}"]
 

@@ -59,10 +59,9 @@ PATHS = ("data", "out", "resume", "restart")  # flags about a place, which may d
 LOCAL = ("DATA", "VENV", "REQUIREMENTS", "SSH", "CGROUPS", "MASTER_ADDR", "MASTER_PORT")  # likewise
 METRICS = ("training_time", "WER")
 MIN_RIVALS = 3  # trials that must have reached an epoch before their median prunes
-POLL_S = 5
+POLL_S = 5  # between two looks at a trial's log
 HEARTBEAT_S = 15
-# The ranks of a killed tuner's trial end within 150 s; until then they hold its folder.
-GRACE_S = 180
+GRACE_S = 180  # without a heartbeat; run.sh ends a killed tuner's trial within 120 s
 
 # --------------------------------------------------------------------------------------- the file
 
