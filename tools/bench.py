@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum
 from tools import ladder
-from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, peak_rss_gb, plain_loss
+from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
 MOST_RECORDINGS = 512  # synthetic files; larger workloads repeat them
 
@@ -151,7 +150,7 @@ def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
         all_sum(torch.zeros(1), ranks)  # all ranks multiply at the same time
         rate = gemm_tflops(trainer.dtype)
         warmup, measured = (time_steps(trainer, steps, n) for n in (args.warmup, args.steps))
-        peak_gb = peak_rss_gb()  # the profiler's events are not a run's memory
+        peak_gb = rss_gb()  # the profiler's events are not a run's memory
         started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             time_steps(trainer, steps, report.PROFILE_STEPS)
@@ -203,10 +202,6 @@ def step_result(trainer: train.Trainer, rows: Sequence[tuple[float, float]], rat
 # -------------------------------------------------------------------------------------------- loss
 
 
-def rss_gb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
-
-
 def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     """Random `inputs` and `lattice` of plain_loss, with train-clean-100's lengths."""
     seconds, target_lens = (torch.tensor(x) for x in zip(*draw_shapes(batch), strict=True))
@@ -237,9 +232,9 @@ def bench_loss(args: argparse.Namespace) -> None:
 
         return median_seconds(call, repeats)
 
-    before = rss_gb()
+    before = rss_gb("VmRSS")
     fused_s = seconds(lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), 7)
-    grown = peak_rss_gb() - before  # measured here: gemm_tflops may need more
+    grown = rss_gb() - before  # measured here: gemm_tflops may need more
     rate = gemm_tflops(dtype)
     plain_s = seconds(plain_loss, 3)
     fused, plain = args.batch_size / fused_s, args.batch_size / plain_s
@@ -301,7 +296,7 @@ def bench_decode(args: argparse.Namespace) -> None:
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
     finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
-            "same_as_alone": same, "peak_rss_gb": peak_rss_gb()})
+            "same_as_alone": same, "peak_rss_gb": rss_gb()})
 
 
 # ------------------------------------------------------------------------------------------ curves

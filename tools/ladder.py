@@ -83,10 +83,13 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def peak_rss_gb() -> float:
-    """Largest resident memory of this process; getrusage would include the parent's."""
+def rss_gb(field: str = "VmHWM") -> float:
+    """Largest resident memory of this process (VmHWM) or that of now (VmRSS).
+
+    The peak that getrusage returns would include the parent's.
+    """
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
 
 
 def finish(result: dict, path: Path | None = None) -> None:
@@ -249,7 +252,7 @@ def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
         finish(reduced | {
             # The first step of a bucket builds oneDNN's kernels.
             "step_s": [statistics.median(bucket[1:]) for bucket in times],
-            "steps": sum(map(len, times)), "peak_rss_gb": peak_rss_gb(),
+            "steps": sum(map(len, times)), "peak_rss_gb": rss_gb(),
             "threads": torch.get_num_threads(), "parameters": num_parameters,
         })
     if ranks.world > 1:
@@ -403,17 +406,17 @@ def print_ladder(rows: Sequence[dict]) -> None:
 
 def draw_ladder(png: Path, rows: Sequence[dict]) -> None:
     """Left: seconds of an epoch and the cumulative speed-up. Right: the gain of our ideas alone."""
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    bars = left.bar([row["name"] for row in rows], [row["epoch_s"] for row in rows])
-    left.bar_label(bars, [f"{row['epoch_s']:.0f} s\n{row['cumulative']:.1f}x" for row in rows])
-    left.set(ylabel="s an epoch of train-clean-100", title="each idea on top of the last")
+    bars = left.barh([row["name"] for row in rows], [row["epoch_s"] for row in rows])
+    left.bar_label(bars, [f" {row['epoch_s']:.0f} s, {row['cumulative']:.1f}x" for row in rows])
+    left.set(xlabel="s an epoch of train-clean-100", title="each idea on top of the last")
     gains = {row["name"]: row["alone"] for row in rows[ORIGINAL_RUNGS:]}
-    right.bar_label(right.bar(*zip(*gains.items(), strict=True), color="C1"), fmt="%.2f")
-    right.set(ylabel="speed-up", title=f"alone, on top of {rows[ORIGINAL_RUNGS - 1]['name']}")
+    right.bar_label(right.barh(*zip(*gains.items(), strict=True), color="C1"), fmt=" %.2f")
+    right.set(xlabel="speed-up", title=f"alone, on top of {rows[ORIGINAL_RUNGS - 1]['name']}")
     for ax in (left, right):
-        ax.margins(y=0.15)  # for the figures on the bars
-        ax.tick_params(axis="x", rotation=30)
+        ax.invert_yaxis()
+        ax.margins(x=0.3)  # for the figures behind the bars
     figure.savefig(png)
 
 
