@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -144,6 +145,12 @@ class Case:
 
     def count(self, state: TrialState) -> int:
         return [t.state for t in self.trials()].count(state)
+
+
+@pytest.fixture(autouse=True)
+def _restore_style():
+    with matplotlib.rc_context():  # Optuna sets a style for all pictures
+        yield
 
 
 @pytest.fixture
