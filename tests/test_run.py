@@ -18,11 +18,22 @@ import sys
 import time
 
 import pytest
-from launched import FLAGS, PATH, PYTHON, Run, StandIn, kill_processes, write_script
+from launched import (
+    FLAGS,
+    PATH,
+    PYTHON,
+    SUBNET,
+    Run,
+    StandIn,
+    can_make_hosts,
+    kill_processes,
+    made_hosts,
+    write_script,
+)
 from tones import REPO
 
 from checkpoint import load_checkpoint
-from tools import launch, measure
+from tools import launch
 
 
 @pytest.fixture
@@ -374,7 +385,7 @@ def test_time_limit_ends_every_launcher_with_75(run, launcher):
 
 SYSTEM = f"{PATH}:/usr/sbin:/sbin"
 HOSTS = 4
-ADDRESS = f"{measure.SUBNET}{{}}"
+ADDRESS = f"{SUBNET}{{}}"
 
 
 def missing_for_hosts():
@@ -382,7 +393,7 @@ def missing_for_hosts():
     for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
         if shutil.which(program, path=SYSTEM) is None:
             return f"there is no {program}"
-    return "" if measure.can_make_hosts() else "no right to make network namespaces here"
+    return "" if can_make_hosts() else "no right to make network namespaces here"
 
 
 @pytest.fixture
@@ -406,7 +417,7 @@ def cluster(tmp_path):
         f"#!/bin/sh\nexec ssh -F none -p 2222 -i {key} -o StrictHostKeyChecking=no"
         ' -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
-    with measure.made_hosts(HOSTS, gbit=10) as hosts:
+    with made_hosts(HOSTS) as hosts:
         sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
         daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
         yield folder / "ssh", hosts[0]

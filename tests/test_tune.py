@@ -7,7 +7,6 @@ tuners, their ends and the studies are real.
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -147,6 +147,12 @@ class Case:
         return [t.state for t in self.trials()].count(state)
 
 
+@pytest.fixture(autouse=True)
+def _restore_style():
+    with matplotlib.rc_context():  # Optuna sets a style for all pictures
+        yield
+
+
 @pytest.fixture
 def case(tmp_path):
     case = Case(tmp_path)
@@ -205,51 +211,43 @@ def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
     case.config.write_text(CONFIG + "ppn: 2\nhosts:\n- localhost\n")
     tune.read_search(case.config)
     output = capsys.readouterr().out
-    assert f"{case.config}:13: ppn has no effect" in output
-    assert f"{case.config}:15: hosts has no effect" in output
+    assert f"{case.config}: ppn has no effect" in output
+    assert f"{case.config}: hosts has no effect" in output
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line", "message"),
+    ("old", "new", "message"),
     [
-        ("learning_rate", "out", 5, "out cannot be searched"),
-        ("    name: warmup_epochs", "    name: lr", 6, "lr is there twice"),
-        ("    type: int", "    type: integer", 8, "expected double or int or categorical"),
-        ("    type: int", "    type: int\n    type: int", 9, "type: unknown or twice"),
-        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "expected int, not 'ten'"),
-        ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
-        ("{min: 1, max: 10}", "[1, 10]", 6, "expected a mapping"),
-        ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
-        ("transformation: log", "transformation: exp", 5, "expected log, not 'exp'"),
-        (LR, "  - {name: preset, type: categorical, grid: [demo]}", 5,
-         "expected categorical_values alone"),
-        (LR, "  - {name: stack, type: int, grid: [4], transformation: log}", 5,
-         "expected grid or bounds alone"),
-        ("  experiment: rnnt\n", "", 2, "experiment is missing"),
-        ("name: WER", "name: CER", 11, "expected training_time or WER, not 'CER'"),
-        ("name: WER", "name: training_time", 11, "training_time is there twice"),
-        ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 10,
-         "expected training_time and WER"),
-        ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
-        ("observation_budget: 6", "observation_budget: [6]", 12, "expected int, not a sequence"),
-        ("observation_budget: 6", "budget: 6", 12, "budget: unknown or twice"),
+        ("learning_rate", "out", "out cannot be searched"),
+        ("    name: warmup_epochs", "    name: lr", "expected at least one, and each once"),
+        ("    type: int", "    type: integer", "integer: expected double or int or categorical"),
+        ("    type: int", "    typo: int", "expected a mapping with name, type"),
+        ("{min: 1, max: 10}", "{min: 1, max: ten}", "warmup_epochs: invalid literal for int()"),
+        ("{min: 1, max: 10}", "{min: 11, max: 10}", "got (low=11, high=10)"),
+        ("min: 1e-3", "min: 0", "`low > 0` must hold"),
+        ("transformation: log", "transformation: exp", "lr: exp: expected log"),
+        (LR, "  - {name: stack, type: int, grid: 46}", "stack: 46, expected a list"),
+        (LR, "  - {name: stack, type: int, grid: [4], bounds: {}}", "stack: expected bounds"),
+        ("  experiment: rnnt\n", "", "expected a mapping with project, experiment, parameters"),
+        ("name: WER", "name: CER", "CER: expected training_time or WER"),
+        ("name: WER", "name: training_time", "metrics: expected training_time and WER, each once"),
+        ("observation_budget: 6", "observation_budget: 0", "0, expected at least 1"),
+        ("observation_budget: 6", "observation_budget: [6]", "not 'list'"),
     ],
 )
-def test_an_error_names_its_line(case, old, new, line, message):
+def test_a_wrong_value_is_an_error_that_shows_it(case, old, new, message):
     case.change(old, new)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tune.read_search(case.config)
-    assert f"{case.config}:{line}: " in str(error.value), error.value
+    assert str(error.value).startswith(f"{case.config}: ")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", ":1: empty"),
+        (b"", "None: expected a mapping"),
         (b"a: 1\nb: \xff\n", "invalid start byte"),
-        (b"- 1\n", ":1: expected a mapping"),
         (b"a: 1\n---\nb: 2\n", "line 2"),
-        (b"a: 'b\n", "line 1"),
         (b"[" * 5000, "recursion"),
     ],
 )
@@ -257,7 +255,7 @@ def test_a_file_that_is_no_mapping_is_an_error_that_names_it(case, content, mess
     case.config.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(case.config))) as error:
         tune.read_search(case.config)
-    assert message in str(error.value), error.value
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -267,17 +265,13 @@ def test_a_file_that_is_no_mapping_is_an_error_that_names_it(case, content, mess
          "beta1: 1.5, expected 0 <= x < 1"),
         ("{name: learning_rat, type: double, bounds: {min: 1, max: 2}}",
          "unrecognized arguments: --learning-rat 1.0"),
-        ("{name: stack, type: double, bounds: {min: 4, max: 8}}", "invalid int value: '4.0'"),
-        ("{name: lr, type: double, bounds: {min: 1, max: inf}}", "lr: inf, expected a finite"),
         ("{name: normalization, type: categorical, categorical_values: [true, yes]}",
          "unrecognized arguments: yes"),
     ],
 )
-def test_values_that_train_py_refuses_name_their_line(case, parameter, message):
+def test_values_that_train_py_refuses_end_the_search_before_it_begins(case, parameter, message):
     case.change(LR, f"  - {parameter}")
-    _, error = case.run()
-    assert f"{case.config}:5: " in error
-    assert message in error
+    assert message in case.run()[1]
     assert not case.out.exists()
 
 
@@ -341,16 +335,14 @@ def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(cas
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys):
-    search = tune.Search("a/b", {"lr": optuna.distributions.FloatDistribution(0, 1)}, {},
-                         [100.0, 0.5], 4)
     study = optuna.create_study(directions=["minimize"] * 2)
     for lr, seconds, wer in ((0.1, 200, 0.1), (0.2, 90, 0.3), (0.3, 95, 0.2), (0.4, 50, 0.6)):
-        trial = study.ask(search.space)
-        trial.set_user_attr("command", ["run", "--lr", str(lr)])
+        study.enqueue_trial({"lr": lr})
+        trial = study.ask({"lr": optuna.distributions.FloatDistribution(0, 1)})
         trial.set_constraint("training_time", seconds - 100)
         trial.set_constraint("WER", wer - 0.5)
         study.tell(trial, [seconds, wer])
-    tune.report(study, search, tmp_path)
+    tune.show_results(study, tmp_path, ["run"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
@@ -420,10 +412,12 @@ def test_values_that_need_each_other_can_be_searched_together(case):
     case.change("  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
                 "  - {name: speed_min, type: double, bounds: {min: 0.8, max: 1.2}}\n"
                 "  - {name: speed_max, type: double, bounds: {min: 1.2, max: 1.4}}\n")
-    assert case.run()[1] is None
-    text = case.config.read_text()
-    case.config.write_text(text.replace("{min: 1.2, max: 1.4}", "{min: 0.5, max: 0.7}"))
-    assert re.search(r"tune.yaml:6: .*speed_max: .*, expected at least", case.run()[1])
+    search = tune.read_search(case.config)
+    command = [sys.executable, str(case.stand_in)]
+    assert tune.check_values(search, command)["speed_max"] > 1
+    search.space["speed_max"] = optuna.distributions.FloatDistribution(0.5, 0.7)
+    with pytest.raises(ValueError, match="--speed-max 0.5: .*speed_max: .*, expected at least"):
+        tune.check_values(search, command)
 
 
 def test_a_resumed_trial_is_not_judged_again_by_its_old_epochs(tmp_path):
@@ -517,20 +511,6 @@ def test_two_tuners_share_one_study(case):
     assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_a_trial_of_a_killed_tuner_goes_to_the_other(case):
-    go = case.root / "go"
-    first, _ = case.start_until_second_epoch(GO=str(go))
-    second = case.start(GO=str(go))
-    wait_for((case.out / "trial-0001/pid").exists)
-    first.kill()
-    first.communicate()
-    go.touch()
-    output, errors = second.communicate(timeout=240)
-    assert second.returncode == 0, errors
-    assert "trial-0000: --lr 0.004" in output
-    assert len(case.trials()) == 7
-
 
 # ---- with run.sh itself -----------------------------------------------------------------------
 
@@ -543,10 +523,3 @@ def test_run_sh_shows_its_launch(case):
     assert defaults["preset"] == "demo"
     assert defaults["warmup_epochs"] == train.RECIPES["demo"]["warmup_epochs"]
     tune.check_values(tune.read_search(REPO / "docs/tune-demo.yaml"), ["bash", "run.sh"])
-
-
-def test_unfinished_lines_of_a_log_are_left_out(tmp_path):
-    path = tmp_path / "log.jsonl"
-    a, b, c = (json.dumps({"event": "eval", "epoch": epoch}) for epoch in (1, 2, 3))
-    path.write_text(f'{{"event": "step"}}\n{a}\n{b[:20]}{b}\n{c}\n{c[:-3]}')
-    assert [e["epoch"] for e in tune.read_evals(path)] == [1, 3]

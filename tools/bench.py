@@ -7,18 +7,18 @@
     python -m tools.bench decode --checkpoint C --data ROOT --split S  # greedy search
     python -m tools.bench curves RUN [RUN ...] --png FILE  # compares runs by their log.jsonl
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]  # gain of every idea: 50 minutes
-    python -m tools.bench scaling [flags of train.py]  # ranks and hosts; root makes the hosts
+    python -m tools.bench scaling [flags of train.py]  # ranks and hosts
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
-import resource
-import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +38,33 @@ from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum
-from tools import ladder, measure
+from tools import ladder
+from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
+
+MOST_RECORDINGS = 512  # synthetic files; larger workloads repeat them
+
+
+@contextlib.contextmanager
+def recordings(args: argparse.Namespace, count: int,
+               cfg: FeatureConfig) -> Iterator[list[data.Utterance]]:
+    """Yields the utterances of --data and --split that are short enough to train on.
+
+    Without --data it yields `count` synthetic ones; beyond MOST_RECORDINGS the files repeat, and
+    augmentation makes the repetitions differ.
+    """
+    if args.data:
+        yield data.drop_long(data.read_split(args.data, args.split, cfg), cfg)[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        ladder.synthesize(Path(folder), draw_shapes(min(count, MOST_RECORDINGS)))
+        utterances = data.read_split(folder, "noise", cfg)
+        yield (utterances * math.ceil(count / len(utterances)))[:count]
+
+
+def spread(utterances: Sequence[data.Utterance], count: int) -> list[data.Utterance]:
+    """At most `count` utterances from all over a split."""
+    return utterances[:: max(1, len(utterances) // count)][:count]
+
 
 # -------------------------------------------------------------------------------------------- step
 
@@ -46,7 +72,7 @@ from tools import ladder, measure
 def gemm_tflops(dtype: torch.dtype, size: int = 4096) -> float:
     """TFLOP/s of matrix products of `size`^3, the machine's rate that `mfu` relates to."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / measure.median_seconds(lambda: a @ b, 5) / 1e12
+    return 2 * size**3 / median_seconds(lambda: a @ b, 5) / 1e12
 
 
 def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> float:
@@ -68,15 +94,7 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
     return float(flops.sum())
 
 
-def all_steps(workload: measure.Workload) -> Iterator[list[data.Batch]]:
-    """Micro-batches of one step after the other, epoch after epoch without end."""
-    trainer = workload.trainer
-    for epoch in itertools.count(1):
-        yield from train.epoch_steps(workload.utterances, workload.tokenizer, workload.features,
-                                     trainer.cfg, trainer.ranks, epoch)
-
-
-def time_steps(workload: measure.Workload, steps: Iterator[list[data.Batch]],
+def time_steps(trainer: train.Trainer, steps: Iterator[list[data.Batch]],
                count: int) -> list[tuple[float, float]]:
     """Trains for `count` steps.
 
@@ -84,7 +102,7 @@ def time_steps(workload: measure.Workload, steps: Iterator[list[data.Batch]],
         Wall time of each step with its wait for data, and the floating-point operations of this
         rank's forward passes in it.
     """
-    trainer, rows = workload.trainer, []
+    rows = []
     for _ in range(count):
         started = time.perf_counter()
         batches = next(steps)
@@ -113,44 +131,48 @@ def front_end_s(utterances: Sequence[data.Utterance], cfg: FeatureConfig,
     return dict(zip(("decode", "features"), np.mean(times[1:], axis=0).tolist(), strict=True))
 
 
-def spread(utterances: Sequence[data.Utterance], count: int) -> list[data.Utterance]:
-    """At most `count` utterances from all over a split."""
-    return utterances[:: max(1, len(utterances) // count)][:count]
-
-
 def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Throughput of train.train_step over --steps steps, then stages of five more steps."""
+    trainer, cfg = ladder.make_trainer(argv)
+    ranks, batch = trainer.ranks, trainer.global_batch
+    tokenizer = LabelCount(trainer.model.cfg.vocab_size)
     num_steps = args.warmup + args.steps + report.PROFILE_STEPS
-    with measure.open_workload(args, argv, num_steps) as workload:
-        trainer, steps = workload.trainer, all_steps(workload)
-        all_sum(torch.zeros(1), trainer.ranks)  # all ranks multiply at the same time
+    with recordings(args, num_steps * batch, cfg) as utterances:
+        if len(utterances) < batch:
+            raise ValueError(f"{args.data}/{args.split}: {len(utterances)} utterances, expected "
+                             f"at least a batch of {batch}")
+        if args.data:
+            texts = (u.text for u in utterances)
+            tokenizer = data.Tokenizer(data.train_tokenizer(texts, tokenizer.vocab_size))
+        steps = itertools.chain.from_iterable(
+            train.epoch_steps(utterances, tokenizer, cfg, trainer.cfg, ranks, epoch)
+            for epoch in itertools.count(1))
+        all_sum(torch.zeros(1), ranks)  # all ranks multiply at the same time
         rate = gemm_tflops(trainer.dtype)
-        warmup, measured = (time_steps(workload, steps, n) for n in (args.warmup, args.steps))
-        peak_gb = measure.peak_rss_gb()  # the profiler's events are not a run's memory
+        warmup, measured = (time_steps(trainer, steps, n) for n in (args.warmup, args.steps))
+        peak_gb = rss_gb()  # the profiler's events are not a run's memory
         started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            time_steps(workload, steps, report.PROFILE_STEPS)
+            time_steps(trainer, steps, report.PROFILE_STEPS)
             profiled_s = time.perf_counter() - started
-        apart = front_end_s(spread(workload.utterances, 32), workload.features)
-        if trainer.ranks.world > 1:
-            gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()))
-            reduce_s = measure.median_seconds(lambda: dist.all_reduce(gradient), 5)
-            apart["gradients' all-reduce"] = reduce_s / workload.global_batch
-    if trainer.ranks.rank == 0:
+        apart = front_end_s(spread(utterances, 32), cfg)
+    if ranks.world > 1:
+        gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()))
+        reduce_s = median_seconds(lambda: dist.all_reduce(gradient), 5)
+        apart["gradients' all-reduce"] = reduce_s / batch
+    if ranks.rank == 0:
         print(f"first {args.warmup} steps: {sum(s for s, _ in warmup):.1f} s, left out")
         parts = report.profile_parts(profiled, profiled_s)
-        print_stages(parts, profiled_s, report.PROFILE_STEPS * workload.global_batch, apart)
-        measure.finish(step_result(workload, measured, rate) | {"peak_rss_gb": peak_gb})
+        print_stages(parts, profiled_s, report.PROFILE_STEPS * batch, apart)
+        finish(step_result(trainer, measured, rate) | {"peak_rss_gb": peak_gb})
 
 
 def print_stages(parts: dict[str, float], seconds: float, num_utterances: int,
                  apart: dict[str, float]) -> None:
-    """Table of stages.
+    """Table of the seconds of each stage, which add up to `seconds` for `num_utterances`.
 
-    Args:
-        parts: seconds of each stage of steps that took `seconds` for `num_utterances`.
-        apart: seconds of an utterance that pass beside the stages or inside them: workers decode
-            files and make features, gradients travel during the backward pass.
+    `apart` are seconds of an utterance that pass beside the stages or inside them: workers decode
+    files and make features, gradients travel during the backward pass.
     """
     print(f"{'stage':<24}{'ms/utterance':>14}{'share':>8}")
     for stage, spent in parts.items():
@@ -159,23 +181,20 @@ def print_stages(parts: dict[str, float], seconds: float, num_utterances: int,
         print(f"{stage:<24}{1e3 * spent:>14.2f}{'apart':>8}")
 
 
-def step_result(workload: measure.Workload, rows: Sequence[tuple[float, float]],
-                rate: float) -> dict:
-    """Throughput and model FLOP utilisation (mfu).
+def step_result(trainer: train.Trainer, rows: Sequence[tuple[float, float]], rate: float) -> dict:
+    """Throughput and model FLOP utilisation (mfu) from the `rows` of time_steps.
 
-    Args:
-        rows: as time_steps returns them.
-        rate: TFLOP/s of this rank's matrix products while all other ranks multiply too.
+    `rate` is in TFLOP/s, of this rank's matrix products while all other ranks multiply too.
     """
-    cfg, seconds = workload.trainer.cfg, sum(s for s, _ in rows)
+    cfg, seconds = trainer.cfg, sum(s for s, _ in rows)
     flops = 3 * sum(f for _, f in rows)  # the backward pass has twice the products
     return {
-        "utts_per_s": len(rows) * workload.global_batch / seconds,
+        "utts_per_s": len(rows) * trainer.global_batch / seconds,
         "mfu": flops / seconds / 1e12 / rate, "gemm_tflops": rate,
-        "dtype": str(workload.trainer.dtype).removeprefix("torch."),
+        "dtype": str(trainer.dtype).removeprefix("torch."),
         "median_step_s": statistics.median(s for s, _ in rows),
         "batch": cfg.batch_size, "accumulation": cfg.accumulation,
-        "ranks": workload.trainer.ranks.world, "threads": torch.get_num_threads(),
+        "ranks": trainer.ranks.world, "threads": torch.get_num_threads(),
         "preset": cfg.preset,
     }
 
@@ -183,13 +202,9 @@ def step_result(workload: measure.Workload, rows: Sequence[tuple[float, float]],
 # -------------------------------------------------------------------------------------------- loss
 
 
-def rss_gb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
-
-
 def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
-    """Random `inputs` and `lattice` of measure.plain_loss, with train-clean-100's lengths."""
-    seconds, target_lens = (torch.tensor(x) for x in zip(*measure.draw_shapes(batch), strict=True))
+    """Random `inputs` and `lattice` of plain_loss, with train-clean-100's lengths."""
+    seconds, target_lens = (torch.tensor(x) for x in zip(*draw_shapes(batch), strict=True))
     enc_lens = torch.ceil(seconds.double() / DEFAULT.frame_s / cfg.reduction).long()
     T, U, J, V = int(enc_lens.max()), int(target_lens.max()), cfg.joint_hidden, cfg.vocab_size
     torch.manual_seed(1)
@@ -215,20 +230,20 @@ def bench_loss(args: argparse.Namespace) -> None:
                 cost = function(inputs, lattice, cfg.blank, cfg.joint_dropout)
             cost.backward()
 
-        return measure.median_seconds(call, repeats)
+        return median_seconds(call, repeats)
 
-    before = rss_gb()
+    before = rss_gb("VmRSS")
     fused_s = seconds(lambda i, x, blank, p: loss.joint_transducer_loss(*i, *x, blank, p), 7)
-    grown = measure.peak_rss_gb() - before  # measured here: gemm_tflops may need more
+    grown = rss_gb() - before  # measured here: gemm_tflops may need more
     rate = gemm_tflops(dtype)
-    plain_s = seconds(measure.plain_loss, 3)
+    plain_s = seconds(plain_loss, 3)
     fused, plain = args.batch_size / fused_s, args.batch_size / plain_s
     print(f"batch {args.batch_size}: fused {fused:.1f} utterances/s, plain {plain:.1f}: "
           f"{fused / plain:.1f} times faster; {nodes / padded:.2f} of the plain loss's lattice "
           "nodes are valid, the others are padding")
     # Forward once and backward twice, a multiplication and an addition each.
     flops = 6 * nodes * cfg.joint_hidden * cfg.vocab_size
-    measure.finish({
+    finish({
         "valid_share": nodes / padded, "utts_per_s": fused,
         "share_of_gemm": flops / fused_s / 1e12 / rate, "gemm_tflops": rate,
         "dtype": str(dtype).removeprefix("torch."),
@@ -241,7 +256,7 @@ def bench_loss(args: argparse.Namespace) -> None:
 
 def bench_features(args: argparse.Namespace) -> None:
     """Processor time of one thread from file to input frames, with and without augmentation."""
-    with measure.recordings(args, args.count, DEFAULT) as utterances:
+    with recordings(args, args.count, DEFAULT) as utterances:
         chosen = spread(utterances, args.count)
         runs = {augment: [front_end_s(chosen, DEFAULT, augment) for _ in range(3)]
                 for augment in (False, True)}
@@ -251,7 +266,7 @@ def bench_features(args: argparse.Namespace) -> None:
     seconds = statistics.mean(u.duration_s for u in chosen)
     print(f"{len(chosen)} recordings of {seconds:.1f} s: decoding {decoding:.1f} ms, with features "
           f"{plain:.1f} ms, augmented {augmented:.1f} ms of one core")
-    measure.finish({"ms_per_utt": augmented, "plain_ms_per_utt": plain,
+    finish({"ms_per_utt": augmented, "plain_ms_per_utt": plain,
                     "decode_ms_per_utt": decoding, "audio_s": seconds})
 
 
@@ -280,8 +295,8 @@ def bench_decode(args: argparse.Namespace) -> None:
     print(f"{len(utterances)} utterances in {seconds:.1f} s, "
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
-    measure.finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
-            "same_as_alone": same, "peak_rss_gb": measure.peak_rss_gb()})
+    finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
+            "same_as_alone": same, "peak_rss_gb": rss_gb()})
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -299,7 +314,7 @@ def bench_curves(args: argparse.Namespace) -> None:
             print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{nats:>9.1f}"
                   f"{rate:>8.1f}")
     report.draw_curves(runs, args.png)
-    measure.finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
+    finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
                    "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})
 
 
@@ -307,7 +322,7 @@ def bench_curves(args: argparse.Namespace) -> None:
 
 
 WITH_TRAIN_FLAGS = {"step": bench_step, "ladder": ladder.bench_ladder, "rung": ladder.bench_rung,
-                    "scaling": ladder.bench_scaling, "member": ladder.bench_member}
+                    "scaling": ladder.bench_scaling}
 WITHOUT = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
            "curves": bench_curves}
 
@@ -331,7 +346,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands["curves"].add_argument("runs", nargs="+", type=Path, help="run directories")
     commands["curves"].add_argument("--png", required=True, type=Path)
     ladder.add_flags(commands)
-    for name in ("step", "features", "decode", "rung", "member"):
+    for name in ("step", "features", "decode", "rung"):
         required = name in ("decode", "rung")
         commands[name].add_argument("--data", required=required, help="corpus root")
         commands[name].add_argument("--split", required=required, help="folder below it")
@@ -359,6 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # On SIGTERM, too, `finally` blocks remove the hosts that `scaling` made.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

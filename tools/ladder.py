@@ -1,38 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gain of every idea, and cost of more ranks and hosts.
+"""Gain of every idea, and cost of more ranks and hosts, on recordings like train-clean-100's.
 
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]
     python -m tools.bench scaling [flags of train.py]
+
+Both measure steps in processes of their own, `python -m tools.bench rung`. The recordings are
+noise with lengths and numbers of labels drawn from train-clean-100 (docs/train-clean-100.json), so
+that no corpus is needed. bench.py takes its timer, recordings and trainer from here.
 """
 
 import argparse
-import contextlib
-import importlib.util
+import itertools
 import json
+import math
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import data
+import loss
 import report
 import train
-from ranks import all_sum
-from tools import measure
-from tools.measure import SUBNET, can_make_hosts, made_hosts
+from features import FeatureConfig
+from ranks import all_sum, start_ranks
 
+PLAIN_ROWS = 4  # utterances whose logits plain_joint_loss holds at the same time
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Gains of two of the original's ideas: ratios of seconds to WER 0.25 in intel/e2eAIOK's overview of
 # its RNN-T. Stack 8 is part of the first.
 ORIGINAL = {"LSTM 512 x 4": 33_965 / 18_200, "normalisation": 18_200 / 17_005}
@@ -41,32 +50,257 @@ EPOCHS = 49  # of the published recipe
 
 
 def add_flags(commands: dict[str, argparse.ArgumentParser]) -> None:
-    """Flags of `ladder` and `scaling`, and of `rung` and `member`, the processes they start."""
-    rung, ladder, member, scaling = (commands[n] for n in ("rung", "ladder", "member", "scaling"))
+    """Flags of `ladder` and `scaling`, and of `rung`, the processes that both start."""
+    rung, ladder, scaling = (commands[name] for name in ("rung", "ladder", "scaling"))
     rung.add_argument("--batch", type=int, required=True, help="utterances of a bucket, all ranks")
     rung.add_argument("--plain-loss", action="store_true",
-                      help=f"the logits of {measure.PLAIN_ROWS} utterances exist at once")
+                      help=f"the logits of {PLAIN_ROWS} utterances exist at once")
+    rung.add_argument("--passes", type=int, default=2, help="over all buckets, or more")
+    rung.add_argument("--one-batch", action="store_true", help="its features are made once")
     ladder.add_argument("--ranks", type=int, default=2, help="of the rung that has several")
-    ladder.add_argument("--shapes", type=Path, default=measure.DOCS / "train-clean-100.json",
+    ladder.add_argument("--shapes", type=Path, default=DOCS / "train-clean-100.json",
                         help="buckets of (seconds, labels)")
-    ladder.add_argument("--png", type=Path, default=measure.DOCS / "ladder.png")
+    ladder.add_argument("--png", type=Path, default=DOCS / "ladder.png")
     ladder.add_argument("--runs", type=Path, nargs="+", default=[], help="run directories")
     ladder.add_argument("--target-wer", type=float, default=0.1, help="epochs that --runs took")
-    ladder.add_argument("--scaling", type=Path, default=measure.DOCS / "scaling.json",
-                        help="from bench.py scaling")
-    ladder.add_argument("--server-cores", type=int, default=64, help="projection: of a server")
-    ladder.add_argument("--server-ranks", type=int, default=2, help="projection: of a server")
-    ladder.add_argument("--network-gbit", type=float, default=10, help="projection: per second")
-    ladder.add_argument("--global-batch", type=int, default=1024, help="projection")
     for command in (rung, ladder):
         command.add_argument("--seconds", type=float, default=60, help="a rung, two passes or more")
-    member.add_argument("--exchange-only", action="store_true", help="all-reduces alone")
-    member.add_argument("--compress", action="store_true", help="gradients travel as bfloat16")
-    member.add_argument("--bucket-mb", type=int, default=0, help="of an all-reduce; 0: torch's 25")
-    scaling.add_argument("--json", type=Path, default=measure.DOCS / "scaling.json",
-                         help="written, for the ladder")
-    for command in (member, scaling):
-        command.add_argument("--turns", type=int, default=5, help="of every measure")
+    scaling.add_argument("--json", type=Path, default=DOCS / "scaling.json", help="written")
+    scaling.add_argument("--turns", type=int, default=5, help="steps of every case")
+    scaling.add_argument("--batch-size", type=int, default=8, help="utterances of a rank")
+
+
+# ------------------------------------------------------------------------------ time and memory
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median wall time of a call, after two calls in which oneDNN builds its kernels."""
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def rss_gb(field: str = "VmHWM") -> float:
+    """Largest resident memory of this process (VmHWM) or that of now (VmRSS).
+
+    The peak that getrusage returns would include the parent's.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
+
+
+def finish(result: dict, path: Path | None = None) -> None:
+    """Prints the result as the last line of a benchmark, and writes it to `path`.
+
+    Commit, torch version and processor are added to it.
+    """
+    result |= {"commit": report.git_commit(), "torch": torch.__version__,
+               "processor": report.processor_name()}
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+# ------------------------------------------------------------------------- synthetic recordings
+
+
+def read_shapes(
+    path: Path = DOCS / "train-clean-100.json",
+) -> tuple[list[list[tuple[float, int]]], int]:
+    """Buckets of (seconds, labels) in the sampler's order, and the utterances of an epoch."""
+    shapes = json.loads(path.read_text(encoding="utf-8"))
+    return [[tuple(pair) for pair in bucket] for bucket in shapes["buckets"]], shapes["utterances"]
+
+
+def draw_shapes(count: int) -> list[tuple[float, int]]:
+    """(seconds, labels) of `count` random utterances of train-clean-100."""
+    pairs = [pair for bucket in read_shapes()[0] for pair in bucket]
+    return [pairs[i] for i in np.random.default_rng(1).integers(0, len(pairs), count)]
+
+
+class LabelCount:
+    """A tokenizer that returns one random label for each word of a text."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        count = len(text.split())
+        return np.random.default_rng(count).integers(0, self.vocab_size - 1, count).tolist()
+
+
+def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
+    """Writes a split `noise` in LibriSpeech's form: FLAC at speech level, one word a label."""
+    rng, folder, lines = np.random.default_rng(1), root / "noise/1/1", []
+    folder.mkdir(parents=True)
+    for i, (seconds, labels) in enumerate(shapes):
+        noise = rng.standard_normal(round(seconds * 16000))
+        # The envelope of syllables gives FLAC pauses to compress, as speech has them.
+        envelope = np.abs(np.sin(np.arange(len(noise)) * math.pi / 4000)) ** 3
+        name = f"1-1-{i:04d}"
+        soundfile.write(folder / f"{name}.flac", (800 * noise * envelope).astype(np.int16), 16000)
+        lines.append(name + " A" * labels + "\n")
+    (folder / "1-1.trans.txt").write_text("".join(lines), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------- trainer and loss
+
+
+def make_trainer(argv: Sequence[str]) -> tuple[train.Trainer, FeatureConfig]:
+    """A trainer for train.py's flags in `argv`, within the ranks that the launcher started."""
+    # The flags that train.py requires say where a run is, which a step does not depend on.
+    required = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
+    cfg, model_cfg, features = train.parse_configs([*required, *argv])
+    ranks, _ = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
+    torch.set_flush_denormal(True)  # as in train.py: denormal numbers slow LSTMs
+    return train.make_trainer(cfg, model_cfg, ranks), features
+
+
+def plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int, dropout: float,
+               reduction: str = "mean") -> Tensor:
+    """The loss without fusion: all (B, T, U+1, V) logits exist at the same time.
+
+    Args:
+        inputs: encoded (B, T, J), predicted (B, U+1, J), weight (V, J), bias (V,).
+        lattice: targets (B, U), enc_lens (B,), target_lens (B,).
+    """
+    encoded, predicted, weight, bias = inputs
+    hidden = F.dropout(F.relu(encoded[:, :, None] + predicted[:, None]), dropout)  # (B, T, U+1, J)
+    return loss.transducer_loss(F.linear(hidden, weight, bias), *lattice, blank, reduction)
+
+
+def plain_joint_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
+                     targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
+                     dropout: float, reduction: str) -> Tensor:
+    """Costs (B,) like loss.joint_transducer_loss, by plain_loss on PLAIN_ROWS utterances at a time.
+
+    The gradient is right only where all costs have the same weight, as in train_step: it is
+    computed at once for some utterances, so that their graph can be freed, and attached to the
+    cost by a term of value 0.
+    """
+    assert reduction == "none", reduction
+    costs = []
+    for rows in torch.arange(len(targets)).split(PLAIN_ROWS):
+        inputs = (encoded[rows], predicted[rows], weight, bias)
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        lattice = (targets[rows], enc_lens[rows], target_lens[rows])
+        cost = plain_loss(leaves, lattice, blank, dropout, "none")  # (rows,)
+        grads = torch.autograd.grad(cost.sum(), leaves)
+        carrier = sum((x * g).sum() for x, g in zip(inputs, grads, strict=True))
+        costs.append(cost.detach() + (carrier - carrier.detach()) / len(rows))
+    return torch.cat(costs)
+
+
+# --------------------------------------------------------------------------- steps in processes
+
+
+def timed_all_reduce(times: dict, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Communication hook of DistributedDataParallel that notes two times of its last bucket.
+
+    times["began"] is when its gradients were ready, with which the backward pass ends, and
+    times["ended"] when their mean over all ranks arrived.
+    """
+    def receive(future: torch.futures.Future) -> Tensor:
+        times["ended"] = time.perf_counter()
+        return future.value()
+
+    times["began"] = time.perf_counter()
+    return allreduce_hook(None, bucket).then(receive)
+
+
+def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Seconds of a step of --batch utterances in each bucket of a corpus sorted by bucket.
+
+    With several ranks also seconds of an all-reduce alone, and of every step's wait for gradients,
+    which begins at the end of rank 0's backward pass and so includes the wait for slower ranks.
+    """
+    if args.plain_loss:
+        train.joint_transducer_loss = plain_joint_loss
+    trainer, features = make_trainer(argv)
+    ranks, cfg = trainer.ranks, trainer.cfg
+    num_parameters = sum(p.numel() for p in trainer.model.parameters())
+    reduced, hook_times = {}, {}
+    if ranks.world > 1:
+        gradient = torch.zeros(num_parameters)
+        reduced["all_reduce_s"] = median_seconds(lambda: dist.all_reduce(gradient), 5)
+        trainer.parallel.register_comm_hook(hook_times, timed_all_reduce)
+    utterances = data.read_split(args.data, args.split, features)
+    tokenizer = LabelCount(trainer.model.cfg.vocab_size)
+    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch=1)
+    mine = [bucket[ranks.rank :: ranks.world].tolist()
+            for bucket in torch.arange(len(utterances)).split(args.batch)]
+    times: list[list[float]] = [[] for _ in mine]
+    waits = []
+    began = started = time.perf_counter()
+    loader = data.batch_loader(dataset, mine * 1000, cfg.loader_workers)
+    for i, batch in enumerate(itertools.repeat(next(iter(loader))) if args.one_batch else loader):
+        train.train_step(trainer, [batch] * cfg.accumulation, i + 1, cfg.lr)
+        times[i % len(mine)].append(time.perf_counter() - started)
+        if hook_times:
+            waits.append(hook_times["ended"] - hook_times["began"])
+        late = time.perf_counter() - began > args.seconds and ranks.rank == 0
+        late = all_sum(torch.tensor(int(late)), ranks) > 0  # rank 0 decides for all
+        if late and i + 1 >= args.passes * len(mine):
+            break
+        started = time.perf_counter()
+    if ranks.rank == 0:
+        if waits:
+            reduced["waits_s"] = sorted(waits[len(mine):])
+        finish(reduced | {
+            # The first step of a bucket builds oneDNN's kernels.
+            "step_s": [statistics.median(bucket[1:]) for bucket in times],
+            "steps": sum(map(len, times)), "peak_rss_gb": rss_gb(),
+            "threads": torch.get_num_threads(), "parameters": num_parameters,
+        })
+    if ranks.world > 1:
+        dist.barrier()  # rank 0 keeps the store of all
+
+
+# Runs a command in a network namespace whose loopback sends $1 Gbit/s for all ranks together.
+LIMIT = """
+ip link set lo up
+tc qdisc add dev lo root tbf rate "$1gbit" burst 1mb latency 50ms
+shift
+exec "$@"
+"""
+
+
+def limit_network(ranks: int, gbit: float) -> list[str]:
+    """First arguments of a command line whose ranks each send `gbit` Gbit/s, as if on hosts."""
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    return ["unshare", *user, "--net", "sh", "-ec", LIMIT, "sh", f"{ranks * gbit:g}"]
+
+
+def can_limit_network() -> bool:
+    """Whether this user may limit a network; prints why not."""
+    done = subprocess.run([*limit_network(1, 1), "true"], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"no hosts: needs iproute2 and root or user namespaces: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def run_rung(argv: Sequence[str], ranks: int, env: dict[str, str], gbit: float = 0) -> dict:
+    """Runs bench_rung in a process for each rank, started by torchrun, and returns its result.
+
+    Args:
+        argv: flags of `rung` and of train.py.
+        env: more variables of the ranks.
+        gbit: rate of the network between ranks, or 0 for that of this machine.
+    Raises:
+        ValueError: a rank failed; the message has its error.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "--nproc-per-node",
+               str(ranks), "-m", "tools.bench", "rung", *argv]
+    done = subprocess.run([*(limit_network(ranks, gbit) if gbit else []), *command],
+                          env=os.environ | env, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("bench.py: ")]
+        raise ValueError(f"{' '.join(command)}: {errors[0] if errors else done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ------------------------------------------------------------------------------------------ ladder
@@ -99,53 +333,17 @@ def make_rungs(ranks: int) -> tuple[dict[str, Rung], dict[str, Rung]]:
     return ladder, alone
 
 
-def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Seconds of a step of --batch utterances in each bucket of a corpus sorted by bucket."""
-    if args.plain_loss:
-        train.joint_transducer_loss = measure.plain_joint_loss
-    trainer, features = measure.make_trainer(argv)
-    ranks, cfg = trainer.ranks, trainer.cfg
-    utterances = data.read_split(args.data, args.split, features)
-    tokenizer = measure.LabelCount(trainer.model.cfg.vocab_size)
-    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch=1)
-    mine = [bucket[ranks.rank :: ranks.world].tolist()
-            for bucket in torch.arange(len(utterances)).split(args.batch)]
-    times: list[list[float]] = [[] for _ in mine]
-    began = started = time.perf_counter()
-    for i, batch in enumerate(data.batch_loader(dataset, mine * 1000, cfg.loader_workers)):
-        train.train_step(trainer, [batch], i + 1, cfg.lr)
-        times[i % len(mine)].append(time.perf_counter() - started)
-        late = time.perf_counter() - began > args.seconds and ranks.rank == 0
-        late = all_sum(torch.tensor(int(late)), ranks) > 0  # rank 0 decides for all
-        if late and i + 1 >= 2 * len(mine):
-            break
-        started = time.perf_counter()
-    if ranks.rank == 0:
-        measure.finish({
-            # The first step of a bucket builds oneDNN's kernels.
-            "step_s": [statistics.median(bucket[1:]) for bucket in times],
-            "steps": sum(map(len, times)),
-            "peak_rss_gb": measure.peak_rss_gb(), "threads": torch.get_num_threads(),
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        })
-    if ranks.world > 1:
-        dist.barrier()  # rank 0 keeps the store of all
-
-
 def measure_rung(rung: Rung, batch: int, threads: int, argv: Sequence[str]) -> dict:
     """The result of bench_rung in processes of its own, each rank bound to its own CPUs."""
-    command = [sys.executable, "-m", "tools.bench", "rung", "--batch", str(batch), *argv,
-               *rung.argv, "--batch-size", str(batch // rung.ranks),
-               "--precision", rung.precision, "--loader-workers", str(rung.workers),
-               *([] if rung.fused else ["--plain-loss"])]
-    own, port = max(1, threads // rung.ranks), measure.free_port()
-    environments = [measure.rank_environment(i, rung.ranks, own, port) for i in range(rung.ranks)]
-    cpus = sorted(os.sched_getaffinity(0))
-    if 1 < rung.ranks <= len(cpus) // own:
-        masks = (sum(1 << cpu for cpu in cpus[i * own : (i + 1) * own]) for i in range(rung.ranks))
-        domain = {"I_MPI_PIN_DOMAIN": f"[{','.join(map(hex, masks))}]"}
-        environments = [environment | domain for environment in environments]
-    return measure.run_ranks([command] * rung.ranks, environments)
+    argv = ["--batch", str(batch), *argv, *rung.argv, "--batch-size", str(batch // rung.ranks),
+            "--precision", rung.precision, "--loader-workers", str(rung.workers),
+            *([] if rung.fused else ["--plain-loss"])]
+    env = {"OMP_NUM_THREADS": str(max(1, threads // rung.ranks))}
+    shares = np.array_split(sorted(os.sched_getaffinity(0)), rung.ranks)
+    if rung.ranks > 1 and all(map(len, shares)):
+        masks = (hex(sum(1 << int(cpu) for cpu in cpus)) for cpus in shares)
+        env["I_MPI_PIN_DOMAIN"] = f"[{','.join(masks)}]"
+    return run_rung(argv, rung.ranks, env)
 
 
 def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequence[Sequence],
@@ -157,7 +355,7 @@ def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequen
     rungs = list(dict.fromkeys((*ladder.values(), *alone.values())))
     measured: dict[Rung, list[dict]] = {rung: [] for rung in rungs}
     with tempfile.TemporaryDirectory() as folder:
-        measure.synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
+        synthesize(Path(folder), [pair for bucket in buckets for pair in bucket])
         argv = ["--data", folder, "--split", "noise", "--seconds", str(args.seconds), *argv]
         # Two rounds show the noise; the gains of the first two rungs are far above it.
         for rung in (*rungs, *rungs[2:]):
@@ -169,36 +367,12 @@ def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequen
     return measured
 
 
-def project_hours(row: dict, servers: int, scaling: dict, args: argparse.Namespace) -> float:
-    """Hours of EPOCHS on `servers` servers, from a rung of the ladder.
-
-    All cores share the work, each as fast as a core here. After it, once in --global-batch
-    utterances, the float32 gradient goes round all ranks at the speed that `scaling` found: within
-    a server that of two ranks here, otherwise that of the fit to its networks.
-    """
-    pair, num_bytes = scaling["cases"][str(Case(2))], 4 * row["parameters"]
-    cores_here = row["ranks"] * row["threads"]
-    work_s = row["epoch_s"] * cores_here / (servers * args.server_cores)
-    ranks = servers * args.server_ranks
-    if servers > 1:
-        reduce_s = fitted_s(scaling, ranks, num_bytes, args.network_gbit)
-    else:
-        factor = ring_s(ranks, num_bytes, 1) / ring_s(2, pair["gradient_bytes"], 1)
-        reduce_s = factor * pair["all_reduce"]
-    return EPOCHS * (work_s + args.utterances / args.global_batch * reduce_s) / 3600
-
-
 def epochs_to(folder: Path, target_wer: float) -> dict:
-    """Epochs until a run reached `target_wer` or None, and what tells it from other runs."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    start = next(e for e in map(json.loads, lines) if e["event"] == "start")
+    """Epochs until a run reached `target_wer` or None, all its epochs, and its best WER."""
     evals = report.read_run(folder)[1]
     reached = next((row["epoch"] for row in evals if row["wer"] <= target_wer), None)
-    return {
-        "epochs": reached, "ran": evals[-1]["epoch"], "best_wer": min(r["wer"] for r in evals),
-        "normalization": start["model_config"]["normalization"],
-        "preset": start["train_config"]["preset"], "seed": start["train_config"]["seed"],
-    }
+    return {"epochs": reached, "ran": evals[-1]["epoch"],
+            "best_wer": min(row["wer"] for row in evals)}
 
 
 def make_rows(ladder: dict[str, Rung], alone: dict[str, Rung],
@@ -230,56 +404,31 @@ def print_ladder(rows: Sequence[dict]) -> None:
           f"(median), {100 * max(apart):.1f} % at most: smaller gains are noise")
 
 
-def project_ladder(rows: Sequence[dict], scaling: dict, args: argparse.Namespace) -> dict:
-    """Hours of EPOCHS here, on one server and on four, from the fastest rung."""
-    best = min(rows, key=lambda row: row["epoch_s"])
-    hours = {"here": EPOCHS * best["epoch_s"] / 3600,
-             "one server": project_hours(best, 1, scaling, args),
-             "four servers": project_hours(best, 4, scaling, args)}
-    print(f"hours of {EPOCHS} epochs of train-clean-100: "
-          + ", ".join(f"{name} {h:.1f}" for name, h in hours.items()))
-    print(f"from {best['name']!r}; assumed of a server: {args.server_ranks} ranks, one a socket, "
-          f"{args.server_cores} cores, each as fast as here with all at work; the threads of a "
-          f"rank share its work without loss, of which {best['threads']} was the most here; a "
-          f"network of {args.network_gbit:g} Gbit/s; all-reduce not overlapped; global batch "
-          f"{args.global_batch}, with which {EPOCHS} epochs must still be enough; evaluation and "
-          "checkpoints left out; lattices as of an untrained model")
-    return hours
-
-
 def draw_ladder(png: Path, rows: Sequence[dict]) -> None:
     """Left: seconds of an epoch and the cumulative speed-up. Right: the gain of our ideas alone."""
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    names, seconds, total = ([row[k] for row in rows] for k in ("name", "epoch_s", "cumulative"))
-    axes[0].bar_label(axes[0].bar(names, seconds), fmt="%.0f")
-    axes[0].set(ylabel="s an epoch of train-clean-100", title="each idea on top of the last")
-    line = axes[0].twinx()
-    line.plot(names, total, color="black", marker="o")
-    line.set(ylabel="cumulative speed-up", ylim=(0, 1.15 * max(total)))
+    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    bars = left.barh([row["name"] for row in rows], [row["epoch_s"] for row in rows])
+    left.bar_label(bars, [f" {row['epoch_s']:.0f} s, {row['cumulative']:.1f}x" for row in rows])
+    left.set(xlabel="s an epoch of train-clean-100", title="each idea on top of the last")
     gains = {row["name"]: row["alone"] for row in rows[ORIGINAL_RUNGS:]}
-    axes[1].bar_label(axes[1].bar(*zip(*gains.items(), strict=True), color="C1"), fmt="%.2f")
-    axes[1].set(ylabel="speed-up", title=f"alone, on top of {rows[ORIGINAL_RUNGS - 1]['name']}")
-    for ax in axes:
-        ax.margins(y=0.1)  # for the figures on the bars
-        for label in ax.get_xticklabels():
-            label.set(rotation=30, ha="right", rotation_mode="anchor")
+    right.bar_label(right.barh(*zip(*gains.items(), strict=True), color="C1"), fmt=" %.2f")
+    right.set(xlabel="speed-up", title=f"alone, on top of {rows[ORIGINAL_RUNGS - 1]['name']}")
+    for ax in (left, right):
+        ax.invert_yaxis()
+        ax.margins(x=0.3)  # for the figures behind the bars
     figure.savefig(png)
 
 
 def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Seconds of an epoch of train-clean-100 on every rung: table, picture, JSON, projection."""
+    """Seconds of an epoch of train-clean-100 on every rung: table, picture and JSON."""
     # Inputs and outputs are checked before the first of 50 minutes.
     runs = {folder.name: epochs_to(folder, args.target_wer) for folder in args.runs}
     if not os.access(args.png.parent, os.W_OK):
         raise ValueError(f"--png: {args.png.parent} cannot be written")
-    buckets, args.utterances = measure.read_shapes(args.shapes)
+    buckets, args.utterances = read_shapes(args.shapes)
     if len(buckets[0]) % args.ranks:
         raise ValueError(f"--ranks {args.ranks} does not divide the batch of {len(buckets[0])}")
-    scaling = json.loads(args.scaling.read_text())
-    if "slope" not in scaling:
-        raise ValueError(f"--scaling {args.scaling}: without hosts, see what bench.py scaling "
-                         "printed")
     ladder, alone = make_rungs(args.ranks)
     rows = make_rows(ladder, alone, measure_rungs(args, argv, buckets, ladder, alone))
     for name, run in runs.items():
@@ -287,173 +436,77 @@ def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
               f"{100 * run['best_wer']:.1f} %")
     print_ladder(rows)
-    hours = project_ladder(rows, scaling, args)
-    results = {"ladder": rows, "epochs_to_target": runs, "hours_of_49_epochs": hours}
-    measure.write_json(args.png.with_suffix(".json"), results)
+    hours = {"here": EPOCHS * min(row["epoch_s"] for row in rows) / 3600}
+    print(f"{EPOCHS} epochs of train-clean-100 take {hours['here']:.1f} hours on the fastest rung, "
+          "without evaluation and checkpoints")
     draw_ladder(args.png, rows)
-    measure.finish({"epoch_s": {row["name"]: row["epoch_s"] for row in rows},
-                    "hours_of_49_epochs": hours})
+    finish({"epoch_s": {row["name"]: row["epoch_s"] for row in rows}, "ladder": rows,
+            "epochs_to_target": runs, "hours_of_49_epochs": hours}, args.png.with_suffix(".json"))
 
 
 # ----------------------------------------------------------------------------------------- scaling
 
-
-class Case(NamedTuple):
-    """Ranks of one thread each, and how their gradients travel."""
-
-    ranks: int
-    gbit: float = 0  # per second, each rank on a host of its own; 0: all on this one
-    argv: tuple[str, ...] = ()  # flags of bench_member
-    ccl_workers: int = 0  # threads of oneCCL in each rank; 0: gloo
-
-    def __str__(self) -> str:
-        where = f"{self.ranks} hosts, {self.gbit:g} Gbit/s" if self.gbit else f"{self.ranks} ranks"
-        ccl = [f"oneCCL with {self.ccl_workers}"] if self.ccl_workers else []
-        return " ".join([where, *self.argv, *ccl])
-
-    def environment(self, rank: int, port: int) -> dict[str, str]:
-        address = f"{SUBNET}1" if self.gbit else "127.0.0.1"
-        env = measure.rank_environment(rank, self.ranks, 1, port, address)
-        if self.ccl_workers:  # without mpirun, oneCCL has to be told the ranks
-            env |= {"CCL_WORKER_COUNT": str(self.ccl_workers), "CCL_PROCESS_LAUNCHER": "none",
-                    "CCL_LOCAL_RANK": str(rank), "CCL_LOCAL_SIZE": str(self.ranks)}
-        return env
+# Name -> ranks of one thread each; Gbit/s at which each sends as if on a host of its own, or 0;
+# micro-batches of a step, after the last of which the gradients travel.
+CASES = {
+    "1 ranks": (1, 0, 1), "2 ranks": (2, 0, 1), "2 hosts, 10 Gbit/s": (2, 10, 1),
+    "2 hosts, 1 Gbit/s": (2, 1, 1), "2 hosts, 1 Gbit/s --accumulation 4": (2, 1, 4),
+}
 
 
-def exchange(state: dict, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Communication hook of DistributedDataParallel: the mean over all ranks.
-
-    The gradients travel as state["dtype"]. state["began"] is when the last bucket was ready, with
-    which the backward pass ends, and state["ended"] when the last mean arrived.
-    """
-    def receive(future: torch.futures.Future) -> Tensor:
-        mean = bucket.buffer().copy_(future.value()[0])
-        state["ended"] = time.perf_counter()
-        return mean
-
-    state["began"] = time.perf_counter()
-    sent = bucket.buffer().to(state["dtype"]).div_(dist.get_world_size())
-    return dist.all_reduce(sent, async_op=True).get_future().then(receive)
-
-
-def bench_member(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """One rank of a case: medians over --turns of a step, its wait, and an all-reduce alone.
-
-    The wait for the gradients begins at the end of this rank's backward pass and so includes the
-    wait for slower ranks. Every rank of every case computes the same batch, so that cases differ
-    by their ranks alone.
-    """
-    with measure.open_workload(args, argv, 1) as workload:
-        trainer, features = workload.trainer, workload.features
-        dataset = data.SpeechDataset(workload.utterances, workload.tokenizer, features, seed=1)
-        batch = data.collate([dataset[i] for i in range(trainer.cfg.batch_size)], features)
-    batches = [batch] * trainer.cfg.accumulation
-    dtype = torch.bfloat16 if args.compress else torch.float32
-    gradient = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), dtype=dtype)
-    state, seconds, measures = {"dtype": dtype}, defaultdict(list), {}
-    if trainer.ranks.world > 1:
-        if args.bucket_mb:
-            trainer = trainer._replace(parallel=DistributedDataParallel(
-                trainer.model, gradient_as_bucket_view=True, bucket_cap_mb=args.bucket_mb))
-        trainer.parallel.register_comm_hook(state, exchange)
-        measures["all_reduce"] = lambda: dist.all_reduce(gradient)
-    if not args.exchange_only:
-        measures["step"] = lambda: train.train_step(trainer, batches, 1, trainer.cfg.lr)
-    for _ in range(args.turns + 1):
-        for name, function in measures.items():
-            all_sum(torch.zeros(1), trainer.ranks)  # all begin together
-            started = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - started)
-        if "began" in state:
-            seconds["waits"].append(state["ended"] - state["began"])
-    if trainer.ranks.rank == 0:
-        turns = {name: sorted(s[1:]) for name, s in seconds.items()}  # without the first turn
-        medians = {name: statistics.median(s) for name, s in turns.items()}
-        measure.finish(medians | {"turns": turns, "gradient_bytes": gradient.nbytes})
-    if trainer.ranks.world > 1:
-        dist.barrier()  # rank 0 keeps the store of all
-
-
-def measure_case(case: Case, argv: Sequence[str]) -> dict:
-    """The result of bench_member in a process for each rank."""
-    port = measure.free_port()
-    command = [sys.executable, "-m", "tools.bench", "member", "--backend",
-               "ccl" if case.ccl_workers else "gloo", *case.argv, *argv]
-    hosts = made_hosts(case.ranks, case.gbit) if case.gbit else contextlib.nullcontext()
-    with hosts as prefixes:
-        return measure.run_ranks([[*prefix, *command] for prefix in prefixes or [[]] * case.ranks],
-                         [case.environment(rank, port) for rank in range(case.ranks)])
-
-
-def ring_s(ranks: int, num_bytes: int, gbit: float) -> float:
-    """Seconds of a ring all-reduce: each rank sends and receives 2 (n-1)/n of the gradient."""
-    return 2 * (ranks - 1) / ranks * num_bytes * 8 / (gbit * 1e9)
-
-
-def fitted_s(fit: dict, ranks: int, num_bytes: int, gbit: float) -> float:
-    """Seconds of a ring all-reduce with a latency for each of its 2 (n-1) turns."""
-    return 2 * (ranks - 1) * fit["latency_s"] + fit["slope"] * ring_s(ranks, num_bytes, gbit)
-
-
-def make_cases() -> list[Case]:
-    cases = [Case(1), Case(2)]
-    if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
-        cases += [Case(2, ccl_workers=n) for n in (1, 2, 4)]
-    if can_make_hosts():
-        remedies = (("--bucket-mb", "5"), ("--bucket-mb", "100"), ("--compress",),
-                    ("--accumulation", "4"))
-        cases += [Case(2, 10), Case(2, 1), Case(4, 10, ("--exchange-only",)),
-                  Case(4, 1, ("--exchange-only",)), *(Case(2, 1, remedy) for remedy in remedies)]
-    return cases
+def measure_case(ranks: int, gbit: float, batch: int, argv: Sequence[str]) -> dict:
+    """Seconds of a step, of its wait for the gradients and of an all-reduce alone: medians."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Every rank computes the same batch, so that cases differ by their ranks alone.
+        synthesize(Path(folder), [pair for pair in draw_shapes(batch) for _ in range(ranks)])
+        argv = ["--data", folder, "--split", "noise", "--batch", str(ranks * batch), *argv]
+        result = run_rung(argv, ranks, {"OMP_NUM_THREADS": "1"}, gbit)
+    row = {"step": result["step_s"][0], "gradient_bytes": 4 * result["parameters"]}
+    if ranks > 1:
+        waits = result["waits_s"]
+        row |= {"all_reduce": result["all_reduce_s"], "waits": statistics.median(waits),
+                "turns": {"waits": waits}}
+    return row
 
 
 def bench_scaling(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Cost of more ranks: table, remedies on a slow network, and a projection to four hosts."""
-    argv = ["--turns", str(args.turns), "--preset", "democratized", "--batch-size", "8", *argv]
-    results: dict[Case, dict] = {}
-    print(f"{'':<34}{'step s':>8}{'all-reduce':>12}{'waits, least to most':>24}"
-          f"{'efficiency':>12}")
-    for case in make_cases():
-        row = results[case] = measure_case(case, argv)
-        cells = ["", "", "", ""]
-        if "step" in row:
-            single = results[Case(1)]["step"] * (4 if "--accumulation" in case.argv else 1)
-            row["efficiency"] = single / row["step"]
-            cells[0] = f"{row['step']:.2f}"
-        if "all_reduce" in row:
-            cells[1] = f"{row['all_reduce']:.3f}"
-        if "waits" in row:
-            least, most = row["turns"]["waits"][0], row["turns"]["waits"][-1]
-            cells[2] = f"{row['waits']:.2f} ({least:.2f} to {most:.2f})"
-            cells[3] = f"{100 * row['efficiency']:.0f}%"
-        print("{:<34}{:>8}{:>12}{:>24}{:>12}".format(str(case), *cells).rstrip(), flush=True)
-    result = {"cases": {str(case): row for case, row in results.items()}}
-    if Case(2, 1) in results:
-        result |= project_hosts(results)
-    measure.write_json(args.json, result)
-    measure.finish(result)
+    """Cost of more ranks: a table, and a projection to four hosts."""
+    argv = ["--seconds", "0", "--passes", str(args.turns + 1), "--preset", "democratized",
+            "--one-batch", "--loader-workers", "0", "--speed-min", "1", "--speed-max", "1", *argv]
+    results: dict[str, dict] = {}
+    layout = "{:<36}{:>8}{:>12}{:>22}{:>12}"
+    print(layout.format("", "step s", "all-reduce", "waits, least to most", "efficiency"))
+    has_hosts = can_limit_network()
+    for name, (ranks, gbit, accumulation) in CASES.items():
+        if gbit and not has_hosts:
+            continue
+        row = results[name] = measure_case(ranks, gbit, args.batch_size,
+                                           [*argv, "--accumulation", str(accumulation)])
+        cells = [f"{row['step']:.2f}", "", "", ""]
+        if ranks > 1:
+            waits = row["turns"]["waits"]
+            row["efficiency"] = results["1 ranks"]["step"] * accumulation / row["step"]
+            cells[1:] = [f"{row['all_reduce']:.3f}",
+                         f"{row['waits']:.2f} ({waits[0]:.2f} to {waits[-1]:.2f})",
+                         f"{100 * row['efficiency']:.0f}%"]
+        print(layout.format(name, *cells).rstrip(), flush=True)
+    result = {"cases": results}
+    if has_hosts:
+        result["projected_speedup"] = project_hosts(results)
+    finish(result, args.json)
 
 
-def project_hosts(results: dict[Case, dict]) -> dict:
-    """Speed-up from one host to four, of two ranks each, on the networks that were measured."""
-    plain = {c: r for c, r in results.items() if c.gbit and c.argv in ((), ("--exchange-only",))}
-    terms = [(2 * (c.ranks - 1), ring_s(c.ranks, r["gradient_bytes"], c.gbit))
-             for c, r in plain.items()]
-    (latency, slope), *_ = np.linalg.lstsq(terms, [r["all_reduce"] for r in plain.values()])
-    fit = {"latency_s": latency, "slope": slope}
-    print(f"all-reduce between n hosts = 2 (n-1) x {latency:.4f} s + {slope:.2f} x 2 (n-1)/n x "
-          "bytes over the network's rate")
-    slow, here, speedups = results[Case(2, gbit=1)], results[Case(2)], {}
-    # The backward pass hides the rest.
-    exposed = min(1.0, slow["waits"] / slow["all_reduce"])
-    compute_s = here["step"] - here["waits"]
-    for gbit in (10, 1):
-        reduce_s = fitted_s(fit, 8, here["gradient_bytes"], gbit)
-        one, four = (compute_s + exposed * s for s in (here["all_reduce"], reduce_s))
-        speedups[f"{gbit} Gbit/s"] = 4 * one / four
-    projected = ", ".join(f"{speedup:.2f} at {name}" for name, speedup in speedups.items())
-    print(f"projected from 1 to 4 hosts of 2 ranks each, every rank with the batch it has here: "
-          f"{projected}; the original says 5.16. Assumed: hosts as fast as this one, ranks that "
-          "share nothing but the network, one ring")
-    return {"projected_speedup": speedups} | fit
+def project_hosts(results: dict[str, dict]) -> dict[str, float]:
+    """Speed-up from one host to four, of two ranks each, on the networks that were measured.
+
+    In a ring all-reduce of n ranks each sends 2 (n-1)/n of the gradient: 8 ranks wait for 7/4 of
+    the bytes for which 2 ranks wait.
+    """
+    here, speedups = results["2 ranks"], {}
+    for network in ("10 Gbit/s", "1 Gbit/s"):
+        waits = 7 / 4 * results[f"2 hosts, {network}"]["waits"]
+        speedups[network] = 4 * here["step"] / (here["step"] - here["waits"] + waits)
+        print(f"projected from 1 to 4 hosts of 2 ranks each: {speedups[network]:.2f} at {network}")
+    print("The original says 5.16. Assumed: hosts as fast as this one, ranks that share nothing "
+          "but the network, no latency, and for every rank the batch that it has here.")
+    return speedups

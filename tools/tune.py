@@ -24,16 +24,17 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import optuna
@@ -50,6 +51,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 import train
+from report import read_run
 from tools import launch
 
 REPO = Path(__file__).resolve().parent.parent
@@ -57,53 +59,11 @@ PATHS = ("data", "out", "resume", "restart")  # flags about a place, which may d
 LOCAL = ("DATA", "VENV", "REQUIREMENTS", "SSH", "CGROUPS", "MASTER_ADDR", "MASTER_PORT")  # likewise
 METRICS = ("training_time", "WER")
 MIN_RIVALS = 3  # trials that must have reached an epoch before their median prunes
-POLL_S = 0.5
+POLL_S = 5  # between two looks at a trial's log
 HEARTBEAT_S = 15
-# The ranks of a killed tuner's trial end within 150 s; until then they hold its folder.
-GRACE_S = 180
+GRACE_S = 180  # without a heartbeat; run.sh ends a killed tuner's trial within 120 s
 
 # --------------------------------------------------------------------------------------- the file
-
-
-def wrong(node: yaml.Node, message: str) -> ValueError:
-    return ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: {message}")
-
-
-def mapping(node: yaml.Node, required: Sequence[str],
-            optional: Sequence[str] = ()) -> dict[str, yaml.Node]:
-    if not isinstance(node, yaml.MappingNode):
-        raise wrong(node, "expected a mapping")
-    found = {}
-    for key, value in node.value:
-        if key.value not in (*required, *optional) or key.value in found:
-            raise wrong(key, f"{key.value}: unknown or twice, expected {', '.join(required)}")
-        found[key.value] = value
-    for name in required:
-        if name not in found:
-            raise wrong(node, f"{name} is missing")
-    return found
-
-
-def items(node: yaml.Node) -> list[yaml.Node]:
-    if not isinstance(node, yaml.SequenceNode) or not node.value:
-        raise wrong(node, "expected a list of at least one")
-    return node.value
-
-
-def scalar(node: yaml.Node, convert: Callable[[str], Any] = str) -> Any:  # noqa: ANN401
-    """Converts the text as written, because YAML takes 1e-3 for a string."""
-    if not isinstance(node, yaml.ScalarNode):
-        raise wrong(node, f"expected {convert.__name__}, not a {node.id}")
-    try:
-        return convert(node.value)
-    except ValueError:
-        raise wrong(node, f"expected {convert.__name__}, not {node.value!r}") from None
-
-
-def choice(node: yaml.Node, choices: Sequence[str]) -> str:
-    if node.value not in choices:
-        raise wrong(node, f"expected {' or '.join(choices)}, not {node.value!r}")
-    return node.value
 
 
 CONVERT = {"double": float, "int": int, "categorical": str}
@@ -111,31 +71,43 @@ CONVERT = {"double": float, "int": int, "categorical": str}
 MACHINE = ("save_path", "ppn", "train_batch_size", "eval_batch_size", "iface", "hosts")
 
 
-def read_parameter(node: yaml.Node) -> tuple[str, BaseDistribution]:
+def mapping(value: object, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
+    """Returns `value` if it is a mapping with all required keys and no unknown ones."""
+    if not isinstance(value, dict) or not set(required) <= value.keys() <= {*required, *optional}:
+        also = f", perhaps {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{value}: expected a mapping with {', '.join(required)}{also}")
+    return value
+
+
+def choice(value: object, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value}: expected {' or '.join(choices)}")
+    return value
+
+
+def read_parameter(entry: object) -> tuple[str, BaseDistribution]:
     """Name of a flag and its distribution; train.py's parser checks the values later."""
-    ranges = ("bounds", "grid", "categorical_values")
-    entry = mapping(node, ("name", "type"), ("transformation", *ranges))
-    name = scalar(entry["name"])
-    name = {"learning_rate": "lr"}.get(name, name)
+    entry = mapping(entry, ("name", "type"), ("transformation", "bounds", "grid",
+                                              "categorical_values"))
+    name = "lr" if entry["name"] == "learning_rate" else str(entry["name"])
+    kind = CONVERT[choice(entry["type"], tuple(CONVERT))]
     if name in PATHS:
-        raise wrong(entry["name"], f"{name} cannot be searched")
-    kind, is_log = choice(entry["type"], tuple(CONVERT)), "transformation" in entry
-    values = "categorical_values" if kind == "categorical" else "grid"
-    given = entry.keys() & set(ranges)
-    if given == {values} and not is_log:
-        return name, CategoricalDistribution(
-            [scalar(value, CONVERT[kind]) for value in items(entry[values])])
-    if given != {"bounds"} or kind == "categorical":
-        raise wrong(node, f"{name}: expected {values}{' or bounds' * (values == 'grid')} alone")
-    if is_log:
-        choice(entry["transformation"], ("log",))
-    bounds = mapping(entry["bounds"], ("min", "max"))
-    low, high = (scalar(bounds[key], CONVERT[kind]) for key in ("min", "max"))
+        raise ValueError(f"{name} cannot be searched")
+    given = entry.keys() - {"name", "type"}
     try:
-        distribution = IntDistribution if kind == "int" else FloatDistribution
-        return name, distribution(low, high, log=is_log)
-    except ValueError as error:
-        raise wrong(bounds["min"], f"{name}: {error}") from None
+        if given in ({"grid"}, {"categorical_values"}):
+            values = entry.get("grid", entry.get("categorical_values"))
+            if not isinstance(values, list):
+                raise ValueError(f"{values}, expected a list")
+            return name, CategoricalDistribution([kind(value) for value in values])
+        if kind is str or given not in ({"bounds"}, {"bounds", "transformation"}):
+            raise ValueError("expected bounds of numbers, perhaps with a transformation, or a list")
+        is_log = "transformation" in given and choice(entry["transformation"], ("log",)) == "log"
+        bounds = mapping(entry["bounds"], ("min", "max"))
+        distribution = IntDistribution if kind is int else FloatDistribution
+        return name, distribution(kind(bounds["min"]), kind(bounds["max"]), log=is_log)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 class Search(NamedTuple):
@@ -143,43 +115,35 @@ class Search(NamedTuple):
 
     name: str
     space: dict[str, BaseDistribution]  # by names of train.py's fields
-    nodes: dict[str, yaml.Node]  # of each parameter, for messages
     thresholds: list[float]  # largest feasible value of each of METRICS, or infinity
     budget: int  # trials
 
 
 def read_search(path: Path) -> Search:
+    """Reads the file; ValueError names what is wrong in it."""
     try:
         with path.open("rb") as file:
-            root = yaml.compose(file)
-    except (yaml.YAMLError, RecursionError) as error:  # the message names the line
+            # Every value stays the text as written, because YAML takes 1e-3 for a string.
+            top = yaml.load(file, yaml.BaseLoader)
+        top = mapping(top, ("model_parameter", "metrics", "observation_budget"), MACHINE)
+        model = mapping(top["model_parameter"], ("project", "experiment", "parameters"))
+        space = [read_parameter(entry) for entry in model["parameters"]]
+        metrics = [mapping(entry, ("name", "objective"), ("threshold",))
+                   for entry in top["metrics"]]
+        thresholds = {choice(metric["name"], METRICS): float(metric.get("threshold", "inf"))
+                      for metric in metrics if choice(metric["objective"], ("minimize",))}
+        budget = int(top["observation_budget"])
+        if not space or len(dict(space)) < len(space):
+            raise ValueError("parameters: expected at least one, and each once")
+        if len(metrics) > len(thresholds) or len(thresholds) < len(METRICS):
+            raise ValueError(f"metrics: expected {' and '.join(METRICS)}, each once")
+        if budget < 1:
+            raise ValueError(f"observation_budget: {budget}, expected at least 1")
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if root is None:
-        raise ValueError(f"{path}:1: empty")
-    top = mapping(root, ("model_parameter", "metrics", "observation_budget"), MACHINE)
     for key in (key for key in MACHINE if key in top):
-        print(wrong(top[key], f"{key} has no effect: run.sh and flags of train.py decide it"))
-    model = mapping(top["model_parameter"], ("project", "experiment", "parameters"))
-    space, nodes = {}, {}
-    for node in items(model["parameters"]):
-        name, distribution = read_parameter(node)
-        if name in space:
-            raise wrong(node, f"{name} is there twice")
-        space[name], nodes[name] = distribution, node
-    thresholds: dict[str, float] = {}
-    for node in items(top["metrics"]):
-        metric = mapping(node, ("name", "objective"), ("threshold",))
-        choice(metric["objective"], ("minimize",))
-        name = choice(metric["name"], METRICS)
-        if name in thresholds:
-            raise wrong(metric["name"], f"{name} is there twice")
-        thresholds[name] = scalar(metric["threshold"], float) if "threshold" in metric else math.inf
-    if len(thresholds) < len(METRICS):
-        raise wrong(node, f"expected {' and '.join(METRICS)}")
-    budget = scalar(top["observation_budget"], int)
-    if budget < 1:
-        raise wrong(top["observation_budget"], f"{budget}, expected at least 1")
-    return Search(f"{scalar(model['project'])}/{scalar(model['experiment'])}", space, nodes,
+        print(f"{path}: {key} has no effect: run.sh and flags of train.py decide it")
+    return Search(f"{model['project']}/{model['experiment']}", dict(space),
                   [thresholds[name] for name in METRICS], budget)
 
 
@@ -209,21 +173,16 @@ def parse(argv: Sequence[str]) -> dict:
     return {name: value for config in configs for name, value in asdict(config).items()}
 
 
-def refusal(argv: Sequence[str]) -> str | None:
-    try:
-        parse(argv)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def check_values(search: Search, command: Sequence[str]) -> dict:
     """Asks run.sh for its launch command and train.py's parser about the values to be searched.
+
+    A value may need another one: speed_max a smaller speed_min. So the first values of all
+    parameters are tried together, then their second ones, and so on.
 
     Returns:
         The values of all fields without the search.
     Raises:
-        ValueError: the parser refuses a value; the message has its line in the file.
+        ValueError: train.py's parser refuses values.
     """
     result = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, cwd=REPO, text=True,
                             capture_output=True, check=False)
@@ -234,13 +193,12 @@ def check_values(search: Search, command: Sequence[str]) -> dict:
     defaults = parse(argv)
     ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
             for name, d in search.space.items()}
-    # A value may need another one: speed_max a smaller speed_min. So each is tried with the
-    # defaults, with all first and with all last values.
-    contexts = ({}, {n: v[0] for n, v in ends.items()}, {n: v[-1] for n, v in ends.items()})
-    for name, value in ((name, value) for name, values in ends.items() for value in values):
-        refusals = [refusal([*argv, *flags(context | {name: value})]) for context in contexts]
-        if all(refusals):
-            raise wrong(search.nodes[name], refusals[0])
+    for i in range(max(map(len, ends.values()))):
+        argv_i = flags({name: values[min(i, len(values) - 1)] for name, values in ends.items()})
+        try:
+            parse([*argv, *argv_i])
+        except ValueError as error:
+            raise ValueError(f"{shlex.join(argv_i)}: {error}") from None
     return defaults
 
 
@@ -254,14 +212,6 @@ def searched_default(distribution: BaseDistribution, default: object) -> object:
 
 # -------------------------------------------------------------------------------------- one trial
 
-# Ends process group $1 when its standard input closes without a line, also because the tuner was
-# killed: the ranks of a trial would go on otherwise. run.sh gives them two minutes.
-GUARD = """read -r ended && exit
-kill -TERM -- "-$1"
-for _ in {1..1500}; do kill -0 -- "-$1" || exit 0; sleep 0.1; done
-kill -KILL -- "-$1"
-"""
-
 
 class TrialFailed(Exception):
     """A trial ended without a result; it has a user attribute `reason`."""
@@ -269,31 +219,24 @@ class TrialFailed(Exception):
 
 @contextlib.contextmanager
 def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
-    """Runs a command in a process group that ends with this block or this process."""
+    """Runs a command that gets SIGTERM when this block ends, and when this process is killed.
+
+    run.sh then ends all ranks within two minutes.
+    """
+    on_parents_death = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     with log.open("ab") as output:
-        process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, start_new_session=True)
-    guard = subprocess.Popen(["bash", "-c", GUARD, "guard", str(process.pid)], bufsize=0,
-                             stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             start_new_session=True)
+        process = subprocess.Popen([*on_parents_death, *command], cwd=REPO, stdout=output,
+                                   stdin=subprocess.DEVNULL, stderr=output, start_new_session=True)
     try:
         yield process
-        if process.poll() is not None:
-            guard.stdin.write(b"ended\n")
     finally:
-        guard.stdin.close()
-        process.wait()
-        guard.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
-def read_evals(log: Path) -> list[dict]:
-    """Evaluations in a log.jsonl without lines that a killed run left unfinished."""
-    evals = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        if '"event": "eval"' in line:
-            with contextlib.suppress(json.JSONDecodeError):
-                evals.append(json.loads(line))
-    return evals
+def read_evals(folder: Path) -> list[dict]:
+    return read_run(folder)[1] if (folder / "log.jsonl").exists() else []
 
 
 def hopeless(study: optuna.Study, number: int, wers: dict[str, float]) -> str | None:
@@ -319,28 +262,27 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
     Returns:
         Seconds of steps and evaluations, and the best WER.
     """
-    log = folder / "log.jsonl"
-    judged = len(read_evals(log))  # a resumed trial is judged from its next evaluation on
+    judged = len(read_evals(folder))  # a resumed trial is judged from its next evaluation on
     with started(command, folder / "run.log") as process:
         while process.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
-            evals = read_evals(log)
-            if len(evals) <= judged:
+            evals = read_evals(folder)
+            if not evals:
                 continue
-            judged, last = len(evals), evals[-1]
             # A WER above 1 only says how many words an untrained model inserts.
             best = itertools.accumulate((min(1.0, e["wer"]) for e in evals), min)
             wers = {str(e["epoch"]): wer for e, wer in zip(evals, best, strict=True)}
             trial.set_user_attr("wers", wers)
-            trial.set_user_attr("seconds", 3600 * last["hours"])
-            reason = hopeless(trial.study, trial.number, wers)
-            if reason is not None and last["epoch"] < epochs and process.returncode is None:
-                trial.set_user_attr("reason", reason)
-                raise TrialPruned
-    attrs = trial.user_attrs
-    if process.returncode in (0, train.EXIT_STATUS["time limit"]) and "wers" in attrs:
-        return [attrs["seconds"], min(attrs["wers"].values())]
+            trial.set_user_attr("seconds", seconds := 3600 * evals[-1]["hours"])
+            has_more = evals[-1]["epoch"] < epochs and process.returncode is None
+            if has_more and len(evals) > judged:
+                judged, reason = len(evals), hopeless(trial.study, trial.number, wers)
+                if reason is not None:
+                    trial.set_user_attr("reason", reason)
+                    raise TrialPruned
+    if process.returncode in (0, train.EXIT_STATUS["time limit"]) and evals:
+        return [seconds, min(wers.values())]
     lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
     # Launchers print more after the message that matters.
     messages = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
@@ -367,30 +309,26 @@ def open_study(out: Path, search: Search, defaults: dict, env: Sequence[str]) ->
     space = {name: repr(distribution) for name, distribution in search.space.items()}
     fixed = {k: v for k, v in defaults.items() if k not in (*PATHS, *space)}
     fixed["env"] = [setting for setting in env if setting.split("=")[0] not in LOCAL]
-    about = json.loads(json.dumps([space, search.thresholds, fixed]))
+    about = json.loads(json.dumps([search.name, space, search.thresholds, fixed]))
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{out / 'study.db'}", heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S,
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         engine_kwargs={"connect_args": {"timeout": 60}},  # s for another tuner's transaction
     )
-    refusal = ValueError(f"{out} has a search of another name or with other parameters, "
-                         "thresholds, flags of train.py or knobs of run.sh: take another --out")
-    if set(optuna.get_all_study_names(storage)) - {search.name}:
-        raise refusal
     study = optuna.create_study(
-        study_name=search.name, storage=storage, load_if_exists=True,
+        study_name="tune", storage=storage, load_if_exists=True,
         directions=["minimize"] * len(METRICS),
         sampler=optuna.samplers.TPESampler(n_startup_trials=4),
     )
     if study.user_attrs.get("about", about) != about:
-        raise refusal
+        raise ValueError(f"{out} has a search of another name or with other parameters, "
+                         "thresholds, flags of train.py or knobs of run.sh: take another --out")
     study.set_user_attr("about", about)
     if not study.trials:
         first = {name: searched_default(d, defaults[name]) for name, d in search.space.items()}
         study.enqueue_trial({name: v for name, v in first.items() if v is not None})
         for name in (name for name, value in first.items() if value is None):
-            print(f"{name}: {' '.join(flags({name: defaults[name]})[1:])}, which train.py would "
-                  "take, is not searched; the first trial takes another value")
+            print(f"{name}: {defaults[name]}, which train.py would take, is not searched")
     return study
 
 
@@ -410,7 +348,6 @@ def tune(study: optuna.Study, search: Search, out: Path, epochs: int,
         params = {name: suggest(trial, name, d) for name, d in search.space.items()}
         folder, argv = out / folder_of(trial), [*command, *flags(params)]
         trial.set_user_attr("folder", folder.name)
-        trial.set_user_attr("command", argv)
         print(f"trial {trial.number} in {folder}: {shlex.join(flags(params))}", flush=True)
         folder.mkdir(exist_ok=True)
         try:
@@ -444,17 +381,14 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0
 
 
-def print_table(study: optuna.Study, search: Search) -> None:
-    names = list(search.space)
-    rows = [["trial", "state", "seconds", "WER %", "feasible", *names, "reason"]]
+def print_table(study: optuna.Study) -> None:
+    rows = [["trial", "state", "seconds", "WER %", "feasible", "values", "reason"]]
     for t in study.get_trials(deepcopy=False):
-        attrs = t.user_attrs
-        values = [f"{x:.4g}" if isinstance(x := t.params.get(name), float) else str(x)
-                  for name in names]
+        wer = min(t.user_attrs.get("wers", {0: math.nan}).values())
         retried = "cut off; goes on under another number" if t.state == TrialState.FAIL else ""
-        rows.append([str(t.number), t.state.name.lower(), f"{attrs.get('seconds', 0):.1f}",
-                     f"{100 * min(attrs.get('wers', {0: math.nan}).values()):.2f}",
-                     "yes" if is_feasible(t) else "no", *values, attrs.get("reason", retried)])
+        rows.append([str(t.number), t.state.name.lower(), f"{t.user_attrs.get('seconds', 0):.1f}",
+                     f"{100 * wer:.2f}", "yes" if is_feasible(t) else "no",
+                     shlex.join(flags(t.params)), t.user_attrs.get("reason", retried)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -465,18 +399,16 @@ def print_importances(study: optuna.Study) -> None:
         try:
             shares = optuna.importance.get_param_importances(
                 study, target=lambda trial, i=i: trial.values[i],
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=1),
-            )
-        except (RuntimeError, ValueError) as error:  # too few trials, or equal ones
-            print(f"{metric}: no importances: {error}")
-        else:
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=1))
             print(f"{metric}: share of variance (functional ANOVA):",
                   ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
+        except (RuntimeError, ValueError) as error:  # too few trials, or equal ones
+            print(f"{metric}: no importances: {error}")
 
 
-def report(study: optuna.Study, search: Search, out: Path) -> None:
+def show_results(study: optuna.Study, out: Path, command: Sequence[str]) -> None:
     """Table, picture, importances and the best trial's command; ValueError if none is complete."""
-    print_table(study, search)
+    print_table(study)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise ValueError(f"no trial was completed, {out}/trial-*/run.log say why")
@@ -495,7 +427,7 @@ def report(study: optuna.Study, search: Search, out: Path) -> None:
     best = min(feasible or complete, key=lambda t: t.values[::-1])
     seconds, wer = best.values
     print(f"best: trial {best.number}, WER {100 * wer:.2f} % after {seconds:.0f} s")
-    print(shlex.join([*best.user_attrs["command"], "--out", str(out / "best")]))
+    print(shlex.join([*command, *flags(best.params), "--out", str(out / "best")]))
 
 
 def knobs_in_use() -> list[str]:
@@ -527,7 +459,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one tuner creates the tables and the first trial
             study = open_study(out, search, defaults, env)
         tune(study, search, out, defaults["epochs"], command)
-        report(study, search, out)
+        show_results(study, out, command)
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
     except (OptunaError, SQLAlchemyError) as error:
