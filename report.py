@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run shows: console, log.jsonl, MLPerf's log, curves, warnings, profile.
+"""Shows a training run: console, log.jsonl, MLPerf's log, curves, warnings, profile.
 
     steps, evals = read_run(Path("out/demo"))
     draw_curves({"demo": (steps, evals)}, Path("curves.png"))

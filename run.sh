@@ -67,13 +67,15 @@ run_step() {
     kill -0 -- "-$group" 2>/dev/null || exit $((128 + signal))
     sleep 0.1
   done
-  kill -KILL -- "-$group"
+  kill -KILL -- "-$group" 2>/dev/null || true
   exit $((128 + signal))
 }
 
 signal=""
 stop() {
+  if [[ $signal == 2 && $1 == 2 ]]; then kill -KILL -- "-${!-}" 2>/dev/null || true; exit 130; fi
   signal=$1
+  if [[ $1 == 2 ]]; then printf 'run.sh: stops after this step; Ctrl-C again ends at once\n' >&2; fi
   kill -TERM -- "-${!-}" 2>/dev/null || exit $((128 + $1))
 }
 trap 'stop 1' HUP

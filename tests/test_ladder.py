@@ -224,7 +224,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     assert pair.split() == ["2", "ranks", "2.05", "0.100", "0.05", "(0.02", "to", "0.30)", "88%"]
     assert result["cases"]["2 ranks"]["efficiency"] == pytest.approx(1.8 / 2.05)
     if not has_hosts:
-        assert set(result["cases"]) == {"1 ranks", "2 ranks"}
+        assert set(result["cases"]) == {"1 rank", "2 ranks"}
         assert "projected_speedup" not in result
         return
     accumulated = result["cases"]["2 hosts, 1 Gbit/s --accumulation 4"]
@@ -246,7 +246,7 @@ def test_ranks_and_hosts_are_really_measured(tmp_path):
     cases = json.loads(last)["cases"]
     pair = cases["2 ranks"]
     assert pair["step"] > pair["waits"] > 0
-    assert pair["efficiency"] == cases["1 ranks"]["step"] / pair["step"]
+    assert pair["efficiency"] == cases["1 rank"]["step"] / pair["step"]
     if any("no hosts" in line for line in lines):
         assert os.geteuid() != 0
         assert len(cases) == 2

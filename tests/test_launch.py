@@ -64,7 +64,7 @@ def plan_of(there, *argv, hosts="localhost\n", **env):
 
 
 def decide(there, *argv, **env):
-    """What would be printed: NAME -> value of `set` lines, other words -> rest of the line."""
+    """Maps the printed lines: NAME -> value of `set` lines, other words -> rest of the line."""
     printed = {}
     for line in plan_of(there, *argv, **env).lines:
         word, rest = line.split(maxsplit=1)
@@ -196,7 +196,7 @@ def test_smallest_quota_of_nested_groups_counts(folder):
 def test_decisions_of_the_default():
     plan = plan_of(machine())
     assert plan.lines == [
-        "corpus  demo in data/demo",
+        "corpus  train-demo dev-demo in data/demo",
         "output  out/demo (new run)",
         "cores   4 physical in 1 NUMA nodes behind 8 usable CPUs",
         "ranks   1 on localhost, by python (one process needs no launcher)",
@@ -214,7 +214,7 @@ def test_decisions_of_the_default():
 def test_decisions_of_two_ranks():
     plan = plan_of(machine(), RANKS="2", MASTER_PORT="4712")
     assert plan.lines == [
-        "corpus  demo in data/demo",
+        "corpus  train-demo dev-demo in data/demo",
         "output  out/demo (new run)",
         "cores   4 physical in 1 NUMA nodes behind 8 usable CPUs",
         "ranks   2 on localhost, by torchrun (there is no mpirun)",
@@ -574,6 +574,7 @@ def test_flags_for_train_py_win_over_knobs():
         (["a", "b", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], False),
         (["a", "dev-demo"], ["--train-splits", "a", "b", "--epochs", "1"], True),
         (["a", "b"], ["--train-splits=a", "--dev-split", "b"], False),
+        (["a"], ["--train-splits", "a", "--dev-split", "typo"], False),  # train.py names the typo
         (["train-demo", "dev-demo"], [], False),  # --data alone says whose corpus it is
         (["train-demo"], [], True),
     ],

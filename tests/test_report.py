@@ -138,7 +138,7 @@ def test_bench_curves_refuses_a_run_without_evaluation(tmp_path, monkeypatch):
 
 @pytest.fixture
 def monitor(tmp_path):
-    """Of three epochs of four steps; prints every step."""
+    """Prints every step of a run of three epochs of four steps."""
     return report.Monitor(report.Log(tmp_path, rank=0), steps_per_epoch=4, epochs=3, log_every=1)
 
 

@@ -55,17 +55,20 @@ def add_flags(commands: dict[str, argparse.ArgumentParser]) -> None:
     rung.add_argument("--batch", type=int, required=True, help="utterances of a bucket, all ranks")
     rung.add_argument("--plain-loss", action="store_true",
                       help=f"the logits of {PLAIN_ROWS} utterances exist at once")
-    rung.add_argument("--passes", type=int, default=2, help="over all buckets, or more")
-    rung.add_argument("--one-batch", action="store_true", help="its features are made once")
-    ladder.add_argument("--ranks", type=int, default=2, help="of the rung that has several")
+    rung.add_argument("--passes", type=int, default=2,
+                      help="least number of passes over all buckets")
+    rung.add_argument("--one-batch", action="store_true", 
+                      help="repeat the first batch, so that its features are made once")
+    ladder.add_argument("--ranks", type=int, default=2, help="ranks of the last rung")
     ladder.add_argument("--shapes", type=Path, default=DOCS / "train-clean-100.json",
                         help="buckets of (seconds, labels)")
     ladder.add_argument("--png", type=Path, default=DOCS / "ladder.png")
     ladder.add_argument("--runs", type=Path, nargs="+", default=[], help="run directories")
-    ladder.add_argument("--target-wer", type=float, default=0.1, help="epochs that --runs took")
+    ladder.add_argument("--target-wer", type=float, default=0.1,
+                        help="count the epochs of --runs until this WER")
     for command in (rung, ladder):
-        command.add_argument("--seconds", type=float, default=60, help="a rung, two passes or more")
-    scaling.add_argument("--json", type=Path, default=DOCS / "scaling.json", help="written")
+        command.add_argument("--seconds", type=float, default=60, help="least time of a rung")
+    scaling.add_argument("--json", type=Path, default=DOCS / "scaling.json", help="file to write")
     scaling.add_argument("--turns", type=int, default=5, help="steps of every case")
     scaling.add_argument("--batch-size", type=int, default=8, help="utterances of a rank")
 
@@ -449,7 +452,7 @@ def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
 # Name -> ranks of one thread each; Gbit/s at which each sends as if on a host of its own, or 0;
 # micro-batches of a step, after the last of which the gradients travel.
 CASES = {
-    "1 ranks": (1, 0, 1), "2 ranks": (2, 0, 1), "2 hosts, 10 Gbit/s": (2, 10, 1),
+    "1 rank": (1, 0, 1), "2 ranks": (2, 0, 1), "2 hosts, 10 Gbit/s": (2, 10, 1),
     "2 hosts, 1 Gbit/s": (2, 1, 1), "2 hosts, 1 Gbit/s --accumulation 4": (2, 1, 4),
 }
 
@@ -485,7 +488,7 @@ def bench_scaling(args: argparse.Namespace, argv: Sequence[str]) -> None:
         cells = [f"{row['step']:.2f}", "", "", ""]
         if ranks > 1:
             waits = row["turns"]["waits"]
-            row["efficiency"] = results["1 ranks"]["step"] * accumulation / row["step"]
+            row["efficiency"] = results["1 rank"]["step"] * accumulation / row["step"]
             cells[1:] = [f"{row['all_reduce']:.3f}",
                          f"{row['waits']:.2f} ({waits[0]:.2f} to {waits[-1]:.2f})",
                          f"{100 * row['efficiency']:.0f}%"]

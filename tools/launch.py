@@ -192,6 +192,7 @@ class Run(NamedTuple):
     data: str
     out: str
     dev_split: str
+    splits: list[str]  # for training, then for evaluation
     needs_corpus: bool
     arguments: list[str]  # for train.py
     state: str  # whether it is resumed, and why
@@ -205,6 +206,7 @@ def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
     parser.add_argument("--train-splits", nargs="+")
     flags, _ = parser.parse_known_args(argv)
     train_splits, dev_split, preset = CORPORA[env["CORPUS"]]
+    known = {*train_splits, dev_split}
     data, out = flags.data or env["DATA"], flags.out or env["OUT"]
     dev_split = flags.dev_split or dev_split
 
@@ -217,14 +219,15 @@ def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
         if word in ("--resume", "--no-resume", "--restart"):
             resume, state = [], f"{word} as you say"
 
-    # The user's own folders are taken as they are, if all exist. prepare.py checks whether a corpus
-    # of CORPORA is complete.
+    # The user's own splits are taken as they are, and so are own folders of CORPORA's splits if all
+    # exist. Otherwise prepare.py checks whether the corpus is complete.
     splits = [*(flags.train_splits or train_splits), dev_split]
     is_there = all(Path(data, split).is_dir() for split in splits)
     is_own = flags.data or flags.train_splits or flags.dev_split
+    needs_corpus = not known.isdisjoint(splits) and not (is_there and is_own)
     arguments = ["--data", data, "--train-splits", *train_splits, "--dev-split", dev_split,
                  "--out", out, "--preset", preset, *resume]
-    return Run(data, out, dev_split, not (is_there and is_own), arguments, state)
+    return Run(data, out, dev_split, splits, needs_corpus, arguments, state)
 
 
 # ---- machine and launcher ------------------------------------------------------------------------
@@ -451,7 +454,7 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
 
     num_nodes = len({core.node for core in machine.cores})
     granted = "" if machine.quota is None else f", time of {machine.quota} granted"
-    lines = [f"corpus  {env['CORPUS']} in {run.data}",
+    lines = [f"corpus  {' '.join(run.splits)} in {run.data}",
              f"output  {run.out} ({run.state})",
              f"cores   {len(machine.cores)} physical in {num_nodes} NUMA nodes behind "
              f"{machine.num_cpus} usable CPUs{granted}",
@@ -478,6 +481,7 @@ def run_command(command: Sequence[str]) -> int:
     rank 0 writes it to a file; the launcher's status counts if rank 0 wrote none or 0.
     """
     # run.sh signals this process together with the launcher; this process waits for the launcher.
+    # The launcher would inherit SIG_IGN, but it does not inherit a handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     # mpirun may end before rank 0 does, which then finds no folder to leave a file in.

@@ -285,7 +285,7 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
         return [seconds, min(wers.values())]
     lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
     # Launchers print more after the message that matters.
-    messages = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "prepare.py: "))]
+    messages = [x for x in lines if x.startswith(("train.py: ", "run.sh: ", "tools.prepare: "))]
     message = (messages or lines or ["no message"])[-1]
     trial.set_user_attr("reason",
                         f"status {process.returncode}, {len(evals)} evaluations: {message}")
