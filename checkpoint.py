@@ -86,6 +86,8 @@ def load_checkpoint(path: str | Path) -> dict:
     with open(path, "rb") as file:
         try:
             contents = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise  # the file may be whole
         except Exception as error:  # noqa: BLE001 - zipfile, pickle and torch raise many types
             raise DamagedCheckpoint(f"{path}: not readable as a checkpoint: {error}") from error
     if not isinstance(contents, dict) or not {"format", "sha256"} & contents.keys():

@@ -394,8 +394,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, self.epoch, index))
 
     def durations_s(self) -> list[float]:
-        """Durations after this epoch's speed perturbation, before trimming: buckets of equal ones
-        need less padding than buckets of equal recorded durations."""
+        """Durations after this epoch's speed perturbation, before trimming.
+
+        Buckets of similar perturbed durations need less padding than those of recorded ones.
+        """
         if self.seed is None:
             return [u.duration_s for u in self.utterances]
         return [draw_speed(self.rng(i), self.cfg) * u.duration_s
@@ -452,7 +454,8 @@ def start_worker(_worker: int) -> None:
     os.nice(19)
     keep_memory()
     if hasattr(os, "sched_setaffinity"):
-        # OpenMP may have bound the thread that starts workers to one CPU, others to the rest.
+        # A worker inherits the CPUs of the thread that starts it, and OpenMP may have bound that
+        # thread to one CPU. The worker takes those of all threads of the training process.
         cpus = os.sched_getaffinity(0)
         for thread in os.listdir(f"/proc/{os.getppid()}/task"):
             with contextlib.suppress(ProcessLookupError):  # the thread has just ended

@@ -34,8 +34,8 @@ from data import Batch, Tokenizer
 from features import FeatureConfig, features, is_audio, load_audio, log_mel, nonsilent_region
 from model import ModelConfig, Transducer
 
-# The limits are the original's: rnnt/decoder.py:309 and --max_symbol_per_sample, which suits
-# utterances of up to 35 s.
+# The limits are those of rnnt/decoder.py:309 in the original and of its --max_symbol_per_sample.
+# LibriSpeech's longest utterances, 35 s, have fewer than 300 sentencepieces.
 MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
 MAX_FRAMES = 2**15  # padded input frames of one batch of files: 32 files of half a minute
@@ -319,7 +319,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
           f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
     print("\n".join(describe_errors(hypotheses, references)))
-    frames, labels = counts["frames"], counts["labels"]  # a blank ends every frame
+    frames, labels = counts["frames"], counts["labels"]  # one blank per frame
     print(f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame")
     if counts["cut"]:
         print(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "

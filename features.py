@@ -48,7 +48,8 @@ def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml."""
+    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml, except
+    mel_warp, round_frames and round_labels, which it does not have."""
 
     sample_rate_hz: int = 16000
     preemphasis: float = 0.97
@@ -69,7 +70,7 @@ class FeatureConfig:
     time_masks: int = 10
     time_mask_max: float = 0.03  # share of the utterance's own length
     max_utterance_s: float = 16.7  # longer utterances are not trained on
-    num_buckets: int = 6  # parts of the training set, by perturbed duration, that are shuffled
+    num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U likewise
 
@@ -329,7 +330,7 @@ def dither(samples: np.ndarray, rng: np.random.Generator,
            cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     """(n,) samples plus white noise: a window of `normal_numbers` that starts at random.
 
-    The numbers repeat in recordings of more than 33 s.
+    Recordings of more than 33 s may repeat the numbers.
     """
     start = int(rng.integers(2**19))
     numbers = normal_numbers()[start : start + len(samples)]

@@ -151,8 +151,9 @@ def label_of_node(targets: Tensor, target_lens: Tensor) -> Tensor:
 
 
 def refuse_second_derivative() -> None:
-    """For backward passes: autograd would treat the lattice's posteriors as constants."""
-    if torch.is_grad_enabled():  # in a backward pass with create_graph=True only
+    """Raises in a backward pass with create_graph=True, where autograd would take the lattice's
+    posteriors for constants."""
+    if torch.is_grad_enabled():
         raise RuntimeError("the transducer loss has no second derivative")
 
 
@@ -240,15 +241,15 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
     log_probs = F.log_softmax(logits, -1, dtype=dtype).transpose(0, 1)  # (N, B, V)
     costs = F.ctc_loss(log_probs, targets, logit_lens, target_lens, blank, reduction="none",
                        zero_infinity=True)
-    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lens[:, None]
-    repeats = ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)
+    used = torch.arange(targets.shape[1], device=targets.device) < target_lens[:, None]  # (B, U)
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & used[:, 1:]).sum(1)  # (B,)
     return costs, target_lens + repeats <= logit_lens
 
 
 # ------------------------------------------------------------- loss fused with the joint network
 
-# One matrix product takes this many rows, lattice nodes, of the joint network. Their logits
-# should stay in a core's cache between the product, the softmax and the gradient.
+# A matrix product takes this many rows (lattice nodes) of the joint network, so that their logits
+# stay in a core's cache between the product, the softmax and the gradient.
 BLOCK_ROWS = 1024
 
 # oneDNN builds and keeps a kernel for every new number of rows. Numbers of rows are rounded up
@@ -284,7 +285,7 @@ def drop(hidden: Tensor, dropout: float, random: Tensor) -> None:
     Drawing a number for every value would take longer than the matrix products, so two `random`
     rows, each twice as long as a block, are drawn once. Each contiguous block XORs a random slice
     of one with a random slice of the other; values are independent, except in two blocks whose
-    slices happen to shift alike.
+    slices happen to have the same offset to each other.
     """
     count = hidden.numel()
     first, second = torch.randint(random.shape[1] - count, (2,)).tolist()

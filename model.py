@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
-# The last input frame of every convolution, then the stacks before and after StackTime.
+# The frame before each convolution's input, then the states before and after StackTime.
 EncoderState = tuple[list[Tensor], LstmState | None, LstmState]
 
 
@@ -199,9 +199,8 @@ class ConvFrontEnd(nn.Module):
                 state: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(B, T_in, D), (B,), state -> (B, ceil(T_in / 2^layers), H), (B,), state.
 
-        The state holds the frame that precedes the input of every convolution.
-
-        An empty `state` stands for zeros, which precede the first frame of an utterance.
+        `state` holds the frame before each convolution's input; an empty list means zeros, which
+        precede the first frame of an utterance.
         """
         x, last = x[:, None], []  # (B, 1, T_in, D)
         for i, convolution in enumerate(self.convolutions):

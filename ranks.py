@@ -81,7 +81,10 @@ def read_ranks(expected: int = 0) -> Ranks:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
         if names[0] in os.environ and names[1] in os.environ:
-            ranks = Ranks(*(int(os.environ.get(name, "0")) for name in names))
+            values = [os.environ.get(name, "0") for name in names]
+            if not all(value.isdecimal() for value in values):
+                raise ValueError(f"{names} = {values}, expected numbers")
+            ranks = Ranks(*map(int, values))
             break
     if expected not in (0, ranks.world):
         raise ValueError(f"ranks: expected {expected}, the launcher started {ranks.world}: does "

@@ -329,7 +329,7 @@ class Monitor:
         log_every: steps between lines on the console; log.jsonl gets all.
     """
 
-    PROJECTION_STEPS = 50  # steps of this process after which its remaining time is told
+    PROJECTION_STEPS = 50  # after this many steps of this process its remaining time is projected
 
     def __init__(self, log: Log, steps_per_epoch: int, epochs: int, log_every: int) -> None:
         self.log, self.steps_per_epoch, self.epochs = log, steps_per_epoch, epochs
@@ -383,7 +383,7 @@ class Monitor:
         self.log.say(f"epoch {record['epoch']} | dev ema {ctc}wer {100 * record['wer']:.2f} % | "
                      f"{record['errors']:,} errors in {record['words']:,} words | "
                      f"rtf {record['rtf']:.4f} | took {record['seconds']:.1f} s")
-        if is_warm:  # before, a transducer may be of any WER
+        if is_warm:  # during the warm-up any WER is normal
             self.check_hypotheses(record["labels"], record["words"], record["wer"])
 
     def warn(self, sign: str, is_present: bool, message: str) -> None:

@@ -86,8 +86,8 @@ class TrainConfig:
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
-    ramp_begin: float = 0.0  # epochs without dropout and SpecAugment
-    ramp_epochs: float = 0.0  # epochs over which both then grow to their full strength
+    ramp_begin: float = 0.0  # epochs at the start without dropout and SpecAugment
+    ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-9
@@ -153,9 +153,10 @@ class TrainConfig:
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
 
 
-# The fields that a preset changes beside those of its model. Small corpora need small batches and
-# so have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient
-# of a small batch is mostly noise; without weight decay it is Adam, which batches of 8 need.
+# The fields that a preset changes beside model.PRESETS. Small corpora need small batches and so have
+# many steps. LAMB turns every tensor by the same share of its norm, also where the gradient of a
+# small batch is mostly noise; without weight decay it is Adam, which suits batches of 8. `ctc_split`
+# stands here because the head exists only with a CTC loss and is counted apart.
 RECIPES = {
     "baseline": dict(ctc_split=1),
     # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
@@ -216,7 +217,9 @@ def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, Featur
         features = FeatureConfig(**values_for(FeatureConfig))
         model = replace(PRESETS[preset], feature_size=features.feature_size,
                         **values_for(ModelConfig))
-        if train.has_ctc and not model.ctc_split:
+        if not train.has_ctc:
+            model = replace(model, ctc_split=0)  # the head exists only if a loss uses it
+        elif not model.ctc_split:
             raise ValueError("ctc_split: 0, expected at least 1 with ctc_epochs or ctc_weight")
     except ValueError as error:
         parser.error(str(error))
@@ -372,7 +375,7 @@ class Trainer(NamedTuple):
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
-    model = Transducer(model_cfg if cfg.has_ctc else replace(model_cfg, ctc_split=0))
+    model = Transducer(model_cfg)
     ema = copy.deepcopy(model).eval()
     optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     if cfg.ipex:
@@ -471,15 +474,16 @@ class StepResult(NamedTuple):
     transducer_loss: float
     ctc_loss: float
     num_unaligned: int  # utterances with more labels than the CTC head has positions
+    num_left_out: int  # utterances that could not be read
 
 
 def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
                ctc_alone: bool = False) -> StepResult:
     """One optimiser step over all micro-batches.
 
-    Every utterance of the global batch has the same weight, so accumulation and ranks change
-    nothing but the order of summation. The random numbers of dropout depend on (seed, step,
-    rank) alone: a resumed run draws the same ones as an uninterrupted run.
+    Every utterance of the global batch has the same weight. Accumulation and ranks change only the
+    order of summation and the dropout masks, which depend on (seed, step, rank): a resumed run
+    draws the same ones as an uninterrupted run.
     """
     cfg, ranks = trainer.cfg, trainer.ranks
     state = np.random.SeedSequence((cfg.seed, step, ranks.rank)).generate_state(1, np.uint64)
@@ -509,7 +513,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
     # The average of the first steps would lag: its decay warms up.
     update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
     loss, transducer, ctc, num_unaligned, count = sums.tolist()
-    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, int(num_unaligned))
+    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, int(num_unaligned),
+                      num_requested * ranks.world - int(count))
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
@@ -522,7 +527,7 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     cfg, ranks = trainer.cfg, trainer.ranks
     mine = decode.evaluation_batches(utterances, cfg.eval_batch_size)[ranks.rank :: ranks.world]
     dataset = data.SpeechDataset(utterances, None, features)
-    # Half of the limit: meanwhile the other ranks wait for this one.
+    # A batch may take half of timeout_s, because the other ranks wait timeout_s for this one.
     loader = data.batch_loader(dataset, mine, cfg.loader_workers, cfg.timeout_s / 2)
     bar = report.progress_bar(loader, ranks.rank, desc="dev", unit="batch", total=len(mine))
     counts = Counter()
@@ -607,7 +612,8 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     """This rank's micro-batches for every step of an epoch, from its step `first_step` on.
 
     The order of the utterances depends on (seed, epoch) alone, their augmentation on (seed, epoch,
-    utterance): for any number of ranks a step has the same utterances.
+    utterance). A step's utterances depend on the global batch, not on how ranks and micro-batches
+    share it.
     """
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
                                  cfg.strength(epoch))
@@ -625,7 +631,7 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
 
 
 class Run(NamedTuple):
-    """Everything that stays the same from the first step of a run to its last."""
+    """The parts of a run. Only `trainer` is replaced, when an epoch trains other parameters."""
 
     trainer: Trainer
     features: FeatureConfig
@@ -650,6 +656,7 @@ class State:
     step: int = 0  # steps of the run that are done
     loss_sum: float = 0.0  # over the steps of this epoch
     num_unaligned: int = 0  # utterances of this epoch without a CTC alignment
+    left_out: int = 0  # utterances of this epoch that could not be read
     epoch_s: float = 0.0  # seconds spent in the steps of this epoch
     loss: float = math.nan  # mean over this epoch, or the last one if this has no step yet
     utts_per_s: float = math.nan  # likewise
@@ -661,13 +668,14 @@ class State:
         self.step, self.batch = self.step + 1, self.batch + 1
         self.loss_sum, self.epoch_s = self.loss_sum + result.loss, self.epoch_s + step_s
         self.num_unaligned += result.num_unaligned
+        self.left_out += result.num_left_out
         self.seconds += step_s
         self.loss = self.loss_sum / self.batch
         self.utts_per_s = self.batch * utterances / self.epoch_s
 
     def begin_next_epoch(self) -> None:
         self.epoch, self.batch, self.loss_sum, self.epoch_s = self.epoch + 1, 0, 0.0, 0.0
-        self.num_unaligned = 0
+        self.num_unaligned = self.left_out = 0
 
     def position(self, steps_per_epoch: int) -> dict:
         """The fields that place a record of log.jsonl."""
@@ -812,7 +820,8 @@ class Stopper:
             mine = "bad input"
         elif self.signal:
             mine = signal.Signals(self.signal).name
-        elif is_late and self.steps > 0:  # or a run that is restarted for ever would not get on
+        # At least one step runs, or a run with a short limit would never advance over restarts.
+        elif is_late and self.steps > 0:
             mine = "time limit"
         code = torch.tensor(reasons.index(mine))
         if self.ranks.world > 1:
@@ -850,7 +859,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         The reason of the end.
     """
     cfg, log, per_epoch = run.trainer.cfg, run.log, run.steps_per_epoch
-    if state.batch == 0 and state.evaluated < state.step:
+    if state.batch == 0:
         evaluate_and_save(run, state)  # the last run ended between an epoch and its evaluation
     for epoch in range(state.epoch, cfg.epochs + 1):
         if state.best_wer <= cfg.target_wer or stopper.should_stop():
@@ -861,7 +870,6 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         run = run._replace(trainer=begin_epoch(run.trainer, epoch))
         if ctc_alone != cfg.is_ctc_alone(epoch - 1):
             run.monitor.epoch_loss = math.inf  # another loss: no comparison with the last epoch
-        left_out = 0
         started = saved_at = time.monotonic()
         for batches in stopper.until_stop(shown_steps(run, state)):
             data_s = time.monotonic() - started
@@ -881,7 +889,6 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
                 grad_norm=result.grad_norm, utts_per_s=run.trainer.global_batch / step_s,
                 step_s=step_s, data_s=data_s,
             )
-            left_out += sum(b.num_requested - len(b.ids) for b in batches)
             is_due = time.monotonic() - saved_at >= cfg.checkpoint_every_s
             if is_due and state.batch < per_epoch:
                 save(run, state)
@@ -889,8 +896,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             started = time.monotonic()
         log.mllog("epoch_stop", epoch_num=epoch)
         if not stopper.reason:
-            left_out = int(all_sum(torch.tensor(left_out), run.trainer.ranks))
-            run.monitor.epoch(state.best_wer, left_out, epoch=epoch, step=state.step,
+            run.monitor.epoch(state.best_wer, state.left_out, epoch=epoch, step=state.step,
                               loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s,
                               num_unaligned=state.num_unaligned)
             state.begin_next_epoch()
@@ -915,7 +921,7 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
     steps = epoch_steps(run.train, run.tokenizer, run.features, cfg, ranks, state.epoch,
                         first_step=state.batch)
     left = run.steps_per_epoch - state.batch
-    # Once only, in the first epoch that has enough steps left.
+    # Only the first epoch with enough steps left is profiled.
     is_first = run.monitor.steps < report.PROFILE_STEPS <= left
     if cfg.profile and ranks.rank == 0 and is_first:
         steps = report.profile_steps(steps, left, run.log)
@@ -924,7 +930,9 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
 
 
 def evaluate_and_save(run: Run, state: State) -> None:
-    """Scores the dev split, writes the result and a checkpoint, and draws the curves."""
+    """Scores the dev split unless that is done, writes result and checkpoint, draws the curves."""
+    if state.evaluated == state.step:
+        return
     log, cfg = run.log, run.trainer.cfg
     epoch = state.epoch if state.batch else state.epoch - 1
     log.mllog("eval_start", epoch_num=epoch)
@@ -956,7 +964,7 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
         with suppress(OSError):  # a full disk may be the error itself
             run.log.write("end", reason=f"error: {data.reason(error)}", step=state.step)
         raise
-    best_wer = state.best_wer if state.evaluated else None
+    best_wer = state.best_wer if math.isfinite(state.best_wer) else None
     run.log.write("end", reason=reason, best_wer=best_wer, step=state.step)
     return reason
 
@@ -1000,8 +1008,9 @@ def log_settings(run: Run, state: State) -> None:
             f"{trainer.ranks.world} ranks x {start['threads']} threads, {start['precision']}; "
             f"{per_epoch} steps of {global_batch} utterances an epoch; "
             f"torch {torch.__version__}, commit {start['commit']}")
-    if global_batch < 64:
-        log.warn(f"a global batch of {global_batch} is under 64: gradients are noisy; raise "
+    usual = min(64, RECIPES[cfg.preset].get("batch_size", 64))
+    if global_batch < usual:
+        log.warn(f"a global batch of {global_batch} is under {usual}: gradients are noisy; raise "
                  "--batch-size or --accumulation if the WER stays at 100 %")
 
 
@@ -1065,7 +1074,8 @@ def main() -> int:
     # 8 finish
     is_reached = state.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if is_reached else "aborted")
-    log.say(f"end: {reason}, best dev wer {100 * state.best_wer:.2f} %")
+    best = f"{100 * state.best_wer:.2f} %" if math.isfinite(state.best_wer) else "not measured"
+    log.say(f"end: {reason}, best dev wer {best}")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
     return EXIT_STATUS.get(reason, 0)

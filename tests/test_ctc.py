@@ -90,6 +90,15 @@ def test_ctc_loss_does_not_depend_on_padding():
     assert torch.equal(ctc_loss(padded, other, *args[1:], blank=4)[0], expected)
 
 
+def test_ctc_loss_of_a_batch_without_labels():
+    logits = torch.randn(2, 3, 4, dtype=torch.float64)
+    costs, has_alignment = ctc_loss(logits, torch.zeros(2, 0, dtype=torch.int64),
+                                    torch.tensor([3, 2]), torch.tensor([0, 0]), blank=3)
+    blanks = logits.log_softmax(-1)[:, :, 3]
+    torch.testing.assert_close(costs, torch.stack([-blanks[0].sum(), -blanks[1, :2].sum()]))
+    assert has_alignment.all()
+
+
 # ----------------------------------------------------------------------------------- the CTC head
 
 
@@ -382,6 +391,12 @@ def test_a_run_that_stops_resumes_bit_for_bit(stop_after, corpus, finished, tmp_
     for part in ("model", "ema", "optimizer"):
         assert digest(ours[part]) == digest(expected[part]), part
 
+
+def test_a_run_cannot_gain_a_ctc_head(corpus, tmp_path):
+    assert run_here("--data", corpus, "--out", tmp_path, *TINY, "--epochs", "1") == 0
+    with pytest.raises(ValueError, match="has ctc_split 0, this run 4"):
+        run_here("--data", corpus, "--out", tmp_path, *TINY, "--ctc-weight", "0.5", "--ctc-split",
+                 "4", "--resume")
 
 def test_the_console_shows_the_ctc_loss(corpus, tmp_path):
     done = run_train(corpus, tmp_path, *CTC, "--log-every", "1")
