@@ -153,10 +153,10 @@ class TrainConfig:
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
 
 
-# The fields that a preset changes beside model.PRESETS. Small corpora need small batches and so have
-# many steps. LAMB turns every tensor by the same share of its norm, also where the gradient of a
-# small batch is mostly noise; without weight decay it is Adam, which suits batches of 8. `ctc_split`
-# stands here because the head exists only with a CTC loss and is counted apart.
+# The fields that a preset changes beside model.PRESETS. Small corpora need small batches and so
+# have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient of
+# a small batch is mostly noise; without weight decay it is Adam, which suits batches of 8.
+# `ctc_split` stands here because the head exists only with a CTC loss and is counted apart.
 RECIPES = {
     "baseline": dict(ctc_split=1),
     # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
