@@ -239,7 +239,7 @@ def test_decisions_of_two_ranks():
 def test_two_sockets_of_52_cores_as_intels_launcher():
     there = machine(cores_of(2, 52), mpi="Intel MPI", preload="/lib/libiomp5.so")
     assert decide(there, BACKEND="ccl", CCL_WORKER_COUNT="4") == {
-        "corpus": "demo in data/demo",
+        "corpus": "train-demo dev-demo in data/demo",
         "output": "out/demo (new run)",
         "cores": "104 physical in 2 NUMA nodes behind 208 usable CPUs",
         "ranks": "2 on localhost, by Intel MPI (/opt/mpirun)",

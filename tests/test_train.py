@@ -758,7 +758,7 @@ def test_the_console_has_a_line_for_steps_epochs_evaluations_and_checkpoints(fin
         rf"took {number} s",
         r"wrote .*/checkpoint-00000012.pt( and best.pt)?",
         r"train: longer than 1.0 s: 1 of 9 dropped, .*",
-        r"warning: a global batch of 2 is under 64: gradients are noisy; .*",
+        r"warning: a global batch of 2 is under 32: gradients are noisy; .*",
     ):
         assert re.search(rf"^{line}$", finished[1].stdout, re.MULTILINE), line
 
