@@ -164,7 +164,7 @@ RECIPES = {
     "democratized": dict(num_buckets=12, ctc_split=4),
     "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
                  hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
-                 num_buckets=12, ctc_split=2),
+                 num_buckets=12, freq_mask_max=10, ctc_split=2),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12, ctc_split=2),
 }
