@@ -16,6 +16,7 @@ Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -321,6 +322,8 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     print("\n".join(describe_errors(hypotheses, references)))
     frames, labels = counts["frames"], counts["labels"]  # one blank per frame
     print(f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame")
+    if labels < words / 10:
+        print(f"the model emits (almost) only blanks: {labels:,} symbols for {words:,} words")
     if counts["cut"]:
         print(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
               "evaluation allows")
@@ -329,12 +332,27 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
 # ----------------------------------------------------------------------------- transcribing files
 
 
-def list_audio(paths: Sequence[str]) -> list[str]:
-    """Files as given; a folder becomes all audio below it, by name, or stays if it has none."""
+def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
+    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
+
+    Returns also the number of folders that cannot be read; each is named on stderr.
+    """
     files: list[str] = []
+    errors: list[OSError] = []
     for path in paths:
-        files += sorted(str(f) for f in Path(path).rglob("*") if is_audio(f.name)) or [path]
-    return files
+        inside, visited = [], set()
+        for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
+            if os.path.realpath(folder) in visited:  # links lead to a folder twice, or in a circle
+                subfolders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            subfolders.sort()
+            inside += (str(Path(folder, name)) for name in names if is_audio(name))
+        files += sorted(inside) or [path]
+    errors = [error for error in errors if os.path.isdir(error.filename)]
+    for error in errors:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    return files, len(errors)
 
 
 class Transcription(NamedTuple):
@@ -466,7 +484,7 @@ def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: fl
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
-    paths, num_failed = list_audio(args.audio), 0
+    paths, num_failed = list_audio(args.audio)
     if args.plot and len(paths) != 1:
         raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
     for path in filter(None, (args.ctm, args.json, args.plot)):

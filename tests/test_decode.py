@@ -18,6 +18,7 @@ import textwrap
 from dataclasses import asdict
 from functools import cache
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -530,6 +531,48 @@ def test_a_score_names_the_errors_and_the_share_of_blanks(scene, score):
         f"blank ratio: {frames / (frames + symbols):.3f}, {symbols / frames:.3f} symbols a frame",
         "1 hypotheses end after 300 symbols, the most that evaluation allows",
     ]
+
+
+def test_a_score_names_a_model_that_emits_almost_only_blanks(scene, main, tmp_path, monkeypatch):
+    def decode_batches(model, tokenizer, batches, counts):
+        counts.update(frames=90, labels=0)
+        return {u.id: "" for u in data.read_split(scene.root, "dev")}
+
+    monkeypatch.setattr(decode, "decode_batches", decode_batches)
+    status, printed, _ = main("--data", scene.root, "--split", "dev",
+                              "--hypotheses", tmp_path / "dev.tsv")
+    words = sum(len(text.split()) for text in TEXTS)
+    assert status == 0
+    assert f"the model emits (almost) only blanks: 0 symbols for {words} words" in printed
+
+
+def test_folders_are_searched_through_links_and_unreadable_ones_are_named(
+    scene, main, tmp_path, monkeypatch
+):
+    real, calls = tmp_path / "real", tmp_path / "calls"
+    for folder in (real, calls / "x.flac", calls / "shut"):
+        folder.mkdir(parents=True)
+    sound = scene.audio[0].read_bytes()
+    for path in (real / "b.flac", calls / "a.flac", calls / "notes.txt", calls / "._a.flac",
+                 calls / "x.flac" / "c.wav"):
+        path.write_bytes(sound if path.suffix == ".flac" else b"")
+    (calls / "sub").symlink_to(real)
+    (real / "above").symlink_to(calls)
+    (calls / "sub_again").symlink_to(real)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    long = "n" * 300 + ".flac"
+    status, printed, errors = main(calls, long)
+    assert status == 1
+    expected = [f"{calls}/a.flac\t{scene.texts[0]}", f"{calls}/sub/b.flac\t{scene.texts[0]}"]
+    assert printed.splitlines() == expected
+    assert named(errors) == [f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
 
 
 def test_hypotheses_are_written_beside_their_references(scene, score):

@@ -229,7 +229,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
         return
     accumulated = result["cases"]["2 hosts, 1 Gbit/s --accumulation 4"]
     assert accumulated["efficiency"] == pytest.approx(4 * 1.8 / (4 * 1.8 + 0.7))
-    # Each of 8 ranks sends 7/4 of what each of 2 ranks sends.
+    # A ring of 8 ranks sends 7/4 of the bytes that a ring of 2 sends.
     assert result["projected_speedup"] == {
         "10 Gbit/s": pytest.approx(4 * 2.05 / (2 + 7 / 4 * 0.1)),
         "1 Gbit/s": pytest.approx(4 * 2.05 / (2 + 7 / 4 * 0.5)),
