@@ -49,7 +49,7 @@ def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = 
 @dataclass(frozen=True)
 class FeatureConfig:
     """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml, except
-    mel_warp, round_frames and round_labels, which it does not have."""
+    mel_warp, tail, round_frames and round_labels, which it does not have."""
 
     sample_rate_hz: int = 16000
     preemphasis: float = 0.97
@@ -69,6 +69,7 @@ class FeatureConfig:
     freq_mask_max: int = 20  # mel bins
     time_masks: int = 10
     time_mask_max: float = 0.03  # share of the utterance's own length
+    tail: int = 0  # log-mel frames of zeros at the end: time in which to emit the last labels
     max_utterance_s: float = 16.7  # longer utterances are not trained on
     num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
@@ -88,7 +89,7 @@ class FeatureConfig:
         check_ranges(self, (
             (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
               "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
-            (("dither", "freq_masks", "freq_mask_max", "time_masks"),
+            (("dither", "freq_masks", "freq_mask_max", "time_masks", "tail"),
              lambda x: x >= 0, "at least 0"),
             (("preemphasis", "time_mask_max", "mel_warp"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
             (("max_utterance_s",), lambda x: x > 0, "more than 0"),
@@ -415,4 +416,4 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
     mels = normalize(log_mel(samples, cfg))
     if rng is not None:
         mels = spec_augment(warp_mels(mels, rng, cfg, strength), rng, cfg, strength)
-    return splice(mels, cfg)
+    return splice(F.pad(mels, (0, 0, 0, cfg.tail)), cfg)

@@ -37,7 +37,7 @@ import train
 from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
-from ranks import all_sum
+from ranks import all_sum, leave
 from tools import ladder
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
@@ -370,7 +370,12 @@ def main() -> None:
         else:
             WITH_TRAIN_FLAGS[args.command](args, argv)
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"bench.py: {data.reason(error)}")
+        message = f"bench.py: {data.reason(error)}"
+        if dist.is_initialized():
+            leave(1, message)
+        sys.exit(message)
+    if dist.is_initialized():
+        leave(0, wait_s=60)  # ranks end together, without finalising the interpreter
 
 
 if __name__ == "__main__":
