@@ -16,7 +16,9 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -32,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,14 +93,25 @@ def is_transcript(name: str) -> bool:
     return name.endswith(".trans.txt") and not name.startswith("._")
 
 
+# Editors and other systems leave these characters: their names and the command that removes them.
+REPAIRS = {
+    "\r": ("a carriage return (CRLF), expected LF alone", r"sed -i 's/\r$//'"),
+    "\t": ("a tab, expected a space", r"sed -i 's/\t/ /g'"),
+    "\ufeff": ("a byte order mark, expected none", r"sed -i '1s/^\xEF\xBB\xBF//'"),
+}
+IMPORT = "docs/corpora.md tells how to import other forms"
+
+
 def line_error(line: str, path: Path) -> tuple[str, str] | None:
     """Kind and message of the error in a line of the transcript `path`, if it has one."""
+    for character, (name, command) in REPAIRS.items():
+        if character in line:
+            return "control character", f"{line!r} has {name}; remedy: {command} {path}"
+    if any(unicodedata.category(c) == "Cc" for c in line):
+        return "control character", f"{line!r} has a control character; remove it"
     utterance_id, _, text = line.partition(" ")
     if not text.strip():
-        return "no text", f"{line!r} has no text after an id"
-    if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
-        # Editors and other systems leave carriage returns, tabs and byte order marks.
-        return "control character", f"{line!r} has a control character"
+        return "no text", f"{line!r} has no text after an id and a space"
     if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
         return "reserved word", f"{line!r} has a word that sentencepiece reserves"
     prefix = f"{path.parent.parent.name}-{path.parent.name}-"
@@ -161,7 +175,9 @@ def match_texts(audio: Sequence[Path],
                 transcripts: Sequence[Path]) -> Iterator[Utterance | Problem]:
     """Joins audio files with the lines of their chapters' transcripts; durations are 0 as yet."""
     for chapter in sorted({path.parent for path in audio} - {path.parent for path in transcripts}):
-        message = "there is audio, but no .trans.txt"
+        others = sorted(path.name for path in chapter.iterdir() if not is_audio(path.name))
+        transcript = f"{chapter.parent.name}-{chapter.name}.trans.txt"
+        message = f"found {' and '.join(['audio', *others[:1]])}, expected {transcript}; {IMPORT}"
         yield Problem("error", "transcript file missing", str(chapter), message)
     recordings = {path.with_suffix(""): path for path in reversed(audio)}  # the first file wins
     seen: set[str] = set()
@@ -182,22 +198,56 @@ def match_texts(audio: Sequence[Path],
             yield Problem("warning", "transcript missing", path.stem, message)
 
 
+def verify_md5(path: str) -> None:
+    """Raises ValueError if the samples of a FLAC file do not have the MD5 that its header states.
+
+    libsndfile decodes some damaged frames without an error. The header holds the MD5 of the
+    interleaved samples, little-endian integers of whole bytes; zeros mean that it is not set
+    (RFC 9639, section 8.2).
+    """
+    with open(path, "rb") as file:
+        head = file.read(42)  # "fLaC", 4 bytes before the block STREAMINFO, its 34 bytes
+    stated = head[26:]
+    if not head.startswith(b"fLaC") or not any(stated):
+        return
+    bits = ((head[20] & 1) << 4 | head[21] >> 4) + 1  # of a sample
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with open_audio(path) as audio:
+            # libsndfile shifts samples to the most significant bits of int32.
+            while len(block := audio.read(2**16, dtype="int32", always_2d=True)):
+                octets = (block >> 32 - bits).astype("<i4").view(np.uint8).reshape(-1, 4)
+                digest.update(octets[:, : -(-bits // 8)].tobytes())
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: damaged audio: {error.error_string}") from error
+    if digest.digest() != stated:
+        raise ValueError(f"{path}: damaged audio: the MD5 of its samples is {digest.hexdigest()}, "
+                         f"its header states {stated.hex()}")
+
+
+SHORTEST_S = 0.1  # a shorter recording holds no word
+
+
 def probe_audio(utterance: Utterance, cfg: FeatureConfig,
                 decode: bool) -> list[Utterance | Problem]:
     """The utterance with its duration, if its file can be used, and the problems of the file.
 
-    Reads the header and the last sample; with `decode`, every sample.
+    Reads the header and the last sample; with `decode`, every sample, and verifies FLAC's MD5.
     """
     path = utterance.path
     try:
         with open_audio(path) as audio:
             frames, rate, channels = audio.frames, audio.samplerate, audio.channels
         samples = read_audio(path)[0] if decode else np.zeros(0)
+        if decode:
+            verify_md5(path)
     except (OSError, ValueError) as error:
         return [Problem("error", "audio not readable", utterance.id, str(error))]
     warned = []
     if len(samples) > 1 and samples.min() == samples.max():
         warned.append(("constant audio", f"{path}: every sample is {samples.max():g}"))
+    if frames < SHORTEST_S * rate:
+        warned.append(("short recording", f"{path}: {frames / rate:.3f} s"))
     if rate != cfg.sample_rate_hz:
         message = f"{path}: {rate} Hz, will be resampled to {cfg.sample_rate_hz}"
         warned.append(("sample rate", message))
@@ -205,6 +255,32 @@ def probe_audio(utterance: Utterance, cfg: FeatureConfig,
         warned.append(("channels", f"{path}: {channels} channels, will be averaged"))
     problems = [Problem("warning", kind, utterance.id, message) for kind, message in warned]
     return [utterance._replace(duration_s=frames / rate), *problems]
+
+
+SEARCHED_FOLDERS = 1000  # so many show the form of a corpus, and any disk lists them soon
+
+
+def describe_layout(folder: Path) -> str:
+    """Says what lies below a folder that should hold a split, and the remedy.
+
+    A corpus may have been named one level too high or too low, or it has another form.
+    """
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    walk = itertools.islice(os.walk(folder.absolute(), followlinks=True), SEARCHED_FOLDERS)
+    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
+    splits = {path.parents[2] for path in files if len(path.parents) > 2
+              and path.name == f"{path.parts[-3]}-{path.parts[-2]}.trans.txt"}
+    if splits:
+        corpus = min(splits).parent
+        names = ", ".join(sorted(split.name for split in splits if split.parent == corpus))
+        return f"the corpus to name is {corpus}, with the splits {names}"
+    audio = [str(path) for path in files if is_audio(path.name)]
+    if not audio:
+        return f"found no audio below {folder}"
+    texts = [str(path) for path in files if path.suffix in (".txt", ".tsv", ".csv", ".json")]
+    found = " and ".join((*audio[:1], *texts[:1]))
+    return f"found {found}, expected <split>/<speaker>/<chapter>/*.trans.txt; {IMPORT}"
 
 
 def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
@@ -215,7 +291,8 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     """
     folder = Path(root) / split
     if not folder.is_dir():
-        yield Problem("error", "split missing", str(folder), "no such folder")
+        message = f"no such folder; {describe_layout(Path(root))}"
+        yield Problem("error", "split missing", str(folder), message)
         return
     files, problems = separate(list_files(folder))
     audio = sorted(path for path in files if is_audio(path.name))
@@ -225,11 +302,17 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     problems += unmatched
     if not recordings and not any(p.level == "error" for p in problems):
         message = "it has no utterance in */*/*.trans.txt"
+        if not transcripts:
+            message += f"; {describe_layout(folder)}"
         problems.append(Problem("error", "split empty", str(folder), message))
     yield from problems
     utterances: list[Utterance] = []
-    with ThreadPoolExecutor() as pool:  # threads hide the latency of network file systems
-        probes = pool.map(lambda u: probe_audio(u, cfg, decode), sorted(recordings))
+    with (
+        ThreadPoolExecutor() as pool,  # threads hide the latency of network file systems
+        # Ctrl-C closes the iterator, which cancels what no thread has begun.
+        contextlib.closing(pool.map(lambda u: probe_audio(u, cfg, decode), sorted(recordings)))
+        as probes,
+    ):
         for found in tqdm(probes, desc=split, unit="file", total=len(recordings), disable=None,
                           leave=False):
             utterances += (item for item in found if isinstance(item, Utterance))

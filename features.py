@@ -174,7 +174,9 @@ def is_truncated(audio: soundfile.SoundFile) -> bool:
             return True
         if len(last) == 0:
             return True
-    # `frames` of a WAV file are those it holds; libsndfile logs what its header promises.
+    # `frames` of a WAV or RF64 file are those it holds; libsndfile logs what its header promises.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:
+        return True
     promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
     # A program that writes to a pipe cannot know the size and promises the largest possible one.
     return promised is not None and int(promised[1]) < 0x7FFF_F000

@@ -8,6 +8,7 @@ Corpora are written into temporary folders.
 
 import multiprocessing
 import os
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -153,6 +154,20 @@ def short_wav(corpus):
     path.write_bytes(path.read_bytes()[:10000])
 
 
+def rf64(corpus, num_bytes=None):
+    (corpus.folder / "7-9-0000.flac").unlink()
+    path = corpus.folder / "7-9-0000.wav"
+    soundfile.write(path, NOISE, 16000, "PCM_16", format="RF64")
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def exchange_frames(corpus):
+    """Puts other audio behind a header; libsndfile decodes it without an error."""
+    good = (corpus.folder / "7-9-0000.flac").read_bytes()
+    other = corpus.flac(samples=NOISE[::-1]).read_bytes()
+    corpus.bytes(good[:42] + other[42:])
+
+
 def link_to_itself(corpus):
     path = corpus.folder / "7-9-0000.flac"
     path.unlink()
@@ -214,10 +229,16 @@ BAD = {
     "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: the end is missing"),
     "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: the end is missing"),
     "damaged FLAC": Bad(damaged_flac, AUDIO, FLAC + "damaged audio: ", decoded=True),
+    "RF64 header promises more": Bad(lambda c: rf64(c, 10000), AUDIO,
+                                     WAV + "truncated: the end is missing"),
+    "FLAC of another MD5": Bad(exchange_frames, AUDIO, FLAC + "damaged audio: the MD5 of its "
+                               "samples is ", decoded=True),
     "NaN": Bad(lambda c: c.wav(NAN), AUDIO, WAV + "1 samples not finite", decoded=True),
     "infinity": Bad(lambda c: c.wav(INFINITY), AUDIO, WAV + "2 samples not finite", decoded=True),
     "link to itself": Bad(link_to_itself, AUDIO, FLAC + "Too many levels of symbolic links"),
-    "constant": Bad(lambda c: c.flac(samples=np.full(999, 0.25)), "constant audio",
+    "short": Bad(lambda c: c.flac(samples=NOISE[:800]), "short recording", FLAC + "0.050 s",
+                 level="warning"),
+    "constant": Bad(lambda c: c.flac(samples=np.full(1600, 0.25)), "constant audio",
                     FLAC + "every sample is 0.25", level="warning", decoded=True),
     "8 kHz": Bad(lambda c: c.flac(samples=NOISE[:8000], rate=8000), "sample rate",
                  FLAC + "8000 Hz, will be resampled to 16000", level="warning"),
@@ -232,17 +253,22 @@ BAD = {
                          "{folder}/7-9-0000.flac does not exist", LINE_1),
     "line missing": Bad(lambda c: c.flac("7-9-0007"), "transcript missing",
                         "{folder}/7-9-0007.flac has no transcript", "7-9-0007", "warning"),
-    "transcript missing": Bad(lambda c: c.flac("7-8-0000"), "transcript file missing",
-                              "there is audio, but no .trans.txt", "{root}/dev/7/8"),
+    "transcript missing": Bad(
+        lambda c: c.flac("7-8-0000"), "transcript file missing",
+        "found audio, expected 7-8.trans.txt; docs/corpora.md tells how to import other forms",
+        "{root}/dev/7/8"),
     "Latin-1": bad_line(b"7-9-0000 CAF\xc9", "transcript not readable", "'utf-8' codec can't",
                         where="{folder}/7-9.trans.txt"),
     "id only": bad_line("7-9-0000", "no text", "'7-9-0000' has no text after an id"),
     "spaces only": bad_line("7-9-0000  ", "no text", "'7-9-0000  ' has no text after an id"),
     "empty line": bad_line("", "no text", "'' has no text after an id"),
-    "tab after the id": bad_line("7-9-0000\tA", "no text", r"'7-9-0000\tA' has no text"),
-    "tab": bad_line("7-9-0000 A\tB", CONTROL, r"'7-9-0000 A\tB'"),
-    "CRLF": bad_line("7-9-0000 A\r", CONTROL, r"'7-9-0000 A\r'"),
-    "byte order mark": bad_line("\ufeff7-9-0000 A", CONTROL, r"'\ufeff7-9-0000 A'"),
+    "tab after the id": bad_line(
+        "7-9-0000\tA", CONTROL, r"'7-9-0000\tA' has a tab, expected a space; remedy: sed -i "),
+    "tab": bad_line("7-9-0000 A\tB", CONTROL, r"'7-9-0000 A\tB' has a tab, expected a space; "),
+    "CRLF": bad_line("7-9-0000 A\r", CONTROL, r"'7-9-0000 A\r' has a carriage return (CRLF), "),
+    "byte order mark": bad_line("\ufeff7-9-0000 A", CONTROL,
+                                r"'\ufeff7-9-0000 A' has a byte order mark, expected none; "),
+    "form feed": bad_line("7-9-0000 A\fB", CONTROL, r"'7-9-0000 A\x0cB' has a control character"),
     "reserved word": bad_line("7-9-0000 A </s>", "reserved word", "'7-9-0000 A </s>'"),
     "sentencepiece's space": bad_line("7-9-0000 A\u2581B", "reserved word", "'7-9-0000 A\u2581B'"),
     "id of another chapter": bad_line("7-10-0000 A", "id not of its folder",
@@ -305,9 +331,108 @@ def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
     assert corpus.scan() == ([], [problem])
 
 
-def test_missing_split_is_an_error_with_the_folder(corpus):
-    problem = Problem("error", "split missing", str(corpus.root / "test"), "no such folder")
-    assert list(data.scan_split(corpus.root, "test")) == [problem]
+@pytest.mark.parametrize(("character", "place"), [("\r", "end"), ("\t", "id"), ("\ufeff", "start")])
+def test_the_remedy_in_a_message_repairs_the_transcript(corpus, character, place):
+    good = "7-9-0000 FIRST\n7-9-0001 SECOND\n"
+    bad = {"end": good.replace("\n", "\r\n"), "id": good.replace(" ", "\t"),
+           "start": character + good}[place]
+    corpus.transcript.write_bytes(bad.encode())
+    problem = next(p for p in corpus.scan()[1] if p.kind == "control character")
+    subprocess.run(problem.message.partition("remedy: ")[2], shell=True, check=True)
+    assert corpus.transcript.read_bytes() == good.encode()
+    assert corpus.scan()[1] == []
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+def test_the_md5_of_good_flac_is_that_of_its_header(tmp_path, subtype, channels):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.stack([NOISE, -NOISE], 1)[:, :channels], 16000, subtype)
+    assert any(path.read_bytes()[26:42])
+    data.verify_md5(str(path))
+    contents = bytearray(path.read_bytes())
+    contents[41] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=f"a.flac: damaged audio: .* its header states .*"
+                                         f"{contents[41]:02x}$"):
+        data.verify_md5(str(path))
+    contents[26:42] = bytes(16)  # not set
+    path.write_bytes(contents)
+    data.verify_md5(str(path))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_bytes_inside_flac_are_found(corpus, seed):
+    path = corpus.flac(samples=np.tile(NOISE, 4))
+    rng, contents = np.random.default_rng(seed), bytearray(path.read_bytes())
+    start = len(contents) // 4 + int(rng.integers(len(contents) // 2))
+    contents[start : start + 4000] = rng.bytes(4000)
+    path.write_bytes(contents)
+    [problem] = corpus.scan(decode=True)[1]
+    assert problem.message.startswith(f"{path}: damaged audio: ")
+
+
+def test_a_whole_rf64_file_is_no_problem(corpus):
+    rf64(corpus)
+    assert corpus.scan(decode=True)[1] == []
+
+
+# -------------------------------------------------------------------------- a corpus elsewhere
+
+NAMED = "the corpus to name is {root}, with the splits dev"
+
+
+@pytest.mark.parametrize(("root", "split", "hint"), [
+    ("{root}", "test", NAMED),
+    ("{root}/..", "dev", NAMED),
+    ("{root}/dev", "dev", NAMED),
+    ("{root}/dev/7", "dev", NAMED),
+    ("{root}/nowhere", "dev", "there is no folder {root}/nowhere"),
+])
+def test_missing_split_is_an_error_that_tells_where_the_corpus_is(tmp_path, root, split, hint):
+    corpus = Corpus(tmp_path / "corpora" / "mine")
+    named = root.replace("{root}", str(corpus.root))
+    [problem] = data.scan_split(named, split)
+    assert problem[:3] == ("error", "split missing", f"{named}/{split}")
+    found = problem.message.replace(f"{corpus.root}/../mine", str(corpus.root))
+    assert found == "no such folder; " + hint.replace("{root}", str(corpus.root))
+
+
+def test_a_corpus_at_a_relative_path_is_found_one_level_up(tmp_path, monkeypatch):
+    corpus = Corpus(tmp_path)
+    monkeypatch.chdir(corpus.root / "dev")
+    assert data.describe_layout(Path()) == NAMED.format(root=corpus.root)
+
+
+# Multilingual LibriSpeech has its transcripts in one file, LibriTTS has a file for each recording.
+@pytest.mark.parametrize(("audio", "text"), [
+    ("train/audio/201/1/201_1_000.flac", "train/transcripts.txt"),
+    ("train/201-1-0000.wav", "train/201-1-0000.txt"),
+])
+def test_a_split_of_another_form_is_described(tmp_path, audio, text):
+    for name in (audio, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    problem = list(data.scan_split(tmp_path, "train"))[-1]
+    assert problem == Problem(
+        "error", "split empty", str(tmp_path / "train"),
+        f"it has no utterance in */*/*.trans.txt; found {tmp_path}/{audio} and {tmp_path}/{text}, "
+        "expected <split>/<speaker>/<chapter>/*.trans.txt; docs/corpora.md tells how to import "
+        "other forms")
+    with pytest.raises(FileNotFoundError, match=f"found {tmp_path}/{audio} and {tmp_path}/{text}"):
+        prepare.check(tmp_path, [])
+
+
+def test_a_text_file_beside_each_recording_is_described(tmp_path):
+    folder = tmp_path / "train/201/1"
+    folder.mkdir(parents=True)
+    for suffix in ("wav", "normalized.txt", "original.txt"):
+        (folder / f"201_1_000.{suffix}").touch()
+    problem = next(data.scan_split(tmp_path, "train"))
+    assert problem == Problem(
+        "error", "transcript file missing", str(folder),
+        "found audio and 201_1_000.normalized.txt, expected 201-1.trans.txt; docs/corpora.md tells "
+        "how to import other forms")
 
 
 @pytest.mark.parametrize("name", ["", "1-2.trans.txt"], ids=["no transcript", "empty transcript"])
@@ -317,6 +442,7 @@ def test_split_without_utterances_is_an_error_with_the_folder(corpus, name):
     if name:
         (folder / name).touch()
     message = "it has no utterance in */*/*.trans.txt"
+    message += "" if name else f"; found no audio below {corpus.root / 'test'}"
     problem = Problem("error", "split empty", str(corpus.root / "test"), message)
     assert list(data.scan_split(corpus.root, "test")) == [problem]
 

@@ -367,7 +367,18 @@ def test_check_without_any_split_has_status_1(tmp_path, capsys, folder):
     assert "no audio in it as" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["demo"], ["check"], ["dem", "x"], ["demo", "x", "--no"]])
+@pytest.mark.parametrize("level", ["..", "dev-demo"])
+def test_check_at_a_wrong_level_names_the_corpus(corpus, capsys, level):
+    folder = (corpus / level).resolve()
+    assert prepare.main(["check", str(folder)]) == 1
+    splits = "dev-demo, train-demo" if level == ".." else "dev-demo"
+    assert capsys.readouterr().err == (
+        f"tools.prepare: {folder}: no audio in it as <split>/<speaker>/<chapter>/*.flac; "
+        f"the corpus to name is {corpus}, with the splits {splits}\n")
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["demo"], ["check"], ["dem", "x"], ["demo", "x", "--no"], ["import", "x", "y"]])
 def test_a_wrong_command_line_has_status_2(argv):
     with pytest.raises(SystemExit) as stop:
         prepare.main(argv)

@@ -40,7 +40,15 @@ import soxr
 import urllib3
 from tqdm import tqdm
 
-from data import describe, is_audio, is_transcript, read_transcripts, scan_split, separate
+from data import (
+    describe,
+    describe_layout,
+    is_audio,
+    is_transcript,
+    read_transcripts,
+    scan_split,
+    separate,
+)
 
 # -------------------------------------------------------------------------------- demo: sentences
 
@@ -632,7 +640,8 @@ def check(root: Path, splits: Sequence[str]) -> bool:
     """Print size and problems of the splits, or of all in `root`; returns True without errors."""
     splits = splits or find_splits(root)
     if not splits:
-        raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac")
+        raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac; "
+                                f"{describe_layout(root)}")
     num_errors = 0
     for split in splits:
         utterances, problems = separate(scan_split(root, split, decode=True))
