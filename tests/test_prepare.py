@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -293,6 +294,23 @@ def test_voices_below_a_long_path_are_found(spoken, tmp_path, monkeypatch):
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(deep))
     voice = prepare.Voice(1, "gmw/en-US+f1", 175, 50, 50)
     assert len(say(tmp_path / "scratch", "HELLO", voice)) > 5000
+
+
+def test_ctrl_c_in_the_middle_of_an_utterance_ends_the_demo(spoken, tmp_path, monkeypatch):
+    class Chunks(list):
+        def append(self, chunk):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().append(chunk)
+
+    espeak = prepare.Espeak(tmp_path)
+    espeak._chunks = Chunks()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            espeak.say("HELLO", prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50), seed=1)
+        assert len(espeak._chunks) > 1
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -369,6 +369,8 @@ def main() -> None:
             WITHOUT[args.command](args)
         else:
             WITH_TRAIN_FLAGS[args.command](args, argv)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError, FloatingPointError) as error:
         message = f"bench.py: {data.reason(error)}"
         if dist.is_initialized():

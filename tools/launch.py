@@ -532,6 +532,8 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError) as error:
         print(f"run.sh: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -208,6 +209,19 @@ NOISE_DB = (-40.0, -20.0)  # level (RMS) of the noise, relative to that of the s
 PAUSE_S = (0.10, 0.20)  # before the first word and after the last
 
 
+@contextmanager
+def late_interrupts() -> Iterator[None]:
+    """Handle Ctrl-C after the body: ctypes prints and drops an exception of a callback from C."""
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pending and callable(handler):  # a number stands for a signal that is ignored
+        handler(signal.SIGINT, None)
+
+
 class Espeak:
     """The synthesiser libespeak-ng, through the C interface in its `speak_lib.h`.
 
@@ -269,8 +283,9 @@ class Espeak:
             self._lib.espeak_SetParameter(parameter, value, 0)
         self._chunks.clear()
         small_letters = text.lower().encode()  # espeak-ng stresses words in capitals
-        status = self._lib.espeak_Synth(small_letters, len(small_letters) + 1, 0,
-                                        self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
+        with late_interrupts():
+            status = self._lib.espeak_Synth(small_letters, len(small_letters) + 1, 0,
+                                            self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
         if status != 0 or not self._chunks:
             raise RuntimeError(f"espeak_Synth failed with status {status}: {voice.name}: {text}")
         return np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 2**15
@@ -692,6 +707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_demo(args.root)
         else:
             make_librispeech(args.root, args.command, args.mirror, args.archive)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"tools.prepare: {error}", file=sys.stderr)
         return 1

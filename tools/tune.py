@@ -460,12 +460,15 @@ def main() -> None:
             study = open_study(out, search, defaults, env)
         tune(study, search, out, defaults["epochs"], command)
         show_results(study, out, command)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
     except (OptunaError, SQLAlchemyError) as error:
         sys.exit(f"tune.py: {out}/study.db: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("tune.py: interrupted; the same command goes on")
+        print("tune.py: interrupted; the same command goes on", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
