@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares corpora: speaks the demo corpus, downloads LibriSpeech, checks any corpus.
+"""Prepares corpora: speaks the demo, downloads LibriSpeech, imports other forms, checks any corpus.
 
     python -m tools.prepare demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
     python -m tools.prepare mini-librispeech ROOT     # or librispeech-100, librispeech-960
+    python -m tools.prepare import SOURCE ROOT SPLIT  # NeMo's, Common Voice's or Kaldi's form
     python -m tools.prepare check ROOT [SPLIT ...]    # exit status 1 if there is an error
 
 After an interruption the same command continues. From a mirror, or without internet:
@@ -50,6 +51,7 @@ from data import (
     scan_split,
     separate,
 )
+from tools import corpora
 
 # -------------------------------------------------------------------------------- demo: sentences
 
@@ -698,6 +700,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         source.add_argument("--mirror", metavar="URL", default=OPENSLR, help="%(default)s")
         source.add_argument("--archive", metavar="FILE", type=Path, nargs="+", default=[],
                             help="local files <split>.tar.gz of all splits, instead of downloading")
+    imports = commands.add_parser("import", help="bring a corpus of another form into the tree",
+                                  allow_abbrev=False)
+    imports.add_argument("source", metavar="SOURCE", type=Path,
+                         help="NeMo's JSON lines, Common Voice's .tsv or Kaldi's data folder")
+    imports.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
+    imports.add_argument("split", metavar="SPLIT", help="name of the new split")
+    imports.add_argument("--keep-case", action="store_true", help="do not write in capitals")
+    imports.add_argument("--keep-punctuation", action="store_true",
+                         help="do not turn punctuation and symbols into spaces")
     checks = commands.add_parser("check", help="list the problems of a corpus", allow_abbrev=False)
     checks.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
     checks.add_argument("splits", metavar="SPLIT", nargs="*", help="default: all splits in ROOT")
@@ -712,6 +723,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "check":
             return 0 if check(args.root, args.splits) else 1
+        if args.command == "import":
+            rule = corpora.TextRule(args.keep_case, args.keep_punctuation)
+            args.root.mkdir(parents=True, exist_ok=True)
+            with locked(args.root):
+                is_whole = corpora.import_split(args.source, args.root, args.split, rule)
+            return 0 if is_whole else 1
         if args.command == "demo":
             make_demo(args.root)
         else:
