@@ -5,6 +5,7 @@ Every tool ends without a traceback at Ctrl-C, and when the reader of its output
 `| head`. Its status then is the one that shells report for the signals SIGINT and SIGPIPE.
 """
 
+import io
 import os
 import sys
 from types import TracebackType
@@ -25,4 +26,5 @@ def end_quietly(kind: type[BaseException], error: BaseException,
 
 # A hook, unlike an `except` in every main function, also acts while libraries are imported.
 sys.excepthook = end_quietly
-sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is noticed at the next line
+if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
+    sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is noticed at the next line
