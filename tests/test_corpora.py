@@ -164,6 +164,7 @@ def test_a_source_without_rows_is_an_error(folder, root, capsys):
     source.write_text("path\tsentence\n")
     assert prepare.main(["import", str(source), str(root), "train"]) == 1
     assert capsys.readouterr().err == f"tools.prepare: {source}: no utterance in it\n"
+    assert list(root.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------- texts

@@ -356,11 +356,11 @@ def import_split(source: Path, root: Path, split: str, rule: TextRule) -> bool:
     if split in ("", "..") or split != Path(split).name:
         raise ValueError(f"split {split!r}, expected the name of one folder")
     rows, folder = read_source(source)
-    claim(root / split, source)
     print(f"text: {rule}")
     clips, problems = separate(plan_all(rows, folder, root / split, rule))
     if not clips and not problems:
         raise ValueError(f"{source}: no utterance in it")
+    claim(root / split, source)
     recordings = [list(group) for _, group in itertools.groupby(clips, key=lambda c: c.audio)]
     written: list[Clip] = []
     with (
