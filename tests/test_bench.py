@@ -39,15 +39,18 @@ def run_here(monkeypatch, capsys, *argv):
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
-@pytest.mark.parametrize("changes", [{}, {"stack": 3, "pre_layers": 1, "pred_layers": 1}])
+@pytest.mark.parametrize("changes", [
+    {}, {"stack": 3, "pre_layers": 1, "pred_layers": 1},
+    {"conv_layers": 3, "pre_layers": 0, "stack": 1, "ctc_split": 2},
+])
 def test_flops_are_those_that_torch_counts(changes):
     """torch counts matrix products alone, and those of LSTM cells without oneDNN."""
     cfg = replace(ModelConfig(64, 24, 16, 2, 2, 2, 12, 2, 20), **changes)
     model = Transducer(cfg).eval()
     lens, target_lens = torch.tensor([12, 12]), torch.tensor([5, 5])
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        encoded, _ = model.encode(torch.randn(2, 12, 64), lens)
-        model.joint(encoded, model.predict(torch.zeros(2, 5, dtype=torch.int64)))
+        outputs = model(torch.randn(2, 12, 64), lens, torch.zeros(2, 5, dtype=torch.int64))
+        model.joint(outputs.encoded, outputs.predicted)
     assert bench.forward_flops(model, lens, target_lens) == counter.get_total_flops()
 
 

@@ -87,8 +87,19 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
     cfg = model.cfg
     T_in, T, U1 = (n.double() for n in (feat_lens, model.num_frames(feat_lens), target_lens + 1))
     He, Hp, J = cfg.enc_hidden, cfg.pred_hidden, cfg.joint_hidden
-    flops = T_in * lstm(cfg.feature_size, He, cfg.pre_layers)
-    flops += T * (lstm(cfg.stack * He, He, cfg.post_layers) + 2 * He * J)
+    frames, size, flops = T_in, cfg.feature_size, torch.zeros_like(T)
+    if model.encoder.conv is not None:
+        for convolution in model.encoder.conv.convolutions:
+            frames, size = torch.ceil(frames / 2), -(-size // 2)
+            flops += frames * size * 2 * convolution.weight.numel()
+        flops += frames * 2 * model.encoder.conv.linear.weight.numel()
+        size = He
+    if cfg.pre_layers:
+        flops += frames * lstm(size, He, cfg.pre_layers)
+        size = He
+    flops += T * (lstm(cfg.stack * size, He, cfg.post_layers) + 2 * He * J)
+    if model.ctc_head is not None:
+        flops += T * 2 * model.ctc_head.weight.numel()
     flops += U1 * (lstm(Hp, Hp, cfg.pred_layers) + 2 * Hp * J)
     flops += T * U1 * 2 * J * cfg.vocab_size
     return float(flops.sum())
