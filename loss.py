@@ -15,6 +15,7 @@ blank, and its gradient with respect to an arc's log-probability is minus the pr
 a path runs through that arc.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from torch.profiler import record_function
 
 # LOG_ZERO stands for log 0. It is finite so that the difference of two of them is 0 and not NaN.
 LOG_ZERO = -1e30
+
+
+# Nodes that the CTC head's alignments visit less often are not in the band around them.
+LEAST_VISIT = 1e-3
 
 
 # --------------------------------------------------------------------------------- the lattice
@@ -62,16 +67,19 @@ class Lattice:
         blank: (B, T, U+1) log-probability of the blank arc that leaves each node.
         label: (B, T, U+1) log-probability of the label arc that leaves each node.
         enc_lens, target_lens: (B,) sizes of each lattice; arcs outside are never taken.
+        band: (B, T, U+1) booleans; no path leaves a node where it is False.
 
     `costs` is (B,), the negative log-likelihoods.
     """
 
     @record_function("lattice")
-    def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor,
-                 target_lens: Tensor) -> None:
+    def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor,
+                 band: Tensor | None = None) -> None:
         B, T, U1 = blank.shape
         inside = inside_lattice(T, U1, enc_lens, target_lens)
         has_label = inside_lattice(T, U1, enc_lens, target_lens - 1)
+        if band is not None:
+            inside, has_label = inside & band, has_label & band
         # A caller may mask classes with -inf, which leaves nodes that no path reaches.
         blank = blank.double().masked_fill(~inside, LOG_ZERO).clamp_min(LOG_ZERO)
         label = label.double().masked_fill(~has_label, LOG_ZERO).clamp_min(LOG_ZERO)
@@ -90,6 +98,7 @@ class Lattice:
         self.costs = costs.masked_fill(costs >= -LOG_ZERO, torch.inf)  # no path reaches the end
         self.alpha, self.blank, self.label = alpha, blank, label
 
+    @cached_property
     @record_function("lattice")
     def posteriors(self) -> tuple[Tensor, Tensor]:
         """Probabilities that a path takes the blank and the label arc of each node.
@@ -182,7 +191,7 @@ class LatticeCosts(torch.autograd.Function):
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         refuse_second_derivative()
         scale = -grad_costs.double()[:, None, None]
-        grads = ((posterior * scale).to(ctx.dtype) for posterior in ctx.lattice.posteriors())
+        grads = ((posterior * scale).to(ctx.dtype) for posterior in ctx.lattice.posteriors)
         return *grads, None, None
 
 
@@ -246,6 +255,30 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
     return costs, target_lens + repeats <= logit_lens
 
 
+@torch.no_grad()
+def ctc_band(logits: Tensor, targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
+             split: int, frames: int, labels: int = 2) -> Tensor:
+    """(B, T, U+1) booleans: the nodes of the transducer's lattice near a CTC head's alignments.
+
+    The head's probabilities stand for a joint network that sees no history: their lattice's paths
+    emit a label where CTC does. A node is near if a path visits another with a probability of
+    more than LEAST_VISIT that lies at most so many `frames` and `labels` away.
+
+    Args:
+        logits: (B, T*split, V) unnormalised scores of the head, `split` positions a frame.
+        targets, enc_lens, target_lens, blank: as in `transducer_loss`.
+    """
+    log_probs = F.log_softmax(logits, -1, dtype=torch.float32)  # (B, T*split, V)
+    ids = label_of_node(targets, target_lens)  # (B, U+1)
+    label = log_probs.gather(2, ids[:, None].expand(-1, logits.shape[1], -1))  # (B, T*split, U+1)
+    lattice = Lattice(log_probs[:, :, blank, None].expand_as(label), label, split * enc_lens,
+                      target_lens)
+    visits = sum(lattice.posteriors).unflatten(1, (-1, split)).amax(2)  # (B, T, U+1)
+    near = F.max_pool2d((visits > LEAST_VISIT).float(), (2 * frames + 1, 2 * labels + 1), 1,
+                        (frames, labels))
+    return (near > 0) & inside_lattice(*near.shape[1:], enc_lens, target_lens)
+
+
 # ------------------------------------------------------------- loss fused with the joint network
 
 # A matrix product takes this many rows (lattice nodes) of the joint network, so that their logits
@@ -298,23 +331,20 @@ def drop(hidden: Tensor, dropout: float, random: Tensor) -> None:
     hidden.view(bits).bitwise_and_(keep.to(bits))
 
 
-def joint_hidden(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int]],
-                 dropout: float) -> Tensor:
-    """(B, T, J), (B, U+1, J) -> (rows, J): dropout(relu(sum)) of all nodes, not scaled yet.
+def joint_hidden(encoded: Tensor, predicted: Tensor, nodes: Tensor, dropout: float,
+                 dtype: torch.dtype) -> Tensor:
+    """(B*T, J), (B*(U+1), J) -> (rows, J): dropout(relu(sum)) of the `nodes`, not scaled yet.
 
-    The valid nodes (t, u) of all utterances are concatenated, one row each, and followed by rows
-    of zeros up to a multiple of ROW_UNIT. Dropout's scale is left to the output layer's weight.
+    `nodes` (2, count) are the rows of `encoded` and of `predicted` that meet in each node. Rows of
+    zeros follow up to a multiple of ROW_UNIT. Dropout's scale is left to the output layer's weight.
     """
-    J = encoded.shape[2]
-    counts = [n * u1 for n, u1 in sizes]
-    nodes = sum(counts)
-    hidden = encoded.new_empty(whole_rows(nodes), J)
-    hidden[nodes:] = 0
-    for b, rows in enumerate(hidden[:nodes].split(counts)):
-        n, u1 = sizes[b]
-        torch.add(encoded[b, :n, None], predicted[b, :u1], out=rows.view(n, u1, J))
+    count, J = nodes.shape[1], encoded.shape[1]
+    hidden = encoded.new_empty(whole_rows(count), J, dtype=dtype)
+    hidden[count:] = 0
     random = random_rows(2 * min(BLOCK_ROWS, len(hidden)) * J, hidden.device) if dropout else None
-    for block in hidden.split(BLOCK_ROWS):
+    for block, (frames, histories) in zip(hidden[:count].split(BLOCK_ROWS),
+                                          nodes.split(BLOCK_ROWS, 1), strict=True):
+        torch.add(encoded[frames], predicted[histories], out=block)
         block.relu_()
         if dropout:
             drop(block, dropout, random)
@@ -361,22 +391,32 @@ def joint_backward(hidden: Tensor, rows: Tensor, arcs: Tensor, labels: Tensor, w
     return grad_hidden, grad_weight, grad_bias
 
 
-def sum_nodes(grad_hidden: Tensor, is_visited: Tensor, sizes: list[tuple[int, int]],
-              grad_encoded: Tensor, grad_predicted: Tensor) -> None:
-    """Sums the nodes' gradients over u into `grad_encoded`, over t into `grad_predicted`.
+def sum_by_key(rows: Tensor, keys: Tensor, count: int) -> Tensor:
+    """(n, J), (n,) -> (count, J): entry k is the sum of the rows whose key is k."""
+    order = keys.argsort()
+    starts = torch.searchsorted(keys[order], torch.arange(count, device=keys.device))
+    return F.embedding_bag(order, rows, starts, mode="sum")
 
-    `grad_hidden` (count, J) has a row for each of the `count` nodes where `is_visited` (nodes,) is
-    True; the others have no gradient.
+
+# The most visits to nodes at a band's border, summed over them, of a band that is wide enough.
+MOST_BORDER_VISITS = 0.02
+
+
+def widen(band: Tensor, inside: Tensor, lattice: Lattice) -> bool:
+    """Makes the band whole, in place, for utterances whose paths come too near to its border.
+
+    All are (B, T, U+1). A path can only leave the band from a node at its border, so the
+    probability of visiting those nodes tells how much lies outside. Returns whether any band
+    was widened.
     """
-    for b, visited in enumerate(is_visited.split([n * u1 for n, u1 in sizes])):
-        n, u1 = sizes[b]
-        count = int(visited.sum())
-        grad_nodes = grad_hidden.new_zeros(n * u1, grad_hidden.shape[1])
-        grad_nodes[visited] = grad_hidden[:count]
-        grad_hidden = grad_hidden[count:]
-        grad_nodes = grad_nodes.view(n, u1, -1)
-        grad_encoded[b, :n] = grad_nodes.sum(1)
-        grad_predicted[b, :u1] = grad_nodes.sum(0)
+    missing = inside & ~band
+    leads_out = F.pad(missing[:, 1:], (0, 0, 0, 1)) | F.pad(missing[:, :, 1:], (0, 1))
+    visits = (sum(lattice.posteriors) * leads_out).sum((1, 2))  # (B,)
+    # No path may stay in the band at all; its visits are NaN or 0 then.
+    too_narrow = ~(visits <= MOST_BORDER_VISITS) | lattice.costs.isinf()
+    too_narrow &= missing.any(2).any(1)
+    band |= inside & too_narrow[:, None, None]
+    return bool(too_narrow.any())
 
 
 class JointCosts(torch.autograd.Function):
@@ -390,37 +430,44 @@ class JointCosts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                 labels: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
-                dropout: float, dtype: torch.dtype) -> Tensor:
-        sizes = list(zip(enc_lens.tolist(), (target_lens + 1).tolist(), strict=True))
-        hidden = joint_hidden(encoded.to(dtype), predicted.to(dtype), sizes, dropout)  # (rows, J)
-        inside = inside_lattice(encoded.shape[1], predicted.shape[1], enc_lens, target_lens)
-        labels = labels[:, None].expand_as(inside)[inside]  # (nodes,)
-        nodes = len(labels)
-        labels = F.pad(labels, (0, len(hidden) - nodes))  # (rows,)
+                dropout: float, dtype: torch.dtype, band: Tensor | None) -> Tensor:
+        (B, T, J), U1 = encoded.shape, predicted.shape[1]
+        inside = inside_lattice(T, U1, enc_lens, target_lens)
         scale = 2**15 / kept_numbers(dropout)
-        scores = arc_scores(hidden, labels, (weight * scale).to(dtype), bias.to(dtype), blank)
-        arcs = scores.new_zeros(2, *inside.shape)  # (2, B, T, U+1)
-        arcs[:, inside] = scores[:, :nodes]
-        ctx.lattice = Lattice(arcs[0], arcs[1], enc_lens, target_lens)
-        ctx.save_for_backward(encoded, predicted, weight, bias, hidden, labels, inside)
-        ctx.sizes, ctx.blank, ctx.scale, ctx.dtype = sizes, blank, scale, dtype
-        return ctx.lattice.costs.to(scores.dtype, copy=True)  # a copy as in LatticeCosts
+        output = (weight * scale).to(dtype), bias.to(dtype)
+        while True:
+            chosen = inside if band is None else inside & band
+            b, t, u = chosen.nonzero(as_tuple=True)
+            nodes = torch.stack([b * T + t, b * U1 + u])  # (2, count)
+            hidden = joint_hidden(encoded.reshape(B * T, J), predicted.reshape(B * U1, J), nodes,
+                                  dropout, dtype)  # (rows, J)
+            ids = F.pad(labels[b, u], (0, len(hidden) - len(u)))  # (rows,)
+            scores = arc_scores(hidden, ids, *output, blank)  # (2, rows)
+            arcs = scores.new_zeros(2, B, T, U1)
+            arcs[:, chosen] = scores[:, : len(u)]
+            lattice = Lattice(*arcs, enc_lens, target_lens, band)
+            if band is None or not widen(band, inside, lattice):
+                break
+        ctx.lattice = lattice
+        ctx.save_for_backward(encoded, predicted, weight, bias, hidden, ids, nodes, chosen)
+        ctx.blank, ctx.scale, ctx.dtype = blank, scale, dtype
+        return lattice.costs.to(scores.dtype, copy=True)  # a copy as in LatticeCosts
 
     @staticmethod
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         refuse_second_derivative()
-        encoded, predicted, weight, bias, hidden, labels, inside = ctx.saved_tensors
+        encoded, predicted, weight, bias, hidden, ids, nodes, chosen = ctx.saved_tensors
         stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
-        posteriors = torch.stack([p[inside] for p in ctx.lattice.posteriors()])  # (2, nodes)
-        upstream = grad_costs[:, None, None].expand_as(inside)[inside]  # (nodes,)
+        posteriors = torch.stack([p[chosen] for p in ctx.lattice.posteriors])  # (2, count)
+        upstream = grad_costs[:, None, None].expand_as(chosen)[chosen]  # (count,)
         # NaN posteriors count as visited so that NaN reaches the gradient; utterances with
         # upstream gradient 0 are skipped.
         least = SKIP_BELOW * torch.finfo(ctx.dtype).eps
-        is_visited = ~(posteriors.sum(0) <= least) & (upstream != 0)  # (nodes,)
-        rows = is_visited.nonzero()[:, 0]  # (count,)
-        count = len(rows)
+        is_visited = ~(posteriors.sum(0) <= least) & (upstream != 0)  # (count,)
+        rows = is_visited.nonzero()[:, 0]
+        nodes, count = nodes[:, rows], len(rows)
         posteriors *= upstream
-        arcs = posteriors[:, rows].to(stat_dtype)  # (2, count)
+        arcs = posteriors[:, rows].to(stat_dtype)
         # Pad by repeating a visited row with zero posteriors: an unvisited row could hold NaN,
         # and 0 * NaN is NaN.
         padding = whole_rows(count) - count
@@ -428,20 +475,22 @@ class JointCosts(torch.autograd.Function):
         # The products run in the forward pass's dtype, whatever autocast surrounds backward().
         with torch.autocast(hidden.device.type, enabled=False):
             grad_hidden, grad_weight, grad_bias = joint_backward(
-                hidden, rows, arcs, labels, (weight * ctx.scale).to(ctx.dtype),
+                hidden, rows, arcs, ids, (weight * ctx.scale).to(ctx.dtype),
                 bias.to(ctx.dtype), ctx.blank,
             )
-        grad_encoded = torch.zeros_like(encoded, dtype=stat_dtype)
-        grad_predicted = torch.zeros_like(predicted, dtype=stat_dtype)
-        sum_nodes(grad_hidden[:count], is_visited, ctx.sizes, grad_encoded, grad_predicted)
+            grad_encoded, grad_predicted = (
+                sum_by_key(grad_hidden[:count], keys, x.shape[0] * x.shape[1]).view_as(x)
+                for keys, x in zip(nodes, (encoded, predicted), strict=True)
+            )
         grad_weight *= ctx.scale
         return (grad_encoded.to(encoded.dtype), grad_predicted.to(predicted.dtype),
-                grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 6)
+                grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 7)
 
 
 def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                           targets: Tensor, encoded_lens: Tensor, target_lens: Tensor, blank: int,
-                          dropout: float = 0.0, reduction: str = "mean") -> Tensor:
+                          dropout: float = 0.0, reduction: str = "mean",
+                          band: Tensor | None = None) -> Tensor:
     """The same value and gradients as `transducer_loss` on the joint network's logits.
 
     The logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight, bias),
@@ -458,6 +507,9 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
         targets, encoded_lens, target_lens, blank, reduction: as in `transducer_loss`.
         dropout: probability of dropout on the hidden layer, rounded to 2^-15; 0 in evaluation.
             The mask depends on torch's global random state.
+        band: (B, T, U+1) booleans, False at nodes to leave out; see ctc_band. The costs are those
+            of the paths inside. Utterances whose paths come too near to the band's border are
+            done exactly, and their whole lattice is set to True.
     Returns:
         Costs in nats (natural logarithm).
     Raises:
@@ -478,5 +530,5 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     costs = JointCosts.apply(encoded, predicted, weight, bias, label_of_node(targets, target_lens),
-                             encoded_lens, target_lens, blank, dropout, dtype)
+                             encoded_lens, target_lens, blank, dropout, dtype, band)
     return reduce_costs(costs, reduction)

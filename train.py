@@ -58,7 +58,7 @@ from checkpoint import (
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig, check_ranges
-from loss import ctc_loss, joint_transducer_loss
+from loss import ctc_band, ctc_loss, joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
 from ranks import Ranks, all_sum, leave, start_ranks
 from report import Log, Monitor
@@ -86,6 +86,7 @@ class TrainConfig:
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
+    lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
     ramp_begin: float = 0.0  # epochs at the start without dropout and SpecAugment
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
     beta1: float = 0.9
@@ -128,7 +129,7 @@ class TrainConfig:
             (("lr", "eps", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
             (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
               "time_limit_s", "checkpoint_every_s", "seed", "loader_workers", "ctc_epochs",
-              "ctc_weight", "ramp_begin", "ramp_epochs"),
+              "ctc_weight", "lattice_band", "ramp_begin", "ramp_epochs"),
              lambda x: x >= 0, "at least 0"),
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
             (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
@@ -137,6 +138,9 @@ class TrainConfig:
         ), may_be_infinite="clip_norm")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
+        if self.lattice_band and self.ctc_weight == 0:
+            raise ValueError(f"lattice_band: {self.lattice_band}, expected 0 without ctc_weight, "
+                             "whose CTC head finds the band")
         if self.resume and self.restart:
             raise ValueError("resume and restart exclude each other")
 
@@ -425,12 +429,13 @@ class Losses(NamedTuple):
     transducer: Tensor  # 0 while the CTC head is trained alone
     ctc: Tensor  # 0 without a CTC head and where no alignment exists
     has_no_alignment: Tensor
+    share_of_nodes: Tensor  # of the lattice that were computed
 
 
 def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
     model, cfg = trainer.model, trainer.cfg
     zero = torch.zeros(len(batch.ids))
-    loss, transducer, ctc, has_alignment = zero, zero, zero, zero == 0
+    loss, transducer, ctc, has_alignment, share = zero, zero, zero, zero == 0, zero + 1
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
         if outputs.ctc_logits is not None:
@@ -439,18 +444,25 @@ def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
                                           batch.target_lens, model.cfg.blank)
             loss = ctc if ctc_alone else cfg.ctc_weight * ctc
         if not ctc_alone:
+            band = None
+            if cfg.lattice_band:
+                band = ctc_band(outputs.ctc_logits, batch.targets, outputs.enc_lens,
+                                batch.target_lens, model.cfg.blank, model.cfg.ctc_split,
+                                cfg.lattice_band)
             output = model.joint_network.output
             transducer = joint_transducer_loss(
                 outputs.encoded, outputs.predicted, output.weight, output.bias, batch.targets,
                 outputs.enc_lens, batch.target_lens, model.cfg.blank,
-                model.joint_network.dropout.p, reduction="none",
+                model.joint_network.dropout.p, reduction="none", band=band,
             )
+            if band is not None:
+                share = band.sum((1, 2)) / (outputs.enc_lens * (batch.target_lens + 1))
             loss = transducer if outputs.ctc_logits is None else loss + transducer
-    return Losses(loss, transducer, ctc, ~has_alignment)
+    return Losses(loss, transducer, ctc, ~has_alignment, share)
 
 
 def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
-    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (5,).
+    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (6,).
 
     Raises:
         FloatingPointError: a loss on any rank is not finite; every rank raises it.
@@ -474,6 +486,7 @@ class StepResult(NamedTuple):
     transducer_loss: float
     ctc_loss: float
     num_unaligned: int  # utterances with more labels than the CTC head has positions
+    share_of_nodes: float  # of the lattices that were computed
     num_left_out: int  # utterances that could not be read
 
 
@@ -495,7 +508,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
     if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
         moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
         norm.begin_step(all_sum(moments, ranks))
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
@@ -512,9 +525,9 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
     trainer.optimizer.step()
     # The average of the first steps would lag: its decay warms up.
     update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
-    loss, transducer, ctc, num_unaligned, count = sums.tolist()
+    loss, transducer, ctc, num_unaligned, share, count = sums.tolist()
     return StepResult(loss / count, grad_norm, transducer / count, ctc / count, int(num_unaligned),
-                      num_requested * ranks.world - int(count))
+                      share / count, num_requested * ranks.world - int(count))
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
@@ -911,8 +924,12 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
 
 def loss_fields(run: Run, result: StepResult) -> dict:
     """The losses of a step for log.jsonl; both parts where there is a CTC head."""
-    parts = {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
-    return {"loss": result.loss, **(parts if run.trainer.model.cfg.ctc_split else {})}
+    record = {"loss": result.loss}
+    if run.trainer.model.cfg.ctc_split:
+        record |= {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
+    if run.trainer.cfg.lattice_band:
+        record |= {"share_of_nodes": result.share_of_nodes}
+    return record
 
 
 def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:

@@ -77,8 +77,9 @@ def table_joint(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return encoded, predicted, logits.reshape(-1, V).T, logits.new_zeros(V)
 
 
-def loss_of_table(logits: Tensor, *arguments, reduction: str = "mean") -> Tensor:
-    return loss.joint_transducer_loss(*table_joint(logits), *arguments, reduction=reduction)
+def loss_of_table(logits: Tensor, *arguments, reduction: str = "mean", **options) -> Tensor:
+    return loss.joint_transducer_loss(*table_joint(logits), *arguments, reduction=reduction,
+                                      **options)
 
 
 LOSSES = {"logits": loss.transducer_loss, "joint": loss_of_table}
@@ -200,10 +201,12 @@ def test_blank_minus_one_is_the_last_class(loss_of):
 # ----------------------------------------------------------------------------- every alignment
 
 
-def enumerated_cost(logits: Tensor, targets: list[int], blank: int) -> Tensor:
+def enumerated_cost(logits: Tensor, targets: list[int], blank: int,
+                    band: Tensor | None = None) -> Tensor:
     """Minus the logarithm of the probability of all paths, one by one: logits (T, U+1, V).
 
-    U of the first T+U-1 moves are labels, in any places; the last move is a blank.
+    U of the first T+U-1 moves are labels, in any places; the last move is a blank. Only paths
+    inside the `band` (T, U+1) count.
     """
     log_probs = logits.log_softmax(-1)
     T, U = logits.shape[0], len(targets)
@@ -212,6 +215,8 @@ def enumerated_cost(logits: Tensor, targets: list[int], blank: int) -> Tensor:
         t = u = 0
         score = logits.new_zeros(())
         for move in range(T + U):
+            if band is not None and not band[t, u]:
+                score = score - torch.inf
             if move in places:
                 score = score + log_probs[t, u, targets[u]]
                 u += 1
@@ -371,7 +376,7 @@ def lattice_of(problem: Problem) -> tuple[loss.Lattice, Tensor]:
 
 
 def test_paths_leave_every_frame_and_every_column_once(problem):
-    on_blank, on_label = lattice_of(problem)[0].posteriors()
+    on_blank, on_label = lattice_of(problem)[0].posteriors
     T, U1 = problem.logits.shape[1:3]
     assert_close(on_blank.sum(2), torch.arange(T) < problem.lens[:, None])
     assert_close(on_label.sum(1), torch.arange(U1) < problem.target_lens[:, None])
@@ -384,7 +389,7 @@ def test_lattice_of_float32_runs_in_float64():
     # In float32 the recursion over 300 x 301 nodes moves the sum over a frame by 3e-5.
     problem = random_problem([300], [300], V=3, blank=0)
     lattice, _ = lattice_of(problem._replace(logits=problem.logits.float()))
-    on_blank, on_label = lattice.posteriors()
+    on_blank, on_label = lattice.posteriors
     assert on_blank.dtype == on_label.dtype == lattice.costs.dtype == torch.float64
     assert_close(on_blank.sum(2), torch.ones(1, 300))
 
@@ -464,6 +469,16 @@ def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
     assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments), tolerance)
 
 
+def hidden_of_all_nodes(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int]],
+                        dropout: float) -> Tensor:
+    """(B, T, J), (B, U+1, J) -> (rows, J) of the nodes of lattices of `sizes` (n, u1)."""
+    (_, T, _), U1 = encoded.shape, predicted.shape[1]
+    nodes = torch.tensor([(b * T + t, b * U1 + u) for b, (n, u1) in enumerate(sizes)
+                          for t in range(n) for u in range(u1)]).T
+    return loss.joint_hidden(encoded.flatten(0, 1), predicted.flatten(0, 1), nodes, dropout,
+                             encoded.dtype)
+
+
 def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
     arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
     encoded, predicted, weight, bias = arguments
@@ -475,7 +490,7 @@ def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
     sizes, expected = list(zip(enc_lens.tolist(), (target_lens + 1).tolist(), strict=True)), []
     scale = 2**15 / loss.kept_numbers(0.3)
     ones, zeros = torch.ones_like(encoded), torch.zeros_like(predicted)
-    masks = loss.joint_hidden(ones, zeros, sizes, 0.3)  # (rows, J)
+    masks = hidden_of_all_nodes(ones, zeros, sizes, 0.3)  # (rows, J)
     assert 0 < (masks == 0).double().mean() < 0.6
     for b, (n, u1) in enumerate(sizes):
         mask, masks = masks[: n * u1].view(n, u1, -1), masks[n * u1 :]
@@ -637,7 +652,7 @@ def peaked_table(T: int, U: int, dtype: torch.dtype) -> Problem:
 def visits(problem: Problem) -> Tensor:
     """(T, U+1) probabilities that a path visits each node of a batch of one."""
     exact = problem._replace(logits=problem.logits.double())
-    return sum(lattice_of(exact)[0].posteriors())[0]
+    return sum(lattice_of(exact)[0].posteriors)[0]
 
 
 def gradients_of_nodes(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -729,6 +744,88 @@ def test_nan_in_an_utterance_reaches_its_cost_and_gradients():
     assert predicted[1:].isfinite().all()
 
 
+# -------------------------------------------------------------------------------- band and CTC
+
+
+def band_of_five(T: int = 5, U: int = 4) -> Tensor:
+    """(1, T, U+1): the diagonal and its neighbours."""
+    return ((torch.arange(T)[:, None] - torch.arange(U + 1)).abs() <= 1)[None]
+
+
+def test_costs_in_a_band_are_those_of_the_paths_inside(monkeypatch):
+    monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
+    problem = random_problem([5], [4], V=5, blank=2)
+    logits = problem.logits.clone().requires_grad_()
+    costs = loss_of_table(logits, *problem[1:], reduction="none", band=band_of_five())
+    grads = torch.autograd.grad(costs.sum(), logits)[0][0]
+    logits = problem.logits[0].clone().requires_grad_()
+    expected = enumerated_cost(logits, problem.targets[0].tolist(), 2, band_of_five()[0])
+    assert_close(costs.detach(), expected.detach())
+    assert_close(grads, torch.autograd.grad(expected, logits)[0])
+
+
+def test_nodes_outside_a_band_are_not_computed(monkeypatch):
+    monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
+    monkeypatch.setattr(loss, "ROW_UNIT", 1)
+    problem = random_problem([5], [4], V=5, blank=2)
+    with Operations() as operations:
+        loss_of_table(problem.logits, *problem[1:], band=band_of_five())
+    assert [len(x) for x in operations.softmaxes] == [13]
+
+
+def test_a_band_that_leaves_out_likely_paths_is_widened_to_the_lattice():
+    problem = random_problem([5, 3], [4, 2], V=5, blank=2)
+    band = torch.zeros(2, 5, 5, dtype=torch.bool)
+    band[0] = band_of_five()
+    band[1, :3, :3] = True
+    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    assert_close(costs, loss_of_table(*problem, reduction="none"))
+    assert torch.equal(band, problem.inside())
+
+
+def test_a_band_without_any_path_is_widened_to_the_lattice():
+    problem = random_problem([5], [4], V=5, blank=2)
+    band = torch.zeros(1, 5, 5, dtype=torch.bool)
+    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    assert_close(costs, loss_of_table(*problem, reduction="none"))
+    assert band.all()
+
+
+def test_a_band_around_likely_paths_stays_and_changes_the_cost_little():
+    problem = peaked_table(24, 16, torch.float64)
+    band = (visits(problem) > 1e-4)[None]
+    assert 0.1 < band.double().mean() < 0.5
+    before = band.clone()
+    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    exact = loss_of_table(*problem, reduction="none")
+    assert torch.equal(band, before)
+    assert 0 <= (costs - exact).item() < loss.MOST_BORDER_VISITS
+
+
+def test_band_of_a_head_that_is_certain_surrounds_its_alignment():
+    """Labels 1 and 2 are emitted in frames 1 and 3 of 5, so nodes (0, 0) to (4, 2) are visited."""
+    logits = torch.full((1, 5, 4), -20.0)
+    for position, label in enumerate([3, 1, 3, 2, 3]):
+        logits[0, position, label] = 20
+    arguments = torch.tensor([[1, 2]]), torch.tensor([5]), torch.tensor([2]), 3
+    exact = loss.ctc_band(logits, *arguments, split=1, frames=0, labels=0)
+    assert exact[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]
+    near = loss.ctc_band(logits, *arguments, split=1, frames=1, labels=0)
+    assert near[0].int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1], [0, 1, 1]]
+    near = loss.ctc_band(logits, *arguments, split=1, frames=0, labels=1)
+    assert near[0].int().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 1, 1]]
+
+
+def test_band_of_a_head_with_two_positions_a_frame_does_not_depend_on_padding():
+    """Frame 0 emits both labels; the second utterance has one frame and no label."""
+    logits = torch.full((2, 4, 4), -20.0)
+    for position, label in enumerate([1, 2, 3, 3]):
+        logits[:, position, label] = 20
+    arguments = torch.tensor([[1, 2], [0, 0]]), torch.tensor([2, 1]), torch.tensor([2, 0]), 3
+    band = loss.ctc_band(logits, *arguments, split=2, frames=0, labels=0)
+    assert band.int().tolist() == [[[1, 1, 1], [0, 0, 1]], [[1, 0, 0], [0, 0, 0]]]
+
+
 # ----------------------------------------------------------------------------------------- dropout
 
 
@@ -736,7 +833,7 @@ def kept_nodes(T: int, U1: int, J: int, dropout: float, dtype=torch.float32) -> 
     """(2*T*(U+1), J) joint hidden values of two utterances that are 1 without dropout."""
     torch.manual_seed(3)
     ones, zeros = torch.ones(2, T, J, dtype=dtype), torch.zeros(2, U1, J, dtype=dtype)
-    return loss.joint_hidden(ones, zeros, [(T, U1)] * 2, dropout)[: 2 * T * U1]
+    return hidden_of_all_nodes(ones, zeros, [(T, U1)] * 2, dropout)[: 2 * T * U1]
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])

@@ -438,7 +438,7 @@ def test_costs_and_gradients_in_float32_are_within_1e_5(loss_of, case):
 def test_posteriors_are_the_gradients_of_log_probs(case):
     problem = problem_of(case)
     lattice, emitted = test_loss.lattice_of(problem)
-    on_blank, on_label = lattice.posteriors()
+    on_blank, on_label = lattice.posteriors
     grads = torch.zeros_like(problem.logits)
     grads[..., problem.blank] -= on_blank
     grads.scatter_add_(3, emitted, -on_label[..., None])
