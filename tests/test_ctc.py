@@ -22,6 +22,7 @@ import torch
 from tones import REPO, TINY, events, run_here, run_train, tiny_corpus
 
 import decode
+import loss
 import train
 from checkpoint import digest, load_checkpoint
 from data import Batch
@@ -296,6 +297,33 @@ def test_all_parameters_move_once_the_transducer_is_trained(float64):
     assert all(p.requires_grad and p.grad is not None for p in trainer.model.parameters())
     steps = {state["step"] for state in trainer.optimizer.state.values()}
     assert steps == {3, 6}  # bias correction counts each tensor's own steps
+
+
+
+def test_a_band_as_wide_as_the_lattice_changes_nothing(float64):
+    expected = run_two_epochs(make_trainer(), lambda numbers: [numbers])
+    assert run_two_epochs(make_trainer(lattice_band=9), lambda numbers: [numbers]) == expected
+
+
+def test_a_step_tells_which_share_of_the_nodes_it_computed(float64, monkeypatch):
+    """The band leaves out one node of each lattice: all labels emitted in the first frame."""
+    def all_but_one(logits, targets, enc_lens, target_lens, *_):
+        band = loss.inside_lattice(int(enc_lens.max()), targets.shape[1] + 1, enc_lens, target_lens)
+        band[torch.arange(len(targets)), 0, target_lens] = False
+        return band
+
+    monkeypatch.setattr(train, "ctc_band", all_but_one)
+    monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
+    trainer = train.begin_epoch(make_trainer(lattice_band=1), 2)
+    batch = make_batch(1, 4)
+    nodes = trainer.model.num_frames(batch.feat_lens) * (batch.target_lens + 1)
+    share = train.train_step(trainer, [batch], 1, 0.0).share_of_nodes
+    assert share == pytest.approx((1 - 1 / nodes).mean().item())
+
+
+def test_a_band_needs_the_ctc_head():
+    with pytest.raises(ValueError, match="lattice_band: 4, expected 0 without ctc_weight"):
+        config(ctc_epochs=1, lattice_band=4)
 
 
 def test_accumulated_steps_equal_big_ones(float64):
