@@ -92,9 +92,10 @@ PRESETS = {
     "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True),
     # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
-        vocab_size=256, enc_hidden=512, pre_layers=1, stack=4, post_layers=2,
-        pred_hidden=128, pred_layers=1, joint_hidden=256,
-        enc_dropout=0.2, pred_dropout=0.3, joint_dropout=0.2, normalization=True,
+        feature_size=80, vocab_size=128, conv_layers=3, enc_hidden=384, pre_layers=0, stack=1,
+        post_layers=4, pred_hidden=128, pred_layers=1, joint_hidden=256,
+        enc_dropout=0.3, pred_dropout=0.3, joint_dropout=0.2, normalization=True, residual=True,
+        orthogonal_init=True, weights_init_scale=1.0,
     ),
     # The demo corpus has some 100 words; two cores train this model on it in minutes.
     "demo": ModelConfig(

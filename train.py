@@ -166,9 +166,11 @@ RECIPES = {
     # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
     # fewer frames than labels, so the CTC head needs several positions per frame.
     "democratized": dict(num_buckets=12, ctc_split=4),
-    "mini": dict(epochs=21, batch_size=8, lr=0.001, weight_decay=0.0, warmup_epochs=2,
-                 hold_epochs=10, lr_gamma=0.8, ema_decay=0.995, eval_batch_size=64,
-                 num_buckets=12, freq_mask_max=10, ctc_split=2),
+    "mini": dict(epochs=47, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
+                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.998,
+                 ctc_epochs=5, ctc_weight=0.3, ctc_split=1, lattice_band=4, ramp_begin=5,
+                 ramp_epochs=12, num_buckets=12, splice=1, align=16, freq_mask_max=20,
+                 time_mask_max=0.05, mel_warp=0.1, round_frames=96),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12, ctc_split=2),
 }
