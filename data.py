@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -285,6 +286,45 @@ def drop_long(utterances: Sequence[Utterance],
     return kept, note
 
 
+def load_corpus(root: str | Path, train_splits: Sequence[str], dev_split: str, cfg: FeatureConfig,
+                skip_bad: bool,
+                say: Callable[[str], None]) -> tuple[list[Utterance], list[Utterance]]:
+    """Training utterances of all splits without those that are too long, and the dev split.
+
+    Args:
+        skip_bad: leave bad utterances of the training splits out. The dev split must be whole: a
+            WER without some utterances is another measure.
+        say: prints a line.
+    Raises:
+        ValueError: with the errors of all splits.
+    """
+    found, errors = [], []
+    for split in (*train_splits, dev_split):
+        try:
+            found.append(read_split(root, split, cfg, skip_bad and split != dev_split))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    *parts, dev = found
+    train, note = drop_long([u for part in parts for u in part], cfg)
+    for name, utterances in (("train", train), ("dev", dev)):
+        hours = sum(u.duration_s for u in utterances) / 3600
+        say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
+    say(f"train: longer than {cfg.max_utterance_s} s: {note}")
+    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
+    if unknown:
+        say(f"warning: no training text has the characters {''.join(sorted(unknown))!r} of the dev "
+            "texts: words with them will be errors")
+    return train, dev
+
+
+def describe_corpus(utterances: Iterable[Utterance]) -> str:
+    """Number and checksum of the utterances: equal for equal corpora."""
+    facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
+    return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
 # --------------------------------------------------------------------------------------- tokenizer
 
 
@@ -336,6 +376,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         raise ValueError(f"vocab_size: {vocab_size}, blank included: {error}") from error
     return model.getvalue()
+
+
+def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
+                say: Callable[[str], None]) -> None:
+    """Every training text must have labels, and should have no more of them than encoder frames.
+
+    Args:
+        frame_s: seconds of an encoder frame.
+        say: prints a line.
+    Raises:
+        ValueError: with the ids of the utterances that the tokenizer cannot express.
+    """
+    crowded, problems = 0, []
+    for utterance in train:
+        try:
+            crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
+        except ValueError as error:
+            problems.append(Problem("error", "text", utterance.id, str(error)))
+    if problems:
+        raise ValueError("\n".join(["texts cannot be used:", *describe(problems)]))
+    if crowded:
+        say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels than "
+            f"encoder frames of {1000 * frame_s:.0f} ms")
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -20,7 +20,6 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 import argparse
 import copy
 import gc
-import hashlib
 import importlib
 import inspect
 import math
@@ -143,6 +142,10 @@ class TrainConfig:
                              "whose CTC head finds the band")
         if self.resume and self.restart:
             raise ValueError("resume and restart exclude each other")
+
+    def global_batch(self, ranks: int) -> int:
+        """Utterances of a step."""
+        return self.batch_size * self.accumulation * ranks
 
     @property
     def has_ctc(self) -> bool:
@@ -376,7 +379,7 @@ class Trainer(NamedTuple):
     @property
     def global_batch(self) -> int:
         """Utterances of a step."""
-        return self.cfg.batch_size * self.cfg.accumulation * self.ranks.world
+        return self.cfg.global_batch(self.ranks.world)
 
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
@@ -560,67 +563,6 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     }
 
 
-# ----------------------------------------------------------------------------------- the corpus
-
-
-def load_corpus(cfg: TrainConfig, features: FeatureConfig,
-                log: Log) -> tuple[list[Utterance], list[Utterance]]:
-    """Training utterances of all splits without those that are too long, and the dev split.
-
-    Raises:
-        ValueError: with the errors of all splits.
-    """
-    found, errors = [], []
-    for split in (*cfg.train_splits, cfg.dev_split):
-        try:
-            # The dev split must be whole: a WER without some utterances is another measure.
-            skip_bad = cfg.skip_bad and split != cfg.dev_split
-            found.append(data.read_split(cfg.data, split, features, skip_bad))
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(errors))
-    *parts, dev = found
-    train, note = data.drop_long([u for part in parts for u in part], features)
-    for name, utterances in (("train", train), ("dev", dev)):
-        hours = sum(u.duration_s for u in utterances) / 3600
-        log.say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
-    log.say(f"train: longer than {features.max_utterance_s} s: {note}")
-    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
-    if unknown:
-        log.warn(f"no training text has the characters {''.join(sorted(unknown))!r} of the dev "
-                 "texts: words with them will be errors")
-    return train, dev
-
-
-def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
-                log: Log) -> None:
-    """Every training text must have labels, and should have no more of them than encoder frames.
-
-    Args:
-        frame_s: seconds of an encoder frame.
-    Raises:
-        ValueError: with the ids of the utterances that the tokenizer cannot express.
-    """
-    crowded, problems = 0, []
-    for utterance in train:
-        try:
-            crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
-        except ValueError as error:
-            problems.append(data.Problem("error", "text", utterance.id, str(error)))
-    if problems:
-        raise ValueError("\n".join(["texts cannot be used:", *data.describe(problems)]))
-    if crowded:
-        log.warn(f"{crowded:,} of {len(train):,} training utterances have more labels than encoder "
-                 f"frames of {1000 * frame_s:.0f} ms")
-
-
-def describe_corpus(utterances: Iterable[Utterance]) -> str:
-    """Number and checksum of the utterances: equal for equal corpora."""
-    facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
-    return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
-
-
 def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features: FeatureConfig,
                 cfg: TrainConfig, ranks: Ranks, epoch: int,
                 first_step: int = 0) -> Iterator[list[Batch]]:
@@ -632,7 +574,7 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     """
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
                                  cfg.strength(epoch))
-    global_batch = cfg.batch_size * cfg.accumulation * ranks.world
+    global_batch = cfg.global_batch(ranks.world)
     rng = np.random.default_rng((cfg.seed, epoch))
     order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
     # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
@@ -711,9 +653,9 @@ def run_facts(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         "sampling_facts": {
             "ranks x batch x accumulation": f"{ranks.world} x {cfg.batch_size} x "
                                             f"{cfg.accumulation}",
-            "seed": cfg.seed, "training set": describe_corpus(train),
+            "seed": cfg.seed, "training set": data.describe_corpus(train),
         },
-        "dev_facts": describe_corpus(dev),
+        "dev_facts": data.describe_corpus(dev),
     }
 
 
@@ -1049,16 +991,17 @@ def main() -> int:
     # 3 data
     path, checkpoint = find_checkpoint(cfg, log) or (None, None)
     reading_s = time.time()
-    train, dev = load_corpus(cfg, features, log)
+    train, dev = data.load_corpus(cfg.data, cfg.train_splits, cfg.dev_split, features,
+                                  cfg.skip_bad, log.say)
     facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
     if checkpoint is not None:
         check_same_model(path, checkpoint, facts)
     tokenizer = make_tokenizer(checkpoint, train, model_cfg.vocab_size, log)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
-    check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log)
+    data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
     step = 0 if checkpoint is None else checkpoint["state"]["step"]
     heartbeat.compare("run", {
-        "corpus": describe_corpus(train + dev),
+        "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "checkpoint": f"step {step} in {out}", "dtype": matrix_dtype(cfg.precision),
     })

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tones import TRAIN_TEXTS, tiny_corpus
 
 import data
 import features
@@ -423,6 +424,40 @@ def test_long_utterances_are_dropped_and_counted():
 def test_dropping_all_utterances_is_an_error_with_the_limit():
     with pytest.raises(ValueError, match=r"at most 16\.7 s: 2 of 2 dropped"):
         data.drop_long(utterances_of([17, 18]))
+
+
+# --------------------------------------------------------------------------- training and dev split
+
+
+def load_tones(root, say) -> tuple[list[Utterance], list[Utterance]]:
+    cfg = FeatureConfig(max_utterance_s=1.0)
+    return data.load_corpus(root, ["train"], "dev", cfg, skip_bad=False, say=say)
+
+
+def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path):
+    transcript = tiny_corpus(tmp_path) / "dev" / "1" / "2" / "1-2.trans.txt"
+    transcript.write_text(transcript.read_text().replace("ONE", "one"))
+    said = []
+    with pytest.warns(UserWarning, match="small letters"):
+        load_tones(tmp_path, said.append)
+    assert said[-1].startswith("warning: no training text has the characters 'eno' of the dev")
+
+
+def test_the_errors_of_all_splits_are_listed_at_once(tmp_path):
+    tiny_corpus(tmp_path)
+    for split in ("train", "dev"):
+        (tmp_path / split / "1" / "2" / "1-2-0001.flac").unlink()
+    with pytest.raises(ValueError, match="train cannot be used(.|\n)*dev cannot be used"):
+        load_tones(tmp_path, print)
+
+
+def test_utterances_with_more_labels_than_frames_are_counted():
+    tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
+    spoken = [Utterance("a", "a.flac", seconds, "ONE TWO THREE") for seconds in (0.1, 3.0)]
+    said = []
+    data.check_texts(spoken, tokenizer, 0.12, said.append)
+    assert said == ["warning: 1 of 2 training utterances have more labels than encoder frames of "
+                    "120 ms"]
 
 
 # ------------------------------------------------------------------------------------- tokenizer

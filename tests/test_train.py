@@ -41,7 +41,6 @@ from features import FeatureConfig
 from loss import transducer_loss
 from model import PRESETS, ModelConfig
 from ranks import Ranks, start_ranks
-from report import Log
 from train import TrainConfig, lr_at
 
 # --------------------------------------------------------------------------- learning-rate schedule
@@ -763,16 +762,6 @@ def test_the_console_has_a_line_for_steps_epochs_evaluations_and_checkpoints(fin
         assert re.search(rf"^{line}$", finished[1].stdout, re.MULTILINE), line
 
 
-def test_utterances_with_more_labels_than_frames_are_counted(tmp_path, capsys):
-    tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
-    spoken = [data.Utterance("a", "a.flac", seconds, "ONE TWO THREE") for seconds in (0.1, 3.0)]
-    _, model_cfg, features = parse("--preset", "demo")
-    frame_s = features.frame_s * model_cfg.reduction
-    train.check_texts(spoken, tokenizer, frame_s, Log(tmp_path, 0))
-    said = capsys.readouterr().out
-    assert "1 of 2 training utterances have more labels than encoder frames of 120 ms" in said
-
-
 def score(model, tokenizer, corpus, features):
     """WER of the dev split, in one batch."""
     utterances = data.read_split(corpus, "dev", features)
@@ -818,25 +807,6 @@ def test_a_command_line_that_is_wrong_ends_with_status_2(corpus, tmp_path):
     assert done.returncode == 2
     assert "lr: -0.5, expected more than 0" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path, capsys):
-    tiny_corpus(tmp_path)
-    transcript = tmp_path / "dev" / "1" / "2" / "1-2.trans.txt"
-    transcript.write_text(transcript.read_text().replace("ONE", "one"))
-    cfg, _, features = train.parse_configs(["--data", str(tmp_path), "--out", "", *TINY])
-    with pytest.warns(UserWarning, match="small letters"):
-        train.load_corpus(cfg, features, Log(tmp_path / "run", 0))
-    assert "no training text has the characters 'eno' of the dev texts" in capsys.readouterr().out
-
-
-def test_the_errors_of_all_splits_are_listed_at_once(tmp_path):
-    tiny_corpus(tmp_path)
-    for split in ("train", "dev"):
-        (tmp_path / split / "1" / "2" / "1-2-0001.flac").unlink()
-    cfg, _, features = train.parse_configs(["--data", str(tmp_path), "--out", "", *TINY])
-    with pytest.raises(ValueError, match="train cannot be used(.|\n)*dev cannot be used"):
-        train.load_corpus(cfg, features, Log(tmp_path / "run", 0))
 
 
 def test_a_corpus_with_errors_is_refused(tmp_path):
