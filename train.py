@@ -95,7 +95,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # largest norm of the whole gradient
     ema_decay: float = 0.999  # of the averaged weights that are evaluated
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
-    target_wer: float = 0.0  # stop when the dev split reaches it; a fraction
+    target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
     resume: bool = False  # continue the run in the run directory
@@ -146,6 +146,9 @@ class TrainConfig:
     def global_batch(self, ranks: int) -> int:
         """Utterances of a step."""
         return self.batch_size * self.accumulation * ranks
+
+    def is_target(self, wer: float) -> bool:
+        return self.target_wer > 0 and wer <= self.target_wer
 
     @property
     def has_ctc(self) -> bool:
@@ -819,7 +822,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
     if state.batch == 0:
         evaluate_and_save(run, state)  # the last run ended between an epoch and its evaluation
     for epoch in range(state.epoch, cfg.epochs + 1):
-        if state.best_wer <= cfg.target_wer or stopper.should_stop():
+        if cfg.is_target(state.best_wer) or stopper.should_stop():
             break
         log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
         log.mllog("epoch_start", epoch_num=epoch)
@@ -863,7 +866,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             log.mllog("block_stop", first_epoch_num=epoch)
         if stopper.reason:
             break
-    return stopper.reason or ("target wer" if state.best_wer <= cfg.target_wer else "epochs")
+    return stopper.reason or ("target wer" if cfg.is_target(state.best_wer) else "epochs")
 
 
 def loss_fields(run: Run, result: StepResult) -> dict:
@@ -1034,7 +1037,7 @@ def main() -> int:
         reason = run_and_log_end(run, state, stopper)
 
     # 8 finish
-    is_reached = state.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
+    is_reached = cfg.is_target(state.best_wer) or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if is_reached else "aborted")
     best = f"{100 * state.best_wer:.2f} %" if math.isfinite(state.best_wer) else "not measured"
     log.say(f"end: {reason}, best dev wer {best}")

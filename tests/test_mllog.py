@@ -152,6 +152,13 @@ def test_the_run_succeeds_if_it_reaches_its_aim(corpus, tmp_path, argv, wer, sta
     assert one(read(run_main(argv, [wer])), "run_stop")["metadata"]["status"] == status
 
 
+def test_a_dev_split_without_errors_ends_no_run_that_has_no_target(corpus, tmp_path):
+    argv = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "2"]
+    lines = read(run_main(argv, [0.0, 0.5]))
+    assert [line["value"] for line in lines if line["key"] == "eval_accuracy"] == [0.0, 0.5]
+    assert one(lines, "run_stop")["metadata"]["status"] == "success"
+
+
 def test_a_resumed_run_starts_once_and_repeats_its_settings(corpus, compliance, tmp_path):
     argv = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "2"]
     run_main([*argv, "--time-limit-s", "1e-6"], [0.9])
