@@ -409,9 +409,14 @@ class Monitor:
                   "if there are cores, or a faster disk")
 
     def check_loss(self, loss: float, best_wer: float) -> None:
-        """Warns of a flat loss at a high WER; at a low one, training may have come to its end."""
+        """Warns of a rising loss, and of a flat one at a high WER; at a low one training may be
+        over."""
         before, self.epoch_loss = self.epoch_loss, loss
-        self.warn("flat", best_wer > 0.5 and loss > 0.99 * before,
+        diverges = loss > 1.5 * before
+        self.warn("diverges", diverges,
+                  f"the loss rose from {before:.2f} to {loss:.2f} in an epoch: the run may "
+                  "diverge; a lower --lr helps")
+        self.warn("flat", not diverges and best_wer > 0.5 and loss > 0.99 * before,
                   f"the loss is flat, {loss:.2f} after {before:.2f} an epoch ago: look at --lr and "
                   "--warmup-epochs, then at the corpus (python -m tools.prepare check)")
 

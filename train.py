@@ -367,6 +367,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 # ------------------------------------------------------------------------------------- one step
 
+WHEN_DIVERGED = "if the recordings are sound, the run diverged: give a lower --lr"
+
 
 class Trainer(NamedTuple):
     """Everything that a step reads or changes."""
@@ -482,7 +484,8 @@ def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
     total_bad, *_ = sums = all_sum(sums, ranks)
     if total_bad > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
-        raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite")
+        raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite; "
+                                 f"{WHEN_DIVERGED}")
     return sums[1:]
 
 
@@ -528,7 +531,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
         norm.end_step()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
     if not math.isfinite(grad_norm):  # every rank has the same norm
-        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
+        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; {WHEN_DIVERGED}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
     # The average of the first steps would lag: its decay warms up.

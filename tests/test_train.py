@@ -447,7 +447,8 @@ def test_auto_precision_is_bf16_where_the_processor_multiplies_it_faster(monkeyp
 def test_a_loss_that_is_not_finite_names_step_and_utterance_and_changes_nothing():
     trainer = make_trainer(replace(SMALL, normalization=False))
     before = weights_of(trainer)
-    with pytest.raises(FloatingPointError, match=r"^step 7: rank 0: loss of u1 is not finite$"):
+    message = "^step 7: rank 0: loss of u1 is not finite; .*--lr$"
+    with pytest.raises(FloatingPointError, match=message):
         train.train_step(trainer, [spoil(make_batch(0, 1, 2), 1)], 7, lr=0.02)
     assert all(p.grad is None for p in trainer.model.parameters())  # before the backward pass
     assert all(torch.equal(x, before[name]) for name, x in weights_of(trainer).items())
@@ -458,7 +459,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weights():
     trainer = make_trainer(replace(SMALL, normalization=False))
     trainer.model.joint_network.output.bias.register_hook(lambda grad: grad * math.inf)
     before = weights_of(trainer)
-    with pytest.raises(FloatingPointError, match=r"^step 7: gradient norm is (inf|nan)$"):
+    with pytest.raises(FloatingPointError, match="^step 7: gradient norm is (inf|nan); .*--lr$"):
         train.train_step(trainer, [make_batch(0, 1, 2)], 7, lr=0.02)
     assert all(torch.equal(x, before[name]) for name, x in weights_of(trainer).items())
     assert not trainer.optimizer.state
@@ -544,7 +545,7 @@ def test_ranks_do_not_search_for_unused_parameters(two_ranks):
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
-    assert [results["message"] for results in two_ranks] == [
+    assert [results["message"].partition(";")[0] for results in two_ranks] == [
         "step 7: rank 0: loss on another rank is not finite",
         "step 7: rank 1: loss of u3 is not finite",
     ]
