@@ -381,6 +381,7 @@ class Monitor:
         self.log.write("eval", search=search, **record)
         ctc = "ctc " if search == "ctc" else ""
         self.log.say(f"epoch {record['epoch']} | dev ema {ctc}wer {100 * record['wer']:.2f} % | "
+                     f"cer {100 * record['cer']:.2f} % | "
                      f"{record['errors']:,} errors in {record['words']:,} words | "
                      f"rtf {record['rtf']:.4f} | took {record['seconds']:.1f} s")
         if is_warm:  # during the warm-up any WER is normal

@@ -543,7 +543,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
              features: FeatureConfig, ctc_alone: bool = False) -> dict:
-    """WER of the averaged weights; every rank decodes its share of the batches, in float32.
+    """WER and CER of the averaged weights; every rank decodes its share of the batches, in float32.
 
     With `ctc_alone` the search is that of the CTC head.
     """
@@ -558,12 +558,14 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     search = decode.ctc_greedy_decode if ctc_alone else decode.greedy_decode
     texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts, search)
     decoded = [u for u in utterances if u.id in texts]
-    errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
-    sums = torch.tensor([errors, words, counts["frames"], counts["labels"]])
-    errors, words, frames, labels = all_sum(sums, ranks).tolist()
+    pairs = [texts[u.id] for u in decoded], [u.text for u in decoded]
+    sums = torch.tensor([*decode.word_errors(*pairs), *decode.char_errors(*pairs),
+                         counts["frames"], counts["labels"]])
+    errors, words, char_errors, chars, frames, labels = all_sum(sums, ranks).tolist()
     seconds = time.perf_counter() - started
     return {
         "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
+        "cer": decode.word_error_rate(char_errors, chars),
         "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
         "frames": frames, "labels": labels,
     }
@@ -625,6 +627,7 @@ class State:
     utts_per_s: float = math.nan  # likewise
     seconds: float = 0.0  # spent in steps and evaluations, over all restarts
     best_wer: float = math.inf
+    best_cer: float = math.inf  # of the evaluation with the best WER
     evaluated: int = 0  # step of the newest evaluation
 
     def count_step(self, result: StepResult, step_s: float, utterances: int) -> None:
@@ -911,7 +914,7 @@ def evaluate_and_save(run: Run, state: State) -> None:
     # The CTC head's WER says nothing about the transducer, which best.pt is for.
     is_best = result["wer"] < state.best_wer and not ctc_alone
     if is_best:
-        state.best_wer = result["wer"]
+        state.best_wer, state.best_cer = result["wer"], result["cer"]
     state.evaluated = state.step
     position = state.position(run.steps_per_epoch) | {"epoch": epoch}
     run.monitor.evaluation(epoch > cfg.warmup_epochs, **position, loss=state.loss,
@@ -1042,7 +1045,8 @@ def main() -> int:
     # 8 finish
     is_reached = cfg.is_target(state.best_wer) or (reason == "epochs" and not cfg.target_wer)
     log.mllog("run_stop", status="success" if is_reached else "aborted")
-    best = f"{100 * state.best_wer:.2f} %" if math.isfinite(state.best_wer) else "not measured"
+    best = f"{100 * state.best_wer:.2f} %, cer {100 * state.best_cer:.2f} %"
+    best = best if math.isfinite(state.best_wer) else "not measured"
     log.say(f"end: {reason}, best dev wer {best}")
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))

@@ -325,6 +325,22 @@ def edits_by_search(start, longest=4):
     return found
 
 
+def test_edit_distance_is_the_number_of_edits_of_the_alignment():
+    rng = np.random.default_rng(1)
+    for lengths in rng.integers(0, 90, (50, 2)):  # more rows than a machine word has bits
+        hypothesis, reference = (rng.integers(0, 4, n).tolist() for n in lengths)
+        edits = sum(x != y for x, y in decode.align(hypothesis, reference))
+        assert decode.edit_distance(hypothesis, reference) == edits
+
+
+def test_characters_count_with_one_space_between_words():
+    assert decode.char_errors(["  the  bat\tsat "], ["the cat sat"]) == (1, 11)
+    # A language without spaces has one word a sentence: one wrong character makes WER 100 %.
+    heard, said = "今日は良い天汽です", "今日は良い天気です"
+    assert decode.word_errors([heard], [said]) == (1, 1)
+    assert decode.char_errors([heard, ""], [said, "今日"]) == (3, 11)
+
+
 def test_word_errors_are_the_least_number_of_edits():
     strings = ["".join(letters) for n in range(5) for letters in product("ab", repeat=n)]
     for start in strings:
@@ -357,6 +373,14 @@ def test_the_most_frequent_errors_are_counted():
         "deletions: 1: OF (1)",
     ]
     assert decode.describe_errors(["A"], ["A"])[1] == "insertions: 0"
+
+
+def test_references_in_another_case_are_said():
+    assert decode.describe_errors(["ON THE SIX", "A CAT"], ["on the sex", "a cat"])[-1] == (
+        "4 of these errors are upper against lower case alone: write the references as the "
+        "training texts are written"
+    )
+    assert len(decode.describe_errors(["ON THE SIX"], ["ON THE SEX"])) == 3
 
 
 def test_evaluation_batches_hold_every_utterance_once_longest_first():
@@ -510,9 +534,11 @@ def score(scene, tmp_path_factory):
     return done.stdout.splitlines(), table
 
 
-def test_a_score_has_the_word_error_rate(scene, score):
+def test_a_score_has_word_and_character_error_rates(scene, score):
     errors, words = decode.word_errors(scene.scored, TEXTS)
     expected = f"WER {100 * errors / words:.2f} % ({errors:,} errors in {words:,} words), "
+    errors, chars = decode.char_errors(scene.scored, TEXTS)
+    expected += f"CER {100 * errors / chars:.2f} %, "
     assert score[0][0].startswith(f"dev: {expected}real-time factor ")
 
 

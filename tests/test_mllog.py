@@ -43,8 +43,8 @@ def run_main(argv, wers):
     scores = iter(wers)
 
     def evaluate(*_):
-        return {"wer": next(scores), "errors": 1, "words": 20, "rtf": 0.1, "seconds": 0.1,
-                "frames": 99, "labels": 20}
+        return {"wer": next(scores), "cer": 0.1, "errors": 1, "words": 20, "rtf": 0.1,
+                "seconds": 0.1, "frames": 99, "labels": 20}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)

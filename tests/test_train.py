@@ -726,7 +726,8 @@ def test_eval_events_score_the_whole_dev_split(finished):
     evals = events(finished[0], "eval")
     assert [(e["epoch"], e["step"]) for e in evals] == [(1, 4), (2, 8), (3, 12)]
     for e in evals:
-        assert e.keys() >= {"epoch", "epochs", "hours", "wer", "errors", "words", "rtf", "seconds"}
+        assert e.keys() >= {"epoch", "epochs", "hours", "wer", "cer", "errors", "words", "rtf",
+                            "seconds"}
         assert e["words"] == len(" ".join(DEV_TEXTS).split())
         assert e["wer"] == e["errors"] / e["words"]
         assert e["rtf"] == pytest.approx(e["seconds"] / sum(DEV_SECONDS))
@@ -754,8 +755,8 @@ def test_the_console_has_a_line_for_steps_epochs_evaluations_and_checkpoints(fin
         rf"epoch 1 \| iter 1/4 \| loss {number} \| utts/s {number} \| took {number} s \| "
         rf"lrate 8.00e-02 \| grad norm {number} \| data wait {number} s",
         rf"epoch 1 \| avg train utts/s {number} \| avg loss {number} \| took {number} s",
-        rf"epoch 2 \| dev ema wer {number} % \| [0-9,]+ errors in 6 words \| rtf {number} \| "
-        rf"took {number} s",
+        rf"epoch 2 \| dev ema wer {number} % \| cer {number} % \| [0-9,]+ errors in 6 words \| "
+        rf"rtf {number} \| took {number} s",
         r"wrote .*/checkpoint-00000012.pt( and best.pt)?",
         r"train: longer than 1.0 s: 1 of 9 dropped, .*",
         r"warning: a global batch of 2 is under 32: gradients are noisy; .*",
@@ -764,13 +765,13 @@ def test_the_console_has_a_line_for_steps_epochs_evaluations_and_checkpoints(fin
 
 
 def score(model, tokenizer, corpus, features):
-    """WER of the dev split, in one batch."""
+    """WER and CER of the dev split, in one batch."""
     utterances = data.read_split(corpus, "dev", features)
     dataset = data.SpeechDataset(utterances, None, features)
     texts = decode.decode_batches(model, tokenizer, data.batch_loader(dataset, [[0, 1, 2]], 0))
-    return decode.word_error_rate(
-        *decode.word_errors([texts[u.id] for u in utterances], [u.text for u in utterances])
-    )
+    pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
+    return [decode.word_error_rate(*count(*pairs))
+            for count in (decode.word_errors, decode.char_errors)]
 
 
 def test_best_is_the_averaged_model_of_the_first_lowest_wer(finished, corpus):
@@ -779,7 +780,7 @@ def test_best_is_the_averaged_model_of_the_first_lowest_wer(finished, corpus):
     checkpoint = load_checkpoint(out / "best.pt")
     assert checkpoint["state"]["step"] == lowest["step"]
     model, tokenizer, features = decode.restore(checkpoint)
-    assert score(model, tokenizer, corpus, features) == lowest["wer"]
+    assert score(model, tokenizer, corpus, features) == [lowest["wer"], lowest["cer"]]
 
 
 def test_the_first_evaluation_that_reaches_the_target_ends_the_run(finished, corpus, tmp_path):

@@ -299,14 +299,14 @@ def bench_decode(args: argparse.Namespace) -> None:
     alone, _ = run([[i] for i in range(0, len(utterances), max(1, len(utterances) // 50))])
     texts, seconds = run(decode.evaluation_batches(utterances, args.batch_size))
     same = all(texts[k] == text for k, text in alone.items())
-    errors, words = decode.word_errors(
-        [texts[u.id] for u in utterances], [u.text for u in utterances]
-    )
+    pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{len(utterances)} utterances in {seconds:.1f} s, "
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
-    finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
+    finish({"seconds": seconds, "rtf": rtf,
+            "wer": decode.word_error_rate(*decode.word_errors(*pairs)),
+            "cer": decode.word_error_rate(*decode.char_errors(*pairs)),
             "same_as_alone": same, "peak_rss_gb": rss_gb()})
 
 
@@ -319,11 +319,11 @@ def bench_curves(args: argparse.Namespace) -> None:
     for name, (_, evals) in runs.items():
         if not evals:
             raise ValueError(f"{name}/log.jsonl: no evaluation yet")
-        print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'loss':>9}{'utts/s':>8}")
+        print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'CER %':>9}{'loss':>9}{'utts/s':>8}")
         for r in evals:
-            nats, rate = r.get("loss", math.nan), r.get("utts_per_s", math.nan)
-            print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{nats:>9.1f}"
-                  f"{rate:>8.1f}")
+            cer, nats, rate = (r.get(k, math.nan) for k in ("cer", "loss", "utts_per_s"))
+            print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{100 * cer:>9.2f}"
+                  f"{nats:>9.1f}{rate:>8.1f}")
     report.draw_curves(runs, args.png)
     finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
                    "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})
