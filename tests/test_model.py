@@ -18,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from loss import joint_transducer_loss
 from model import (
@@ -282,6 +284,25 @@ def test_feature_norm_keeps_its_precision_far_from_zero():
     # mean / deviation = 2001 costs four of float32's seven digits.
     expected = torch.tensor([[[-1.0], [1.0]] * 8]) / math.sqrt(1 + 1e-5 / 0.25)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 like a device that does not have it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64
+               for x in tree_leaves(result)):
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_feature_norm_on_a_device_without_float64_sums_in_float32():
+    feats, lens = torch.randn(4, 300, 8), torch.tensor([300, 211, 7, 120])
+    expected, norm = FeatureNorm(8).train()(feats, lens), FeatureNorm(8).train()
+    with NoFloat64():
+        actual = norm(feats, lens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_feature_norm_of_constants_far_from_zero_is_finite():
