@@ -54,6 +54,7 @@ from checkpoint import (
     lock_run,
     newest_checkpoint,
     save_checkpoint,
+    try_space,
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig, check_ranges
@@ -1026,6 +1027,8 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_run(out)  # noqa: F841 - the lock is held as long as this variable lives
         clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
+        # A checkpoint holds the weights, their average and the two moments of the optimiser.
+        try_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
     if checkpoint is None:
         state = State()
         report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
