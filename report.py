@@ -312,8 +312,9 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         "data_spec_augment_time_min": 0,
         "data_spec_augment_time_max": features.time_mask_max,
     }
+    notes = {"model_eval_ema_factor": {"warm_up": "min(factor, (1 + step) / (10 + step))"}}
     for key, value in settings.items():
-        log.mllog(key, value)
+        log.mllog(key, value, **notes.get(key, {}))
 
 
 # ---------------------------------------------------------------- console, records and bad signs

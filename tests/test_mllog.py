@@ -136,6 +136,8 @@ def test_settings_are_those_of_the_configs(opened):
         "submission_division": "open",
     }
     assert {key: values[key] for key in expected} == expected
+    factor = one(opened, "model_eval_ema_factor")
+    assert factor["metadata"]["warm_up"] == "min(factor, (1 + step) / (10 + step))"
 
 
 @pytest.mark.parametrize(

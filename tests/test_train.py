@@ -369,6 +369,23 @@ def test_the_average_starts_as_the_model_and_is_evaluated():
     assert not trainer.ema.training
 
 
+@torch.no_grad()
+def cost_of(model, batch):
+    model.eval()
+    encoded, enc_lens, predicted, _ = model(batch.feats, batch.feat_lens, batch.targets)
+    return transducer_loss(model.joint(encoded, predicted), batch.targets, enc_lens,
+                           batch.target_lens, model.cfg.blank).item()
+
+
+def test_the_average_follows_the_weights_of_a_short_run():
+    trainer, batch = make_trainer(ema_decay=0.999, eps=1e-9), make_batch(0, 1, 2, 3)
+    start = cost_of(trainer.ema, batch)
+    for step in range(1, 61):
+        train.train_step(trainer, [batch], step, lr=0.05)
+    # With a decay of 0.999 in all of the 60 steps, 94 % of the average would be the start.
+    assert cost_of(trainer.ema, batch) < 0.2 * start
+
+
 GLOBAL_BATCHES = [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
 
 
