@@ -186,6 +186,8 @@ class Log:
         """Appends a record to log.jsonl and hands its floats to TensorBoard."""
         if self.out is None:
             return
+        # JSON has no NaN, the value of a mean before the first step.
+        values = {key: None if value != value else value for key, value in values.items()}
         self.append("log.jsonl", json.dumps({"event": event, **values}))
         if self.open_board is not None:
             # purge_step hides the steps that a killed run wrote after its last checkpoint.

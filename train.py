@@ -4,6 +4,7 @@
     python train.py --data data/demo --train-splits train-demo --dev-split dev-demo \\
         --out out/demo --preset demo
     python train.py ... --resume      # continues from the newest checkpoint, if there is one
+    python train.py ... --init out/demo/best.pt      # begins from the averaged weights of a run
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
@@ -35,7 +36,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ from checkpoint import (
     clear_run,
     keep_newest,
     list_checkpoints,
+    load_checkpoint,
     lock_run,
     newest_checkpoint,
     save_checkpoint,
@@ -62,6 +64,8 @@ from loss import ctc_band, ctc_loss, joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
 from ranks import Ranks, all_sum, leave, start_ranks
 from report import Log, Monitor
+
+ConfigT = TypeVar("ConfigT", ModelConfig, FeatureConfig)
 
 # ---------------------------------------------------------------------------- configs and flags
 
@@ -100,6 +104,7 @@ class TrainConfig:
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
     resume: bool = False  # continue the run in the run directory
+    init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
     seed: int = 1
@@ -157,7 +162,7 @@ class TrainConfig:
 
     def is_ctc_alone(self, epoch: int) -> bool:
         """True in the epochs, counted from 1, that train the CTC head without the transducer."""
-        return epoch <= min(self.ctc_epochs, self.epochs // 4)
+        return 0 < epoch <= min(self.ctc_epochs, self.epochs // 4)
 
     def strength(self, epoch: int) -> float:
         """Share of their full strength that dropout and SpecAugment have in an epoch."""
@@ -180,6 +185,14 @@ RECIPES = {
                  time_mask_max=0.05, mel_warp=0.1, round_frames=96),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12, ctc_split=2),
+}
+
+# The fields of model and front end that a run with --init chooses for itself. All others are those
+# of its checkpoint.
+FREE_FIELDS = {
+    "vocab_size", "ctc_split", "enc_dropout", "pred_dropout", "joint_dropout",
+    "speed_min", "speed_max", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
+    "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
 }
 
 # Ctrl-C and the signals that batch systems send before they kill.
@@ -211,32 +224,65 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
-    """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     for config in (TrainConfig, ModelConfig, FeatureConfig):
         add_flags(parser.add_argument_group(config.__name__), config)
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def keep_architecture(config: ConfigT, stored: dict, given: dict) -> ConfigT:
+    """`config` with the `stored` values of a checkpoint in all fields but FREE_FIELDS.
+
+    Raises:
+        ValueError: a flag, one of `given`, has another value.
+    """
+    kept = {name: value for name, value in stored.items() if name not in FREE_FIELDS}
+    for name, value in kept.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}")
+    return replace(config, **kept)
+
+
+def make_configs(given: dict,
+                 origin: dict | None = None) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Flags -> the three configs; a wrong value ends the program with status 2.
+
+    Args:
+        given: the flags of the command line and their values.
+        origin: a checkpoint whose architecture the run keeps; its preset is the default.
+    """
+    if origin is not None:
+        before = origin["train_config"]
+        given = {"preset": before["preset"], "init": before.get("init", ""), **given}
     preset = given.get("preset", TrainConfig.preset)
-    given = {**RECIPES.get(preset, {}), **given}
+    values = {**RECIPES.get(preset, {}), **given}
 
     def values_for(config: type) -> dict:
-        return {f.name: given[f.name] for f in fields(config) if f.name in given}
+        return {f.name: values[f.name] for f in fields(config) if f.name in values}
 
     try:
         train = TrainConfig(**values_for(TrainConfig))
         features = FeatureConfig(**values_for(FeatureConfig))
-        model = replace(PRESETS[preset], feature_size=features.feature_size,
-                        **values_for(ModelConfig))
+        model = replace(PRESETS[preset], **values_for(ModelConfig))
+        if origin is not None:
+            features = keep_architecture(features, origin["feature_config"], given)
+            model = keep_architecture(model, origin["model_config"], given)
+        model = replace(model, feature_size=features.feature_size)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it
         elif not model.ctc_split:
             raise ValueError("ctc_split: 0, expected at least 1 with ctc_epochs or ctc_weight")
     except ValueError as error:
-        parser.error(str(error))
+        make_parser().error(str(error))
     return replace(train, train_splits=tuple(train.train_splits)), model, features
+
+
+def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
+    return make_configs(vars(make_parser().parse_args(argv)))
 
 
 def processor_multiplies_bf16() -> bool:
@@ -679,14 +725,36 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
     out = Path(cfg.out)
     existing = [*out.glob("best.pt"), *list_checkpoints(out)]
     if not existing or cfg.restart:
+        if cfg.resume and not cfg.init:
+            log.say(f"{out}: no run to resume, a new one begins; --init CHECKPOINT begins it from "
+                    "the weights of another")
         return None
     if not cfg.resume:
         raise ValueError(f"{existing[-1]} exists: give --resume to go on, --restart to delete it, "
                          "or another --out")
     found = newest_checkpoint(out, log.warn)
     if found is None:
-        raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
+        raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run,"
+                         " --init best.pt with another --out begins one from averaged weights")
     return found
+
+
+def find_origin(cfg: TrainConfig, resumed: tuple[Path, dict] | None) -> dict | None:
+    """The checkpoint whose architecture a run with --init keeps; None for any other run.
+
+    Such a run needs the file of --init at its beginning only: resumed, it keeps its own.
+
+    Raises:
+        ValueError: the resumed run began otherwise.
+    """
+    if resumed is None:
+        return load_checkpoint(cfg.init) if cfg.init else None
+    path, checkpoint = resumed
+    begun = checkpoint["train_config"].get("init", "")
+    if cfg.init and Path(cfg.init).resolve() != Path(begun).resolve():
+        raise ValueError(f"{path}: its run did not begin with --init {cfg.init}; give another "
+                         "--out, or --restart to delete it")
+    return checkpoint if begun else None
 
 
 def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
@@ -735,6 +803,26 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
         if now[name] != before[name]:
             say(f"{name} was {before[name]}, now {now[name]}: goes on at epoch {state.epoch}")
     return state
+
+
+def begin_from(run: Run, origin: dict) -> State:
+    """Copies the averaged weights of another run; returns the state of a new one.
+
+    The layers that depend on the tokenizer start anew with a new one, and so does a CTC head of
+    another size. Weights that can recognise at once are evaluated before the first step.
+    """
+    trainer, weights = run.trainer, run.trainer.model.state_dict()
+    same_classes = stored_tokenizer(origin).model == run.tokenizer.model
+    same_split = trainer.model.cfg.ctc_split == origin["model_config"]["ctc_split"]
+    anew = () if same_classes else ("predictor.embed", "joint_network.output")
+    anew += () if same_classes and same_split else ("ctc_head",)
+    kept = {name: origin["ema"][name] for name in weights if not name.startswith(anew)}
+    for model in (trainer.model, trainer.ema):
+        model.load_state_dict(weights | kept)
+    layers = sorted({name.rpartition(".")[0] for name in weights.keys() - kept.keys()})
+    run.log.say(f"init: averaged weights of {trainer.cfg.init}, step {origin['state']['step']}; "
+                f"layers that start anew: {', '.join(layers) or 'none'}")
+    return State(evaluated=-1 if same_classes else 0)
 
 
 def save(run: Run, state: State, is_best: bool = False) -> None:
@@ -904,6 +992,8 @@ def evaluate_and_save(run: Run, state: State) -> None:
     """Scores the dev split unless that is done, writes result and checkpoint, draws the curves."""
     if state.evaluated == state.step:
         return
+    if state.step == 0:
+        save(run, state)  # best.pt alone could not be resumed
     log, cfg = run.log, run.trainer.cfg
     epoch = state.epoch if state.batch else state.epoch - 1
     log.mllog("eval_start", epoch_num=epoch)
@@ -943,11 +1033,21 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
 # ------------------------------------------------------------------------------------------- main
 
 
-def make_tokenizer(checkpoint: dict | None, train: Sequence[Utterance], vocab_size: int,
+def stored_tokenizer(checkpoint: dict) -> Tokenizer:
+    return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+
+
+def make_tokenizer(origin: dict | None, train: Sequence[Utterance], vocab_size: int,
                    log: Log) -> Tokenizer:
-    """The checkpoint's tokenizer, or a new one for the training texts."""
-    if checkpoint is not None:
-        return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+    """The tokenizer of `origin` if it can spell the training texts, or a new one for them."""
+    if origin is not None:
+        tokenizer = stored_tokenizer(origin)
+        try:
+            for utterance in train:
+                tokenizer.encode(utterance.text)
+            return tokenizer
+        except ValueError as error:
+            log.say(f"init: a new tokenizer, because the checkpoint's cannot spell {error}")
     tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), vocab_size))
     if tokenizer.vocab_size != vocab_size:
         log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give {vocab_size}")
@@ -985,12 +1085,25 @@ def log_settings(run: Run, state: State) -> None:
                  "--batch-size or --accumulation if the WER stays at 100 %")
 
 
+def log_end(run: Run, state: State, reason: str, started_s: float) -> None:
+    """Writes the result to mllog.log and the console."""
+    cfg, log = run.trainer.cfg, run.log
+    is_reached = cfg.is_target(state.best_wer) or (reason == "epochs" and not cfg.target_wer)
+    log.mllog("run_stop", status="success" if is_reached else "aborted")
+    best = f"{100 * state.best_wer:.2f} %, cer {100 * state.best_cer:.2f} %"
+    best = best if math.isfinite(state.best_wer) else "not measured"
+    log.say(f"end: {reason}, best dev wer {best}")
+    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
+            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
+
+
 def main() -> int:
     """Trains as the command line says; returns the exit status."""
     started_s = time.time()
 
     # 1 config
-    cfg, model_cfg, features = parse_configs(sys.argv[1:])
+    given = vars(make_parser().parse_args(sys.argv[1:]))
+    cfg, model_cfg, features = make_configs(given)
     out = Path(cfg.out)
 
     # 2 ranks
@@ -999,17 +1112,24 @@ def main() -> int:
     torch.set_flush_denormal(True)  # small LSTM gates produce denormals, which multiply slowly
 
     # 3 data
-    path, checkpoint = find_checkpoint(cfg, log) or (None, None)
+    resumed = find_checkpoint(cfg, log)
+    path, checkpoint = resumed or (None, None)
+    origin = find_origin(cfg, resumed)
+    if origin is not None:
+        cfg, model_cfg, features = make_configs(given, origin)
     reading_s = time.time()
     train, dev = data.load_corpus(cfg.data, cfg.train_splits, cfg.dev_split, features,
                                   cfg.skip_bad, log.say)
     facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
     if checkpoint is not None:
         check_same_model(path, checkpoint, facts)
-    tokenizer = make_tokenizer(checkpoint, train, model_cfg.vocab_size, log)
+        tokenizer = stored_tokenizer(checkpoint)
+    else:
+        known = None if "vocab_size" in given else origin
+        tokenizer = make_tokenizer(known, train, model_cfg.vocab_size, log)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
-    step = 0 if checkpoint is None else checkpoint["state"]["step"]
+    step = (checkpoint or origin or {"state": {"step": 0}})["state"]["step"]
     heartbeat.compare("run", {
         "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
@@ -1022,7 +1142,7 @@ def main() -> int:
     run = Run(trainer, features, tokenizer, train, dev, facts, log, monitor)
     check_sizes(run)
 
-    # 6 resume
+    # 6 resume or begin
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_run(out)  # noqa: F841 - the lock is held as long as this variable lives
@@ -1030,11 +1150,12 @@ def main() -> int:
         # A checkpoint holds the weights, their average and the two moments of the optimiser.
         try_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
     if checkpoint is None:
-        state = State()
+        state = State() if origin is None else begin_from(run, origin)
         report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
                            started_s, reading_s)
     else:
         state = from_checkpoint(run, checkpoint)
+    del checkpoint, origin, resumed  # the weights that were read need much memory
     log_settings(run, state)
 
     # 7 loop
@@ -1046,13 +1167,7 @@ def main() -> int:
         reason = run_and_log_end(run, state, stopper)
 
     # 8 finish
-    is_reached = cfg.is_target(state.best_wer) or (reason == "epochs" and not cfg.target_wer)
-    log.mllog("run_stop", status="success" if is_reached else "aborted")
-    best = f"{100 * state.best_wer:.2f} %, cer {100 * state.best_cer:.2f} %"
-    best = best if math.isfinite(state.best_wer) else "not measured"
-    log.say(f"end: {reason}, best dev wer {best}")
-    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
-            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
+    log_end(run, state, reason, started_s)
     return EXIT_STATUS.get(reason, 0)
 
 

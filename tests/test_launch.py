@@ -587,6 +587,12 @@ def test_corpus_of_the_user_is_not_prepared(there, flags, is_prepared):
     assert launch.choose_run({**KNOBS, "DATA": "corpus"}, []).needs_corpus
 
 
+def test_a_run_that_begins_from_a_checkpoint_gets_the_flag():
+    command = plan_of(machine(), "--init", "out/other/best.pt").command
+    assert command[-2:] == ["--init", "out/other/best.pt"]
+    assert "--resume" not in command
+
+
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])
 def test_run_with_a_checkpoint_is_resumed(name):
     assert launch.choose_run(KNOBS, []).state == "new run"

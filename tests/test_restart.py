@@ -321,8 +321,16 @@ def test_a_directory_with_best_pt_alone_holds_a_run(run, tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="best.pt exists: give --resume"):
         run(tmp_path)
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    message = f"{tmp_path}: no readable checkpoint.* --init best.pt with another --out begins one"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, "--resume")
+
+
+def test_resume_without_a_run_says_how_to_begin_from_a_checkpoint(run, tmp_path, capsys):
+    assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (f"{tmp_path}: no run to resume, a new one begins; --init CHECKPOINT begins "
+                       "it from the weights of another")
 
 
 def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_path, capsys):

@@ -321,7 +321,8 @@ def bench_curves(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}/log.jsonl: no evaluation yet")
         print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'CER %':>9}{'loss':>9}{'utts/s':>8}")
         for r in evals:
-            cer, nats, rate = (r.get(k, math.nan) for k in ("cer", "loss", "utts_per_s"))
+            keys = ("cer", "loss", "utts_per_s")
+            cer, nats, rate = (math.nan if r.get(k) is None else r[k] for k in keys)
             print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{100 * cer:>9.2f}"
                   f"{nats:>9.1f}{rate:>8.1f}")
     report.draw_curves(runs, args.png)
