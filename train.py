@@ -36,7 +36,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +64,6 @@ from loss import ctc_band, ctc_loss, joint_transducer_loss
 from model import PRESETS, ModelConfig, Transducer
 from ranks import Ranks, all_sum, leave, start_ranks
 from report import Log, Monitor
-
-ConfigT = TypeVar("ConfigT", ModelConfig, FeatureConfig)
 
 # ---------------------------------------------------------------------------- configs and flags
 
@@ -233,8 +231,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def keep_architecture(config: ConfigT, stored: dict, given: dict) -> ConfigT:
-    """`config` with the `stored` values of a checkpoint in all fields but FREE_FIELDS.
+def architecture(stored: dict, given: dict) -> dict:
+    """The fields of a checkpoint's config that a run with --init keeps: all but FREE_FIELDS.
 
     Raises:
         ValueError: a flag, one of `given`, has another value.
@@ -243,7 +241,7 @@ def keep_architecture(config: ConfigT, stored: dict, given: dict) -> ConfigT:
     for name, value in kept.items():
         if given.get(name, value) != value:
             raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}")
-    return replace(config, **kept)
+    return kept
 
 
 def make_configs(given: dict,
@@ -268,8 +266,8 @@ def make_configs(given: dict,
         features = FeatureConfig(**values_for(FeatureConfig))
         model = replace(PRESETS[preset], **values_for(ModelConfig))
         if origin is not None:
-            features = keep_architecture(features, origin["feature_config"], given)
-            model = keep_architecture(model, origin["model_config"], given)
+            features = replace(features, **architecture(origin["feature_config"], given))
+            model = replace(model, **architecture(origin["model_config"], given))
         model = replace(model, feature_size=features.feature_size)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it

@@ -10,17 +10,25 @@ activations and gradients of a model of the original are in test_oracles.py.
 
 import copy
 import math
+import re
+import textwrap
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tones import REPO, TRAIN_TEXTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import decode
+from checkpoint import save_checkpoint
+from data import Tokenizer, train_tokenizer
+from features import FeatureConfig
 from loss import joint_transducer_loss
 from model import (
     PRESETS,
@@ -199,6 +207,36 @@ def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, trac
             traced.encode(feats, feat_lens), model.encode(feats, feat_lens), strict=True
         ):
             assert torch.equal(actual, expected)
+
+
+def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeypatch):
+    text = (REPO / "docs/export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", text)
+    tokenizer = Tokenizer(train_tokenizer(TRAIN_TEXTS, 20))
+    cfg = replace(PRESETS["demo"], vocab_size=tokenizer.vocab_size)
+    model = make_model(cfg, dtype=torch.float32).eval()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/demo").mkdir(parents=True)
+    save_checkpoint(Path("out/demo/best.pt"), {
+        "ema": model.state_dict(), "model_config": asdict(cfg),
+        "feature_config": asdict(FeatureConfig()),
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
+    })
+    page = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        exec(textwrap.dedent("".join(blocks)), page)
+    parts = torch.jit.load("parts.pt")
+    for lens in ([203], [50, 31, 7]):
+        feats, feat_lens = torch.randn(len(lens), max(lens), 256), torch.tensor(lens)
+        actual, expected = parts.encode(feats, feat_lens), model.encode(feats, feat_lens)
+        assert all(map(torch.equal, actual, expected))
+    with torch.no_grad():
+        for n in (1, 40, 203):
+            feats = torch.randn(1, n, 256)
+            (expected,) = decode.greedy_decode(model, feats, torch.tensor([n]), max_symbols=10**9)
+            assert page["search"](parts, feats, tokenizer.blank) == expected
+    assert expected
 
 
 # ------------------------------------------------------------------------------------- FeatureNorm
