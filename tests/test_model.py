@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tones import REPO, TRAIN_TEXTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import decode
 from checkpoint import save_checkpoint
@@ -209,6 +209,7 @@ def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, trac
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
 def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeypatch):
     text = (REPO / "docs/export.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", text)
@@ -223,9 +224,7 @@ def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeyp
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
     })
     page = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as above
-        exec(textwrap.dedent("".join(blocks)), page)
+    exec(textwrap.dedent("".join(blocks)), page)
     parts = torch.jit.load("parts.pt")
     for lens in ([203], [50, 31, 7]):
         feats, feat_lens = torch.randn(len(lens), max(lens), 256), torch.tensor(lens)
@@ -237,6 +236,44 @@ def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeyp
             (expected,) = decode.greedy_decode(model, feats, torch.tensor([n]), max_symbols=10**9)
             assert page["search"](parts, feats, tokenizer.blank) == expected
     assert expected
+
+
+class Method(nn.Module):
+    """A method of a model as the forward that torch.export takes."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *args):
+        return getattr(self.model, self.name)(*args)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_torch_export_takes_the_encoder_with_the_length_of_the_example_only():
+    encode, (feats, feat_lens) = Method(make_model(NORMALIZED).eval(), "encode"), garbage_batch()
+    any_batch = (({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO}),)
+    program = torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_batch)
+    actual, expected = (f(feats[:3], feat_lens[:3])[0] for f in (program.module(), encode))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    any_length = (({1: torch.export.Dim("T")}, None),)
+    with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+        torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_length)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chunks_through_an_exported_encode_chunk_equal_encode_on_the_whole():
+    model, n = make_model(NORMALIZED).eval(), 2 * NORMALIZED.reduction
+    feats = torch.randn(2, 5 * n, NORMALIZED.feature_size).double()
+    _, state = model.encode_chunk(feats[:, :n])
+    state = tree_map(torch.zeros_like, state)
+    exported = torch.export.export(Method(model, "encode_chunk"), (feats[:, :n], state)).module()
+    chunks = []
+    for chunk in feats.split(n, 1):
+        encoded, state = exported(chunk, state)
+        chunks.append(encoded)
+    whole, _ = model.encode(feats, torch.tensor([5 * n] * 2))
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------- FeatureNorm
