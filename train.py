@@ -192,6 +192,8 @@ FREE_FIELDS = {
     "speed_min", "speed_max", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
     "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
 }
+# A recipe begins so that random weights find the alignment; the weights of --init have found it.
+NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 
 # Ctrl-C and the signals that batch systems send before they kill.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -256,7 +258,7 @@ def make_configs(given: dict,
         before = origin["train_config"]
         given = {"preset": before["preset"], "init": before.get("init", ""), **given}
     preset = given.get("preset", TrainConfig.preset)
-    values = {**RECIPES.get(preset, {}), **given}
+    values = {**RECIPES.get(preset, {}), **(NO_START if origin else {}), **given}
 
     def values_for(config: type) -> dict:
         return {f.name: values[f.name] for f in fields(config) if f.name in values}

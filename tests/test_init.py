@@ -120,6 +120,14 @@ def test_a_preset_is_a_recipe_for_another_model(begin):
     trainer = begin("--preset", "mini")
     assert trainer.cfg.weight_decay == train.RECIPES["mini"]["weight_decay"]
     assert (trainer.model.cfg.enc_hidden, trainer.model.cfg.pred_dropout) == (16, 0.3)
+    assert trainer.model.predictor.rnn.dropout.p == 0.3
+
+
+@pytest.mark.parametrize(("argv", "epochs"), [([], (0, 0)), (["--ctc-epochs", "1"], (1, 0))])
+def test_the_recipes_start_for_random_weights_is_left_out(begin, argv, epochs):
+    cfg = begin("--preset", "mini", *argv).cfg
+    assert train.RECIPES["mini"]["ctc_epochs"] > 1
+    assert (cfg.ctc_epochs, cfg.ramp_begin) == epochs
 
 
 def test_texts_that_the_tokenizer_cannot_spell_give_a_new_one(
