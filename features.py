@@ -48,19 +48,19 @@ def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml, except
-    mel_warp, tail, round_frames and round_labels, which it does not have."""
+    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml. Fields
+    that it does not have are off, but for round_frames and round_labels, which only pad."""
 
     sample_rate_hz: int = 16000
     preemphasis: float = 0.97
-    window: int = 320  # samples, 20 ms
-    hop: int = 160  # samples, 10 ms
+    window: int = 0  # samples; 0: 20 ms
+    hop: int = 0  # samples; 0: 10 ms
     fft_size: int = 512
     num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
     trim_db: float = -60.0  # silence threshold, relative to the loudest window
-    trim_window: int = 2048  # samples of the moving mean square
+    trim_window: int = 0  # samples of the moving mean square; 0: 128 ms
     dither: float = 1e-5  # standard deviation; training only
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
@@ -86,6 +86,9 @@ class FeatureConfig:
         return self.hop * self.splice / self.sample_rate_hz
 
     def __post_init__(self) -> None:
+        for name, ms in (("window", 20), ("hop", 10), ("trim_window", 128)):
+            if getattr(self, name) == 0:  # a frozen dataclass has no other way to set a field
+                object.__setattr__(self, name, ms * self.sample_rate_hz // 1000)
         check_ranges(self, (
             (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
               "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),

@@ -219,6 +219,22 @@ def test_filterbank_is_librosas(num_mels, rate):
     assert np.abs(mel.numpy().T - expected).max() < 2e-9 * max(1, expected.max() / 0.027)
 
 
+@pytest.mark.parametrize(
+    ("rate", "window", "hop", "trim_window"),
+    [(8000, 160, 80, 1024), (16000, 320, 160, 2048), (24000, 480, 240, 3072)],
+)
+def test_windows_keep_their_milliseconds_at_other_rates(rate, window, hop, trim_window):
+    cfg = FeatureConfig(sample_rate_hz=rate)
+    assert (cfg.window, cfg.hop, cfg.trim_window) == (window, hop, trim_window)
+    assert cfg.frame_s == pytest.approx(0.03)
+    assert FeatureConfig(sample_rate_hz=rate, window=300, hop=90).window == 300
+
+
+def test_every_filter_of_8_khz_audio_hears_something():
+    _, mel = features.mel_filters(FeatureConfig(sample_rate_hz=8000))
+    assert mel.sum(0).min() > 0.01
+
+
 # --------------------------------------------------------------------------------------- log-mel
 
 
@@ -457,6 +473,7 @@ def test_long_recordings_are_dithered_to_their_end():
         ({"speed_min": 0.004}, "speed_min: 0.004, expected at least 0.01"),
         ({"speed_min": 1.2, "speed_max": 1.1}, "speed_max: 1.1, expected at least 1.2"),
         ({"dither": math.nan}, "dither: nan, expected a finite number"),
+        ({"sample_rate_hz": 48000}, "fft_size: 512, expected at least window, 960"),
     ],
 )
 def test_impossible_settings_are_an_error(settings, message):

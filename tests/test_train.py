@@ -634,7 +634,7 @@ WRONG_FLAGS = """
     --accumulation 0; --lr 0; --lr nan; --lr inf; --lr-min 0.5; --lr-gamma 1.01; --clip-norm -1;
     --beta1 1.0; --ema-decay 1.5; --target-wer 25; --time-limit-s nan; --seed -1; --preset huge;
     --precision fp16; --backend nccl; --submission-division shut; --enc-dropout 1.25; --stack 0;
-    --weights-init-scale nan; --speed-max 0.75; --speed-max inf; --dither inf; --hop 0;
+    --weights-init-scale nan; --speed-max 0.75; --speed-max inf; --dither inf; --hop -1;
     --time-mask-max 1.5; --freq-mask-max 81; --fft-size 256; --trim-db 3; --trim-db nan;
     --unknown 1
 """
