@@ -3,7 +3,7 @@
 
     samples = load_audio("1272-128104-0000.flac")        # float32, 16 kHz
     feats = features(samples)                            # (T_in, 256) float32
-    feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
+    feats = features(samples, rng=np.random.default_rng(7))   # augmented for training
 
 This file needs no other file of the project: numpy, torch, soundfile and soxr are enough.
 
@@ -61,7 +61,7 @@ class FeatureConfig:
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
     trim_db: float = -60.0  # silence threshold, relative to the loudest window
     trim_window: int = 0  # samples of the moving mean square; 0: 128 ms
-    dither: float = 1e-5  # standard deviation; training only
+    dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
@@ -273,6 +273,23 @@ def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarra
     return samples[start:end]
 
 
+# ----------------------------------------------------------------------------------------- noise
+
+
+@functools.cache
+def white_noise() -> np.ndarray:
+    """2^20 numbers of the standard normal distribution, drawn once because drawing is slow."""
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def excerpt(table: np.ndarray, start: int, count: int) -> np.ndarray:
+    """(count,) numbers of a table from `start` on, over its end and from its beginning again."""
+    start %= len(table)
+    if start + count <= len(table):
+        return table[start : start + count]
+    return np.resize(np.roll(table, -start), count)
+
+
 # ----------------------------------------------------------------------------- samples to features
 
 
@@ -324,23 +341,12 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     return mels.clamp_min_(1e-20).log_()
 
 
-@functools.cache
-def normal_numbers() -> np.ndarray:
-    """2^20 numbers of the standard normal distribution, drawn once because drawing is slow."""
-    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
+def dither(samples: np.ndarray, start: int = 0, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """(n,) samples plus white noise of deviation `cfg.dither`: `white_noise` from `start` on.
 
-
-def dither(samples: np.ndarray, rng: np.random.Generator,
-           cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """(n,) samples plus white noise: a window of `normal_numbers` that starts at random.
-
-    Recordings of more than 33 s may repeat the numbers.
+    Without it the logarithm of digital silence, at ln(1e-20), would dominate the normalisation.
     """
-    start = int(rng.integers(2**19))
-    numbers = normal_numbers()[start : start + len(samples)]
-    if len(numbers) < len(samples):
-        numbers = np.resize(numbers, len(samples))
-    noise = cfg.dither * numbers
+    noise = cfg.dither * excerpt(white_noise(), start, len(samples))
     noise += samples
     return noise
 
@@ -409,13 +415,14 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
 
     With `rng`, augmented for training: speed perturbation, dither, and a warped mel axis and
-    SpecAugment with `strength` times their full strength.
+    SpecAugment with `strength` times their full strength. Without `rng`, the dither is the same
+    for all recordings.
     """
+    dither_start = 0
     if rng is not None:
         samples = change_speed(samples, draw_speed(rng, cfg))
-    samples = trim_silence(samples, cfg)
-    if rng is not None:
-        samples = dither(samples, rng, cfg)
+        dither_start = int(rng.integers(2**19))
+    samples = dither(trim_silence(samples, cfg), dither_start, cfg)
     mels = normalize(log_mel(samples, cfg))
     if rng is not None:
         mels = spec_augment(warp_mels(mels, rng, cfg, strength), rng, cfg, strength)

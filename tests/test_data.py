@@ -657,6 +657,15 @@ def test_dataset_without_tokenizer_has_no_labels(utterances):
     assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1] == []
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_evaluation_features_in_a_batch_are_those_of_a_file_alone(utterances, num_workers):
+    dataset = data.SpeechDataset(utterances, None, features.DEFAULT)
+    [batch] = data.batch_loader(dataset, [[3, 0, 5]], num_workers)
+    for i, feats, n in zip([3, 0, 5], batch.feats, batch.feat_lens, strict=True):
+        alone = features.features(features.load_audio(utterances[i].path))
+        assert torch.equal(feats[:n], alone)
+
+
 def feats_of(utterances, seed, epoch, index) -> bytes:
     dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed, epoch)
     return dataset[index][0].numpy().tobytes()

@@ -379,7 +379,7 @@ class Scene:
     def __init__(self, root):
         self.root, self.checkpoint = root, root / "run" / "best.pt"
         self.checkpoint.parent.mkdir()
-        self.audio = write_tones(root, "dev", TEXTS, [0.25, 0.44, 0.63, 0.81])
+        self.audio = write_tones(root, "dev", TEXTS, [0.25, 0.44, 0.57, 0.81])
         tokenizer = Tokenizer(data.train_tokenizer(TEXTS, 16))
         model = random_model(
             3, feature_size=256, vocab_size=tokenizer.vocab_size, normalization=False

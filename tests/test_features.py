@@ -8,6 +8,7 @@ resampler against librosa. The arrays of NVIDIA DALI are in test_oracles.py, bad
 test_data.py.
 """
 
+import itertools
 import math
 import struct
 import warnings
@@ -460,11 +461,20 @@ def test_speed_is_in_steps_of_a_hundredth_and_1_changes_nothing():
     )
 
 
+# ---------------------------------------------------------------------------------------- dither
+
+
 def test_long_recordings_are_dithered_to_their_end():
-    samples = np.zeros(2**20 + 5000, np.float32)
-    added = features.dither(samples, np.random.default_rng(1))
-    assert len(added) == len(samples)
+    added = features.dither(np.zeros(2**20 + 5000, np.float32))
+    assert added.shape == (2**20 + 5000,)
     assert added[-5000:].std() == pytest.approx(1e-5, rel=0.05)
+
+
+def test_dither_of_pieces_is_that_of_the_whole():
+    samples = noise(2**20 + 5000)
+    cuts = [0, 1, 700, 2**20 - 10, 2**20 + 10, len(samples)]
+    pieces = [features.dither(samples[i:j], i) for i, j in itertools.pairwise(cuts)]
+    assert np.array_equal(np.concatenate(pieces), features.dither(samples))
 
 
 @pytest.mark.parametrize(
@@ -487,14 +497,14 @@ def test_impossible_settings_are_an_error(settings, message):
 def test_evaluation_is_trim_log_mel_normalize_splice():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     expected = features.splice(features.normalize(features.log_mel(brute_force_trim(samples))))
-    assert torch.equal(features.features(samples), expected)
+    assert torch.equal(features.features(samples, FeatureConfig(dither=0.0)), expected)
 
 
 def test_training_without_augmentation_is_evaluation():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     cfg = FeatureConfig(**PLAIN)
     augmented = features.features(samples, cfg, np.random.default_rng(1))
-    assert torch.equal(augmented, features.features(samples))
+    assert torch.equal(augmented, features.features(samples, cfg))
 
 
 def test_speeds_fill_the_range_of_the_configuration():
@@ -527,9 +537,39 @@ def test_dither_is_noise_of_1e_5_in_training(monkeypatch):
     assert abs(np.corrcoef(added[1:], added[:-1])[0, 1]) < 0.03
 
 
-def test_dither_is_for_training_only(monkeypatch):
-    samples = noise(2000)
-    assert np.array_equal(log_mel_input(monkeypatch, samples, None, dither=0.1), samples)
+def test_evaluation_dithers_every_recording_with_the_same_noise(monkeypatch):
+    recordings = noise(2000), tone(3000, 440)
+    added = [log_mel_input(monkeypatch, x, None, dither=1e-5) - x for x in recordings]
+    assert added[0].std() == pytest.approx(1e-5, rel=0.05)
+    # Adding to samples of 0.5 rounds to 3e-8.
+    assert np.abs(added[0] - added[1][:2000]).max() < 1e-7
+
+
+def speech(seconds: float = 2.0) -> np.ndarray:
+    """Three bursts of noise a second, with pauses of 1/6 s that are 50 dB quieter."""
+    n = round(16000 * seconds)
+    is_pause = np.sin(6 * np.pi * np.arange(n) / 16000) < 0
+    return noise(n) * np.where(is_pause, 10**-2.5, 1).astype(np.float32)
+
+
+def with_zeros_behind(samples: np.ndarray) -> np.ndarray:
+    return np.concatenate([samples, np.zeros(4000, np.float32)])
+
+
+def with_a_mute_in_a_pause(samples: np.ndarray) -> np.ndarray:
+    start = 16000 // 6 + 800
+    return np.concatenate([samples[:start], np.zeros(960, np.float32), samples[start + 960 :]])
+
+
+@pytest.mark.parametrize("spoil", [with_zeros_behind, with_a_mute_in_a_pause])
+def test_digital_silence_changes_the_features_of_speech_little(spoil):
+    # Without dither, frames at ln(1e-20) would spoil mean and deviation of every bin.
+    changes = {}
+    for dither in (0.0, 1e-5):
+        cfg = FeatureConfig(dither=dither)
+        clean, spoilt = (features.features(x, cfg)[:66, :240] for x in (speech(), spoil(speech())))
+        changes[dither] = (clean - spoilt).abs().mean().item()
+    assert changes[1e-5] < 0.15 < 0.25 < changes[0.0]
 
 
 def test_dither_comes_after_the_trim(monkeypatch):
@@ -545,7 +585,7 @@ def test_masks_are_zero_after_normalisation():
     hidden = 0
     for seed in range(5):
         feats = features.features(noise(16000), cfg, np.random.default_rng(seed))
-        untouched = features.features(noise(16000))
+        untouched = features.features(noise(16000), cfg)
         changed = feats != untouched
         assert not feats[changed].any()
         hidden += changed.sum()

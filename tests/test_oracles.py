@@ -144,7 +144,8 @@ def test_normalisation_of_dalis_log_mel_is_dalis(name):
 def test_features_are_dalis_within_1e_4(name):
     expected = DALI[f"{name}/norm"]
     frames = expected.shape[1]
-    feats = features.features(DALI[f"{name}/decoded"])[:, :240].reshape(-1, 80)[:frames].T.numpy()
+    feats = features.features(DALI[f"{name}/decoded"], FeatureConfig(dither=0.0))  # DALI had none
+    feats = feats[:, :240].reshape(-1, 80)[:frames].T.numpy()
     if name == "I_zeros":
         # All bins are constant: 0, as DALI's definition says. DALI itself divides one rounding
         # error by another and gives 1.
