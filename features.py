@@ -59,9 +59,11 @@ class FeatureConfig:
     num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
+    trim: bool = True  # cut off the silent ends, which takes the whole recording
     trim_db: float = -60.0  # silence threshold, relative to the loudest window
     trim_window: int = 0  # samples of the moving mean square; 0: 128 ms
     dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
+    normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
@@ -95,6 +97,7 @@ class FeatureConfig:
             (("dither", "freq_masks", "freq_mask_max", "time_masks", "tail"),
              lambda x: x >= 0, "at least 0"),
             (("preemphasis", "time_mask_max", "mel_warp"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("normalize",), lambda x: x in ("utterance", "none"), "utterance or none"),
             (("max_utterance_s",), lambda x: x > 0, "more than 0"),
             (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
             (("trim_db",), lambda x: x <= 0, "at most 0"),
@@ -255,8 +258,10 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
 
     The rule is DALI's NonsilentRegion: the part reaches from the start of the first window of
     `trim_window` samples to the end of the last one whose mean square is within `trim_db` of the
-    loudest window's. All of an all-zero recording is kept.
+    loudest window's. It is the whole recording if that is all zero, or without `cfg.trim`.
     """
+    if not cfg.trim:
+        return 0, len(samples)
     window = min(cfg.trim_window, len(samples))
     # torch sums faster than numpy.
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
@@ -360,6 +365,20 @@ def normalize(mels: Tensor) -> Tensor:
     return x.float()
 
 
+# Mean and deviation, in nats, of log-mel values of speech at -25 dBFS with its pauses. Dither alone
+# lies at -23. So 0, which SpecAugment, `tail` and padding write, is an average moment of speech.
+SPEECH_MEAN, SPEECH_DEVIATION = -12.0, 4.0
+
+
+def scale_fixed(mels: Tensor) -> Tensor:
+    """(frames, 80): the same scale for every recording, so that no frame depends on later ones.
+
+    Level and colour of a recording stay in its features; BatchNorm on the features, with its
+    running statistics, brings the bins to one scale.
+    """
+    return (mels - SPEECH_MEAN) / SPEECH_DEVIATION
+
+
 def warp_mels(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
               strength: float = 1.0) -> Tensor:
     """(frames, 80) with the mel axis stretched by a random factor, as another vocal tract would.
@@ -423,7 +442,8 @@ def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
         samples = change_speed(samples, draw_speed(rng, cfg))
         dither_start = int(rng.integers(2**19))
     samples = dither(trim_silence(samples, cfg), dither_start, cfg)
-    mels = normalize(log_mel(samples, cfg))
+    mels = log_mel(samples, cfg)
+    mels = normalize(mels) if cfg.normalize == "utterance" else scale_fixed(mels)
     if rng is not None:
         mels = spec_augment(warp_mels(mels, rng, cfg, strength), rng, cfg, strength)
     return splice(F.pad(mels, (0, 0, 0, cfg.tail)), cfg)

@@ -483,6 +483,7 @@ def test_dither_of_pieces_is_that_of_the_whole():
         ({"speed_min": 0.004}, "speed_min: 0.004, expected at least 0.01"),
         ({"speed_min": 1.2, "speed_max": 1.1}, "speed_max: 1.1, expected at least 1.2"),
         ({"dither": math.nan}, "dither: nan, expected a finite number"),
+        ({"normalize": "both"}, "normalize: both, expected utterance or none"),
         ({"sample_rate_hz": 48000}, "fft_size: 512, expected at least window, 960"),
     ],
 )
@@ -590,3 +591,33 @@ def test_masks_are_zero_after_normalisation():
         assert not feats[changed].any()
         hidden += changed.sum()
     assert hidden > 0
+
+
+# ----------------------------------------------------------------------- a front end without future
+
+CAUSAL = FeatureConfig(trim=False, normalize="none")
+
+
+@pytest.mark.parametrize("n", [4000, 16000, 22222])
+def test_no_trim_and_fixed_scale_need_no_future(n):
+    # Padding mirrors the end, so frames whose window reaches the end are left out.
+    samples = np.concatenate([SILENCE, speech()])
+    count = (n // 160 - 1) // 3
+    whole, part = (features.features(x, CAUSAL)[:count] for x in (samples, samples[:n]))
+    assert (whole - part).abs().max() < 1e-5
+
+
+def test_without_trim_silent_ends_stay():
+    samples = np.concatenate([SILENCE, noise(3000), SILENCE])
+    assert features.nonsilent_region(samples, CAUSAL) == (0, 13000)
+    assert len(features.features(samples, CAUSAL)) == math.ceil((13000 // 160 + 1) / 3)
+
+
+def test_fixed_scale_keeps_the_level_and_is_of_order_1():
+    silence = features.features(np.zeros(16000, np.float32), CAUSAL)[:, :240]
+    quiet, loud = (features.features(noise(16000, deviation=x), CAUSAL)[:33, :240]
+                   for x in (0.005, 0.05))
+    assert silence.mean() == pytest.approx(-2.8, abs=0.2)
+    assert quiet.mean() == pytest.approx(0.3, abs=0.1)
+    # 20 dB are ln(100) nats, and the scale divides by 4.
+    assert (loud - quiet).mean() == pytest.approx(math.log(100) / 4, abs=0.01)

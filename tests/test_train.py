@@ -565,7 +565,7 @@ def another(value):
 @pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
 def test_every_field_is_a_flag(config):
     names = {"preset": "baseline", "precision": "bf16", "backend": "gloo",
-             "submission_division": "closed", "submission_org": "Ours"}
+             "submission_division": "closed", "submission_org": "Ours", "normalize": "none"}
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
         if field.name in ("data", "train_splits", "dev_split", "out"):
