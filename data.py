@@ -41,7 +41,8 @@ from tqdm import tqdm
 from features import (
     DEFAULT,
     FeatureConfig,
-    draw_speed,
+    Layout,
+    draw_layout,
     features,
     is_audio,
     load_audio,
@@ -375,7 +376,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     """Utterances to (features, label ids, utterance), augmented if `seed` is given.
 
     The random numbers of an utterance depend on (seed, epoch, index) alone, so they are the
-    same for any number of ranks, workers and restarts.
+    same for any number of ranks, workers and restarts. An utterance whose recording becomes empty
+    has no labels in that epoch.
     """
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer | None,
@@ -383,7 +385,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                  skip_bad: bool = False, strength: float = 1.0) -> None:
         self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
-        self.strength = strength  # of SpecAugment
+        self.strength = strength  # of the augmentation
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -393,15 +395,19 @@ class SpeechDataset(torch.utils.data.Dataset):
             return None
         return np.random.default_rng((self.seed, self.epoch, index))
 
+    def layout(self, index: int) -> Layout:
+        if self.seed is None:
+            return Layout()
+        return draw_layout(self.rng(index), self.cfg, self.strength)
+
     def durations_s(self) -> list[float]:
-        """Durations after this epoch's speed perturbation, before trimming.
+        """Durations with this epoch's speed perturbation and added background, before trimming.
 
         Buckets of similar perturbed durations need less padding than those of recorded ones.
         """
-        if self.seed is None:
-            return [u.duration_s for u in self.utterances]
-        return [draw_speed(self.rng(i), self.cfg) * u.duration_s
-                for i, u in enumerate(self.utterances)]
+        layouts = map(self.layout, range(len(self)))
+        return [layout.speed * u.duration_s + layout.before_s + layout.after_s
+                for u, layout in zip(self.utterances, layouts, strict=True)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
         """With `skip_bad`, a file that cannot be read gives a warning and None."""
@@ -414,7 +420,8 @@ class SpeechDataset(torch.utils.data.Dataset):
                 raise
             warnings.warn(f"left out: {error}", stacklevel=1)
             return None
-        labels = [] if self.tokenizer is None else self.tokenizer.encode(utterance.text)
+        has_labels = self.tokenizer is not None and not self.layout(index).is_empty
+        labels = self.tokenizer.encode(utterance.text) if has_labels else []
         return feats, labels, utterance
 
 

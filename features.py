@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -66,6 +67,13 @@ class FeatureConfig:
     normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
+    band_prob: float = 0.0  # share of recordings with a low-pass at one of BANDS_HZ; training only
+    pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
+    empty_prob: float = 0.0  # share of recordings that become silence or noise, without words
+    noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
+    snr_min_db: float = 5.0  # of the added noise: uniform in decibels
+    snr_max_db: float = 40.0
+    gain_db: float = 0.0  # largest change of level, up or down; training only
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
@@ -94,9 +102,10 @@ class FeatureConfig:
         check_ranges(self, (
             (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
               "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
-            (("dither", "freq_masks", "freq_mask_max", "time_masks", "tail"),
-             lambda x: x >= 0, "at least 0"),
-            (("preemphasis", "time_mask_max", "mel_warp"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("dither", "freq_masks", "freq_mask_max", "time_masks", "tail", "pad_max_s",
+              "gain_db"), lambda x: x >= 0, "at least 0"),
+            (("preemphasis", "time_mask_max", "mel_warp", "band_prob", "empty_prob", "noise_prob"),
+             lambda x: 0 <= x <= 1, "0 <= x <= 1"),
             (("normalize",), lambda x: x in ("utterance", "none"), "utterance or none"),
             (("max_utterance_s",), lambda x: x > 0, "more than 0"),
             (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
@@ -104,6 +113,7 @@ class FeatureConfig:
             (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
             (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
             (("speed_max",), lambda x: x >= self.speed_min, f"at least {self.speed_min}"),
+            (("snr_max_db",), lambda x: x >= self.snr_min_db, f"at least {self.snr_min_db}"),
         ))
 
 
@@ -214,18 +224,19 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return np.pad(resampled, (0, size - len(resampled)))
 
 
-# ------------------------------------------------------------------------ speed and silent ends
+# --------------------------------------------------------------- speed, band limit and silent ends
 
 
 @functools.cache
-def speed_filters(new: int) -> tuple[Tensor, int]:
+def speed_filters(new: int, band: float = 1.0) -> tuple[Tensor, int]:
     """Filters (rows, 100, new) that turn every 100 samples into `new`, and their reach in samples.
 
     Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
-    within 1e-4 up to 0.9 of the narrower band. It reaches as far back as ahead, so `rows` rows of
-    100 samples contribute to each row of the result.
+    within 1e-4 up to 0.9 of the narrowest band: the old one, the new one, or the share `band` of
+    the new one. It reaches as far back as ahead, so `rows` rows of 100 samples contribute to each
+    row of the result.
     """
-    cutoff = min(1.0, new / 100)
+    cutoff = min(1.0, new / 100 * band)
     reach = math.ceil(32 / cutoff)
     rows = -(-(100 + 2 * reach) // 100)
     taps = np.arange(100 * rows)[:, None] - reach
@@ -235,14 +246,15 @@ def speed_filters(new: int) -> tuple[Tensor, int]:
     return torch.from_numpy(filters).float().view(rows, 100, new), reach
 
 
-def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+def change_speed(samples: np.ndarray, factor: float, band: float = 1.0) -> np.ndarray:
     """(n,) -> (ceil(factor * n),) samples, to be played at the old rate.
 
-    The factor is rounded to hundredths so that filters can be cached; soxr designs its filters at
-    every call. For a convolution, oneDNN would build a kernel for every length.
+    A `band` below 1 removes the frequencies above that share of the band. The factor is rounded to
+    hundredths so that filters can be cached; soxr designs its filters at every call. For a
+    convolution, oneDNN would build a kernel for every length.
     """
     new = round(100 * factor)
-    filters, reach = speed_filters(new)
+    filters, reach = speed_filters(new, band)
     size = -(-len(samples) * new // 100)
     count = -(-size // new)
     end = 100 * (count + len(filters) - 1) - reach - len(samples)
@@ -278,7 +290,7 @@ def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarra
     return samples[start:end]
 
 
-# ----------------------------------------------------------------------------------------- noise
+# ----------------------------------------------------------------------- noise, silence and level
 
 
 @functools.cache
@@ -287,12 +299,94 @@ def white_noise() -> np.ndarray:
     return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
 
 
+@functools.cache
+def pink_noise() -> np.ndarray:
+    """2^20 numbers of deviation 1 whose power per hertz falls with 1 / frequency.
+
+    It is constant below a 400th of the band, 20 Hz at a rate of 16 kHz.
+    """
+    spectrum = torch.fft.rfft(torch.from_numpy(white_noise()))  # (2^19 + 1,)
+    spectrum /= torch.arange(len(spectrum)).clamp_min(len(spectrum) // 400).sqrt()
+    pink = torch.fft.irfft(spectrum)  # (2^20,)
+    return (pink / pink.std()).numpy()
+
+
 def excerpt(table: np.ndarray, start: int, count: int) -> np.ndarray:
     """(count,) numbers of a table from `start` on, over its end and from its beginning again."""
     start %= len(table)
     if start + count <= len(table):
         return table[start : start + count]
     return np.resize(np.roll(table, -start), count)
+
+
+def draw_noise(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count,) noise of deviation 1: white and pink noise with random shares of the power."""
+    pink_share = rng.random()
+    white_start, pink_start = rng.integers(2**20, size=2).tolist()
+    noise = math.sqrt(1 - pink_share) * excerpt(white_noise(), white_start, count)
+    noise += math.sqrt(pink_share) * excerpt(pink_noise(), pink_start, count)
+    return noise
+
+
+def happens(rng: np.random.Generator, probability: float) -> bool:
+    """Draws a number only for a probability above 0: flags that are off leave later draws alone."""
+    return probability > 0 and rng.random() < probability
+
+
+class Layout(NamedTuple):
+    """How an augmented recording differs from the file in length and words."""
+
+    speed: float = 1.0  # factor on the number of samples
+    before_s: float = 0.0  # seconds of background before the recording
+    after_s: float = 0.0  # and behind it
+    is_empty: bool = False  # background stands in the recording's place, so it has no words
+
+
+def draw_layout(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+                strength: float = 1.0) -> Layout:
+    """The first numbers that `features` draws. Half of all ends get no background."""
+    speed = rng.uniform(cfg.speed_min, cfg.speed_max)
+    longest, ends = cfg.pad_max_s * strength, [0.0, 0.0]
+    if longest > 0:
+        ends = rng.uniform(-longest, longest, 2).clip(0).tolist()
+    return Layout(speed, *ends, is_empty=happens(rng, cfg.empty_prob * strength))
+
+
+def draw_background(rng: np.random.Generator, count: int, rms: float) -> np.ndarray:
+    """(count,) digital silence, or, half of the time, noise 10 to 80 dB below `rms`."""
+    if not happens(rng, 0.5):
+        return np.zeros(count, np.float32)
+    return rms * 10 ** (-rng.uniform(10, 80) / 20) * draw_noise(rng, count)
+
+
+BANDS_HZ = (3400, 4000, 5500)  # upper limits of telephones, of audio at 8 kHz and at 11 kHz
+
+
+def perturb(samples: np.ndarray, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+            strength: float = 1.0) -> np.ndarray:
+    """(n,) -> (m,) samples as another speaker, line, place and microphone would give them.
+
+    Speed perturbation and low-pass, background around or instead of the recording, noise, gain.
+    Levels of noise are relative to the recording's own power. All but the speed has `strength`
+    times its full probability or size.
+    """
+    layout, band = draw_layout(rng, cfg, strength), 1.0
+    if happens(rng, cfg.band_prob * strength):
+        band = min(1.0, 2 * BANDS_HZ[rng.integers(len(BANDS_HZ))] / cfg.sample_rate_hz)
+    samples = change_speed(samples, layout.speed, band)
+    rms = float(np.linalg.norm(samples)) / math.sqrt(len(samples))
+    if layout.is_empty:
+        samples = draw_background(rng, len(samples), rms)
+    if cfg.pad_max_s > 0:
+        before, after = (draw_background(rng, round(seconds * cfg.sample_rate_hz), rms)
+                         for seconds in (layout.before_s, layout.after_s))
+        samples = np.concatenate([before, samples, after])
+    if happens(rng, cfg.noise_prob * strength):
+        amplitude = rms * 10 ** (-rng.uniform(cfg.snr_min_db, cfg.snr_max_db) / 20)
+        samples = samples + amplitude * draw_noise(rng, len(samples))
+    if cfg.gain_db > 0:
+        samples = samples * 10 ** (strength * rng.uniform(-cfg.gain_db, cfg.gain_db) / 20)
+    return samples
 
 
 # ----------------------------------------------------------------------------- samples to features
@@ -424,22 +518,17 @@ def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
     return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
 
 
-def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
-    """Speed perturbation's factor on the number of samples: the first number `features` draws."""
-    return rng.uniform(cfg.speed_min, cfg.speed_max)
-
-
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
              rng: np.random.Generator | None = None, strength: float = 1.0) -> Tensor:
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
 
-    With `rng`, augmented for training: speed perturbation, dither, and a warped mel axis and
-    SpecAugment with `strength` times their full strength. Without `rng`, the dither is the same
-    for all recordings.
+    With `rng`, augmented for training: see `perturb`, `warp_mels` and `spec_augment`, which have
+    `strength` times their full strength. `draw_layout` on an equal `rng` tells the length and
+    whether words are left. Without `rng`, the dither is the same for all recordings.
     """
     dither_start = 0
     if rng is not None:
-        samples = change_speed(samples, draw_speed(rng, cfg))
+        samples = perturb(samples, rng, cfg, strength)
         dither_start = int(rng.integers(2**19))
     samples = dither(trim_silence(samples, cfg), dither_start, cfg)
     mels = log_mel(samples, cfg)

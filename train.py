@@ -87,7 +87,7 @@ class TrainConfig:
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
     lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
-    ramp_begin: float = 0.0  # epochs at the start without dropout and SpecAugment
+    ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
     beta1: float = 0.9
     beta2: float = 0.999
@@ -153,7 +153,7 @@ class TrainConfig:
         return epoch <= min(self.ctc_epochs, self.epochs // 4)
 
     def strength(self, epoch: int) -> float:
-        """Share of their full strength that dropout and SpecAugment have in an epoch."""
+        """Share of their full strength that dropout and augmentation have in an epoch."""
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
 
 

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -666,18 +667,45 @@ def test_evaluation_features_in_a_batch_are_those_of_a_file_alone(utterances, nu
         assert torch.equal(feats[:n], alone)
 
 
-def feats_of(utterances, seed, epoch, index) -> bytes:
-    dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed, epoch)
+ROBUST = FeatureConfig(band_prob=0.5, pad_max_s=1.0, empty_prob=0.3, noise_prob=0.5, gain_db=20.0)
+
+
+def feats_of(utterances, seed, epoch, index, cfg=features.DEFAULT) -> bytes:
+    dataset = data.SpeechDataset(utterances, None, cfg, seed, epoch)
     return dataset[index][0].numpy().tobytes()
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances):
+@pytest.mark.parametrize("cfg", [features.DEFAULT, ROBUST], ids=["default", "robust"])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances, cfg):
     # The same recording six times, so that the index is all that differs.
     same = [utterances[0]] * 6
-    first = feats_of(same, seed=1, epoch=2, index=3)
-    assert feats_of(same, seed=1, epoch=2, index=3) == first
+    first = feats_of(same, 1, 2, 3, cfg)
+    assert feats_of(same, 1, 2, 3, cfg) == first
     changed = [(4, 2, 3), (1, 5, 3), (1, 2, 0)]
-    assert len({first, *(feats_of(same, *key) for key in changed)}) == 4
+    assert len({first, *(feats_of(same, *key, cfg) for key in changed)}) == 4
+
+
+def test_the_order_of_items_does_not_change_them(utterances, tokenizer):
+    one, other = (data.SpeechDataset(utterances, tokenizer, ROBUST, seed=1) for _ in range(2))
+    forwards = [one[i] for i in range(6)]
+    backwards = [other[i] for i in reversed(range(6))]
+    for (feats, *rest), (same_feats, *same_rest) in zip(forwards, backwards[::-1], strict=True):
+        assert torch.equal(feats, same_feats)
+        assert rest == same_rest
+
+
+def test_recordings_that_become_empty_have_no_labels(utterances, tokenizer):
+    dataset = data.SpeechDataset(utterances * 30, tokenizer, ROBUST, seed=1)
+    is_empty = [dataset.layout(i).is_empty for i in range(180)]
+    assert np.mean(is_empty) == pytest.approx(0.3, abs=0.1)  # three deviations
+    for i in range(20):
+        expected = [] if is_empty[i] else tokenizer.encode(utterances[i % 6].text)
+        assert dataset[i][1] == expected
+
+
+def test_evaluation_has_no_empty_recordings(utterances, tokenizer):
+    dataset = data.SpeechDataset(utterances, tokenizer, replace(ROBUST, empty_prob=1.0))
+    assert all(dataset[i][1] for i in range(6))
 
 
 def test_seed_0_augments_too(utterances):
@@ -689,7 +717,7 @@ def test_durations_are_those_after_speed_perturbation(utterances):
     assert plain.durations_s() == [u.duration_s for u in utterances]
     # Without trimming, a recording has as many frames of 30 ms as its duration says, and perhaps
     # a last one that is not full.
-    cfg = FeatureConfig(trim_db=-200.0)
+    cfg = FeatureConfig(trim=False)
     for epoch in (1, 2):
         dataset = data.SpeechDataset(utterances, None, cfg, seed=1, epoch=epoch)
         ratios = np.divide(dataset.durations_s(), plain.durations_s())
@@ -699,6 +727,15 @@ def test_durations_are_those_after_speed_perturbation(utterances):
         for i, seconds in enumerate(dataset.durations_s()):
             # Factors are rounded to hundredths.
             assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1 + 0.005 * seconds / 0.03
+
+
+def test_durations_count_the_added_background(utterances):
+    cfg = FeatureConfig(trim=False, pad_max_s=1.0, speed_min=1.0, speed_max=1.0)
+    dataset = data.SpeechDataset(utterances, None, cfg, seed=1)
+    durations_s = dataset.durations_s()
+    assert max(np.subtract(durations_s, [u.duration_s for u in utterances])) > 0.3
+    for i, seconds in enumerate(durations_s):
+        assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1
 
 
 def test_number_of_workers_does_not_change_the_batches(dataset, utterances):

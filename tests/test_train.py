@@ -330,6 +330,20 @@ def test_twenty_steps_drive_the_loss_down():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("lattice_band", [0, 3])
+def test_steps_of_recordings_without_words_drive_the_loss_down(lattice_band):
+    trainer = make_trainer(replace(SMALL, ctc_split=2), eps=1e-9, ctc_weight=0.5,
+                           lattice_band=lattice_band)
+    items = [(feats, [], utterance) for feats, _, utterance in map(make_item, range(4))]
+    batch = data.collate(items, FRONT_END)
+    assert batch.targets.shape == (4, 0)
+    for ctc_alone in (True, False):
+        results = [train.train_step(trainer, [batch], step, 0.05, ctc_alone)
+                   for step in range(1, 11)]
+        assert results[-1].loss < 0.5 * results[0].loss
+        assert results[-1].num_unaligned == 0
+
+
 def test_a_step_returns_the_mean_cost_and_the_norm_of_its_gradient(float64):
     trainer, batch = make_trainer(), make_batch(0, 1, 2)
     model = make_trainer().model.train()  # the same weights
