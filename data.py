@@ -42,6 +42,7 @@ from features import (
     DEFAULT,
     FeatureConfig,
     Layout,
+    count_samples,
     draw_layout,
     features,
     is_audio,
@@ -192,7 +193,7 @@ def probe_audio(utterance: Utterance, cfg: FeatureConfig,
     path = utterance.path
     try:
         with open_audio(path) as audio:
-            frames, rate, channels = audio.frames, audio.samplerate, audio.channels
+            frames, rate, channels = count_samples(audio), audio.samplerate, audio.channels
         samples = read_audio(path)[0] if decode else np.zeros(0)
     except (OSError, ValueError) as error:
         return [Problem("error", "audio not readable", utterance.id, str(error))]

@@ -11,15 +11,18 @@ The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of in
 modelzoo/rnnt/pytorch/common/data/dali/pipeline.py).
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -121,8 +124,12 @@ DEFAULT = FeatureConfig()
 
 # --------------------------------------------------------------------------- audio file to samples
 
-SUFFIXES = (".flac", ".wav", ".ogg")  # of the files of a corpus
+# Names of the formats that libsndfile reads. A WAV file may hold NIST's format, as in TIMIT.
+SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
+            ".snd", ".sph", ".nist", ".caf", ".w64", ".rf64")
 LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
+BLOCK = 2**20  # samples per channel that are read at once
+UNKNOWN = 2**60  # libsndfile reports at least so many samples where a header does not tell
 
 
 def is_audio(name: str) -> bool:
@@ -136,17 +143,44 @@ def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     Channels are averaged and other rates are resampled; each gives a warning.
     """
     samples, rate = read_audio(path)
+    return to_rate(to_mono(samples), rate, cfg)
+
+
+def to_mono(samples: np.ndarray) -> np.ndarray:
+    """(n,) or (n, channels) -> (n,) average of the channels."""
     if samples.ndim == 2:
         warn_once(f"audio of {samples.shape[1]} channels is averaged to one")
         samples = samples.mean(1)
+    return samples
+
+
+def to_rate(samples: np.ndarray, rate: int, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """(n,) samples at `rate` -> (m,) at the rate of `cfg`."""
     if rate != cfg.sample_rate_hz:
         warn_once(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz")
         samples = resample(samples, rate, cfg.sample_rate_hz)
     return samples
 
 
+class AudioFile(soundfile.SoundFile):
+    """An open audio file that is read from its beginning to its end.
+
+    soundfile would seek after every read of a seekable file. That takes time, and fails at the end
+    of a FLAC file whose header does not tell its length.
+    """
+
+    def __init__(self, file: BinaryIO, path: str | Path) -> None:
+        super().__init__(os.dup(file.fileno()))  # libsndfile closes its descriptor
+        self.path = path
+
+    def seekable(self) -> bool:
+        return False
+
+
 def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     """Samples, float32 (n,) or (n, channels), and their rate. int16 is scaled by 1/32768.
+
+    `-` is standard input.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -154,24 +188,52 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
             LOUDEST.
     """
     with open_audio(path) as audio:
+        blocks = list(read_blocks(audio, min(audio.frames, BLOCK)))
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), audio.samplerate
+
+
+def read_blocks(audio: AudioFile, size: int) -> Iterator[np.ndarray]:
+    """The samples, float32 (size,) or (size, channels) and a shorter last block if need be.
+
+    Raises as `read_audio` does.
+    """
+    is_first, is_last = True, False
+    while not is_last:
         try:
-            samples = audio.read(audio.frames, dtype="float32")
+            samples = audio.read(size, dtype="float32")
         except soundfile.LibsndfileError as error:
             message = error.error_string or f"libsndfile error {error.code}"
-            raise ValueError(f"{path}: damaged audio: {message}") from error
-    # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
-    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
-        bad = np.count_nonzero(~good)
-        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
-    return samples, audio.samplerate
+            raise ValueError(f"{audio.path}: damaged audio: {message}") from error
+        if is_first and len(samples) == 0:
+            raise ValueError(f"{audio.path}: the file has no samples")
+        # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
+        is_integer = audio.subtype.startswith("PCM")
+        if not is_integer and not (good := np.abs(samples) <= LOUDEST).all():
+            bad = np.count_nonzero(~good)
+            raise ValueError(f"{audio.path}: {bad} samples not finite, or larger than {LOUDEST:g}")
+        is_first, is_last = False, len(samples) < size
+        if len(samples):
+            yield samples
 
 
-def open_audio(path: str | Path) -> soundfile.SoundFile:
+def count_samples(audio: AudioFile) -> int:
+    """Samples per channel. A file whose header does not tell is read; raises as `read_audio`."""
+    if audio.frames < UNKNOWN:
+        return audio.frames
+    return sum(len(block) for block in read_blocks(audio, BLOCK))
+
+
+def open_audio(path: str | Path) -> AudioFile:
     """Opens an audio file whose header and last sample are good; raises as `read_audio` does."""
     try:
-        audio = soundfile.SoundFile(os.fsencode(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw has no header
-        raise diagnose(path, error) from error
+        with open_seekable("/dev/stdin" if str(path) == "-" else path) as file:
+            try:
+                audio = AudioFile(file, path)
+            except soundfile.LibsndfileError as error:
+                file.seek(0)
+                raise diagnose(path, file.read(64), error) from error
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror}") from error
     if audio.frames == 0:
         raise ValueError(f"{path}: the file has no samples")
     if is_truncated(audio):
@@ -179,9 +241,23 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
     return audio
 
 
-def is_truncated(audio: soundfile.SoundFile) -> bool:
+@contextlib.contextmanager
+def open_seekable(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file, or a temporary copy of what a pipe holds: libsndfile must be able to seek."""
+    with open(path, "rb") as file:
+        if file.seekable():
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
+
+
+def is_truncated(audio: AudioFile) -> bool:
     """Whether samples that the header promises are missing. Only the last sample is read."""
-    if audio.seekable():  # compressed WAV is not seekable
+    # Compressed WAV is not seekable.
+    if soundfile.SoundFile.seekable(audio) and audio.frames < UNKNOWN:
         try:
             audio.seek(audio.frames - 1)
             last = audio.read(1)
@@ -196,18 +272,13 @@ def is_truncated(audio: soundfile.SoundFile) -> bool:
     return promised is not None and int(promised[1]) < 0x7FFF_F000
 
 
-def diagnose(path: str | Path, error: Exception) -> OSError | ValueError:
-    """The exception that says why soundfile could not open a file."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as os_error:
-        return type(os_error)(f"{path}: {os_error.strerror}")
+def diagnose(path: str | Path, head: bytes, error: soundfile.LibsndfileError) -> ValueError:
+    """The exception that says why a file that begins with `head` is not audio."""
     if not head:
         return ValueError(f"{path}: the file is empty")
     if head.startswith(b"version https://git-lfs"):
         return ValueError(f"{path}: a git-LFS pointer; `git lfs pull` fetches the audio")
-    return ValueError(f"{path}: not readable as audio: {getattr(error, 'error_string', error)}")
+    return ValueError(f"{path}: not readable as audio: {error.error_string}")
 
 
 @functools.cache

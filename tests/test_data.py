@@ -84,12 +84,16 @@ def test_good_split_has_its_utterances_by_id_and_no_problem(corpus):
     ]
 
 
-@pytest.mark.parametrize("suffix", [".wav", ".ogg", ".FLAC"])
-def test_other_suffixes_are_audio_too(corpus, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [(".wav", "WAV"), (".ogg", "OGG"), (".FLAC", "FLAC"), (".mp3", "MP3"), (".opus", "OGG"),
+     (".WAV", "NIST"), (".sph", "NIST"), (".aiff", "AIFF"), (".au", "AU")],
+)
+def test_other_suffixes_are_audio_too(corpus, suffix, name):
     path = corpus.folder / "7-9-0000.flac"
     path.unlink()
-    name = suffix.strip(".").upper()
-    soundfile.write(path.with_suffix(suffix), NOISE, 16000, format=name)
+    subtype = "OPUS" if suffix == ".opus" else None
+    soundfile.write(path.with_suffix(suffix), NOISE, 16000, format=name, subtype=subtype)
     utterances, problems = corpus.scan()
     assert utterances[0].path == str(path.with_suffix(suffix))
     assert problems == []

@@ -10,7 +10,9 @@ test_data.py.
 
 import itertools
 import math
+import os
 import struct
+import threading
 import warnings
 
 import librosa
@@ -147,6 +149,55 @@ def test_wav_from_a_pipe_promises_too_much_and_is_read(tmp_path, promised):
     at = contents.index(b"data") + 4
     path.write_bytes(contents[:at] + struct.pack("<I", promised) + contents[at + 4 :])
     assert len(features.load_audio(path)) == 16000
+
+
+def write_flac_of_unknown_length(path, samples) -> None:
+    """As programs write it that encode into a pipe: without number of samples and checksum."""
+    soundfile.write(path, samples, 16000)
+    contents = bytearray(path.read_bytes())
+    contents[21] &= 0xF0  # 36 bits of STREAMINFO, which begins at byte 8
+    contents[22:26] = bytes(4)
+    contents[26:42] = bytes(16)
+    path.write_bytes(contents)
+
+
+def test_flac_of_unknown_length_is_read_whole(tmp_path):
+    samples = noise(100_000)
+    soundfile.write(tmp_path / "a.flac", samples, 16000)
+    write_flac_of_unknown_length(tmp_path / "b.flac", samples)
+    known, unknown = (features.load_audio(tmp_path / name) for name in ("a.flac", "b.flac"))
+    assert len(unknown) == 100_000
+    assert np.array_equal(unknown, known)
+    with features.open_audio(tmp_path / "b.flac") as audio:
+        assert features.count_samples(audio) == 100_000
+
+
+def test_half_of_a_flac_of_unknown_length_is_damaged(tmp_path):
+    path = tmp_path / "a.flac"
+    write_flac_of_unknown_length(path, noise(100_000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="a.flac: damaged audio: "):
+        features.load_audio(path)
+
+
+@pytest.mark.parametrize("frames", [1, 999, 1000, 1001, 2500])
+def test_blocks_make_the_whole(tmp_path, frames):
+    soundfile.write(tmp_path / "a.wav", noise(2 * frames).reshape(frames, 2), 16000)
+    with features.open_audio(tmp_path / "a.wav") as audio:
+        blocks = list(features.read_blocks(audio, 1000))
+    assert [len(block) for block in blocks[:-1]] == [1000] * (len(blocks) - 1)
+    assert np.array_equal(np.concatenate(blocks), features.read_audio(tmp_path / "a.wav")[0])
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_a_fifo_is_read_as_a_file(tmp_path, suffix):
+    path, fifo = tmp_path / f"a.{suffix}", tmp_path / "fifo"
+    soundfile.write(path, noise(50_000), 16000)
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(path.read_bytes()))
+    writer.start()
+    assert np.array_equal(features.load_audio(fifo), features.load_audio(path))
+    writer.join()
 
 
 @pytest.mark.parametrize("largest", [2**15, 2**31, features.LOUDEST])
