@@ -1,39 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy transducer decoding, word error rate, and word times.
 
-    python decode.py --checkpoint out/demo/best.pt a.flac b.wav      # prints `path<TAB>text`
-    python decode.py --checkpoint out/demo/best.pt a.flac --plot a.png --ctm a.ctm --json a.json
+    python decode.py --checkpoint out/demo/best.pt a.flac calls/ -   # prints `path<TAB>text`
+    python decode.py --checkpoint out/demo/best.pt a.flac --srt a.srt --plot a.png --json a.json
     python decode.py --checkpoint out/demo/best.pt --data data/demo --split dev-demo
 
-The second form draws one file with its words, and writes the times and confidences of words for
-any number of files. The third prints WER, real-time factor and the kinds of errors, and writes
-hypotheses beside their references. Architecture, front end and tokenizer come from the
-checkpoint; the weights are the exponential moving average that training evaluates.
+The second form writes subtitles and draws one file with its words; --ctm and --json write the
+times and confidences of words for any number of files. The third prints WER, real-time factor and
+the kinds of errors, and writes hypotheses beside their references. Architecture, front end and
+tokenizer come from the checkpoint; the weights are the exponential moving average that training
+evaluates.
 
 Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 """
 
 import argparse
-import json
+import functools
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import writers
 from checkpoint import load_checkpoint
 from data import Batch, Tokenizer
-from features import FeatureConfig, features, is_audio, load_audio, log_mel, nonsilent_region
+from features import FeatureConfig, features, nonsilent_region
 from model import ModelConfig, Transducer
+from segment import Piece, list_audio, read_pieces
+from writers import Segment, Transcription, Word
 
 # The limits are those of rnnt/decoder.py:309 in the original and of its --max_symbol_per_sample.
 # LibriSpeech's longest utterances, 35 s, have fewer than 300 sentencepieces.
@@ -153,15 +157,6 @@ def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
 # ------------------------------------------------------------------------------- words and times
 
 
-class Word(NamedTuple):
-    """A word of a hypothesis; it starts and ends with the frames that emit its pieces."""
-
-    text: str
-    start_s: float
-    end_s: float
-    confidence: float  # posterior of the piece that is least certain
-
-
 def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
              start_s: float) -> list[Word]:
     """Words of one path whose frame 0 is at `start_s`.
@@ -182,6 +177,15 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
         if text:  # the piece that starts a word may hold no letter
             words.append(Word(text, start, end, math.exp(min(arc.log_prob for arc in word))))
     return words
+
+
+def segment_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float, start_s: float,
+               samples: np.ndarray | None = None) -> Segment:
+    """The decoded part of a recording whose frame 0 is at `start_s`."""
+    text = tokenizer.decode([arc.label for arc in path if arc.label != tokenizer.blank])
+    end_s = start_s + frame_s * (path[-1].frame + 1 if path else 0)
+    return Segment(start_s, end_s, text, words_of(path, tokenizer, frame_s, start_s), list(path),
+                   samples)
 
 
 # ------------------------------------------------------------------------------ word error rate
@@ -332,38 +336,6 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
 # ----------------------------------------------------------------------------- transcribing files
 
 
-def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
-    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
-
-    Returns also the number of folders that cannot be read; each is named on stderr.
-    """
-    files: list[str] = []
-    errors: list[OSError] = []
-    for path in paths:
-        inside, visited = [], set()
-        for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
-            if os.path.realpath(folder) in visited:  # links lead to a folder twice, or in a circle
-                subfolders.clear()
-                continue
-            visited.add(os.path.realpath(folder))
-            subfolders.sort()
-            inside += (str(Path(folder, name)) for name in names if is_audio(name))
-        files += sorted(inside) or [path]
-    errors = [error for error in errors if os.path.isdir(error.filename)]
-    for error in errors:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return files, len(errors)
-
-
-class Transcription(NamedTuple):
-    """One decoded audio file."""
-
-    path: str
-    text: str
-    words: list[Word]
-    arcs: list[Arc]
-
-
 @torch.no_grad()
 def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
     """Path of each file, (T_in, D), through its lattice, without a limit on all symbols.
@@ -380,49 +352,64 @@ def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
     return paths
 
 
-def transcribe_batch(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
-                     cfg: FeatureConfig) -> list[Transcription]:
-    """Decodes the files that can be read as one batch and names the others on stderr."""
-    samples = []
-    for path in paths:
-        try:
-            samples.append((path, load_audio(path, cfg)))
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-    if not samples:
-        return []
-    transcriptions = []
-    all_arcs = find_paths(model, [features(x, cfg) for _, x in samples])
-    for (path, x), arcs in zip(samples, all_arcs, strict=True):
-        text = tokenizer.decode([arc.label for arc in arcs if arc.label != tokenizer.blank])
-        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz  # of frame 0: silence is trimmed
-        words = words_of(arcs, tokenizer, model.cfg.reduction * cfg.frame_s, start_s)
-        transcriptions.append(Transcription(path, text, words, arcs))
-    return transcriptions
+def decode_pieces(pieces: Sequence[Piece], model: Transducer, tokenizer: Tokenizer,
+                  cfg: FeatureConfig, keep_samples: bool = False) -> list[Segment]:
+    """Decodes pieces as one batch; times are those of their recordings."""
+    frame_s = model.cfg.reduction * cfg.frame_s
+    paths = find_paths(model, [features(piece.samples, cfg) for piece in pieces])
+    segments = []
+    for piece, path in zip(pieces, paths, strict=True):
+        first, end = nonsilent_region(piece.samples, cfg)
+        start_s = piece.start_s + first / cfg.sample_rate_hz
+        samples = piece.samples[first:end] if keep_samples else None
+        segments.append(segment_of(path, tokenizer, frame_s, start_s, samples))
+    return segments
 
 
-def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
-    """NIST's CTM: file, channel, start, duration, word, confidence; times are in seconds.
+def readable_pieces(path: str, cfg: FeatureConfig) -> Iterator[Piece | None]:
+    """The pieces of a file; if it cannot be read to its end, names it on stderr and yields None."""
+    try:
+        yield from read_pieces(path, cfg)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        yield None
 
-    A file is called by its name without suffix, or by its path where two have one name. White
-    space separates columns, so it becomes `_` in names.
+
+def transcribe_files(paths: Sequence[str], cfg: FeatureConfig, batch_size: int,
+                     decode_batch: Callable[[list[Piece]], list[Segment]],
+                     ) -> Iterator[Transcription | None]:
+    """Transcribes files of any length in their order; yields None for one that cannot be read.
+
+    Pieces of several files make a batch, so that many short files are decoded as fast as one long
+    file. A progress bar shows the share of the files that is decoded.
     """
-    names = Counter(Path(t.path).stem for t in transcriptions)
-    lines = [f";; times are those of emissions, in frames of {frame_s:.3f} s\n"]
-    for t in transcriptions:
-        stem = Path(t.path).stem
-        name = re.sub(r"\s", "_", stem if names[stem] == 1 else t.path)
-        for w in t.words:
-            lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
-                         f"{w.text} {w.confidence:.3f}\n")
-    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    queue: list[tuple[Transcription, Piece]] = []
+    complete: list[Transcription] = []  # no piece of these is missing but those in the queue
+    bar = tqdm(total=len(paths), desc="files", disable=None, leave=False,
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
 
+    def decode_queue() -> Iterator[Transcription]:
+        segments = decode_batch([piece for _, piece in queue]) if queue else []
+        for (transcription, piece), segment in zip(queue, segments, strict=True):
+            transcription.segments.append(segment)
+            bar.update(piece.share)
+        yield from complete
+        queue.clear()
+        complete.clear()
 
-def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
-    files = [{"path": t.path, "text": t.text, "words": [w._asdict() for w in t.words]}
-             for t in transcriptions]
-    text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    with bar:
+        for path in paths:
+            transcription = Transcription(path, [])
+            for piece in readable_pieces(path, cfg):
+                if piece is None:
+                    yield None
+                    break
+                queue.append((transcription, piece))
+                if len(queue) == batch_size:
+                    yield from decode_queue()
+            else:
+                complete.append(transcription)
+        yield from decode_queue()
 
 
 def find_reference(path: str) -> str | None:
@@ -453,96 +440,105 @@ def label_words(words: Sequence[Word], reference: str | None,
     return labels
 
 
-def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: float) -> None:
-    """Draws the log-mel picture with words at their emissions, and the posterior of blank below.
-
-    A frame may emit several labels; its posterior is the one before the first of them.
-    """
-    from matplotlib.figure import Figure  # imported here because it takes long to load
-
-    samples = load_audio(transcription.path, cfg)
-    start, end = nonsilent_region(samples, cfg)
-    start_s, seconds = start / cfg.sample_rate_hz, (end - start) / cfg.sample_rate_hz
-    figure = Figure(figsize=(max(8.0, seconds), 5), dpi=100, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.imshow(log_mel(samples[start:end], cfg).T, origin="lower", aspect="auto",
-                 extent=(start_s, start_s + seconds, 0, cfg.num_mels))
-    x = -math.inf
-    reference = find_reference(transcription.path)
-    for time_s, label, colour in label_words(transcription.words, reference, start_s):
-        x = max(time_s, x + seconds / 40)  # labels of one frame must not cover each other
-        upper.axvline(time_s, color="white", linewidth=0.8, linestyle="--")
-        upper.text(x, cfg.num_mels + 1, label, color=colour, rotation=45)
-    upper.set(ylabel="mel bin", xlim=(start_s, start_s + seconds))
-    first = {arc.frame: arc for arc in reversed(transcription.arcs)}
-    edges = [start_s + frame_s * t for t in range(len(first) + 1)]
-    lower.stairs([math.exp(first[t].blank_log_prob) for t in sorted(first)], edges)
-    lower.set(xlabel="seconds", ylabel="P(blank)", ylim=(0, 1.05))
-    figure.savefig(png)
+def write_files(args: argparse.Namespace, transcriptions: Sequence[Transcription],
+                cfg: FeatureConfig, frame_s: float) -> None:
+    """Writes the files that the command line asks for."""
+    if args.ctm:
+        writers.write_ctm(args.ctm, transcriptions, frame_s)
+    if args.json:
+        writers.write_json(args.json, transcriptions, frame_s)
+    for t in transcriptions:  # one at most for these three
+        if args.srt:
+            writers.write_srt(args.srt, t)
+        if args.vtt:
+            writers.write_vtt(args.vtt, t)
+        if args.plot:
+            start_s = t.segments[0].start_s if t.segments else 0.0
+            labels = label_words(t.words, find_reference(t.path), start_s)
+            writers.plot(args.plot, t.segments, labels, cfg, frame_s)
 
 
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
     paths, num_failed = list_audio(args.audio)
-    if args.plot and len(paths) != 1:
-        raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
-    for path in filter(None, (args.ctm, args.json, args.plot)):
+    for flag in ("srt", "vtt", "plot"):
+        if getattr(args, flag) and len(paths) != 1:
+            raise ValueError(f"--{flag}: {len(paths)} audio files, expected 1")
+    outputs = list(filter(None, (args.ctm, args.json, args.srt, args.vtt, args.plot)))
+    for path in outputs:
         open(path, "a").close()  # an unwritable path fails now, not after decoding
     kept: list[Transcription] = []
-    starts = range(0, len(paths), args.batch_size)
-    for start in tqdm(starts, desc="files", unit="batch", disable=None, leave=False):
-        batch = paths[start : start + args.batch_size]
-        transcriptions = transcribe_batch(batch, model, tokenizer, cfg)
-        num_failed += len(batch) - len(transcriptions)
-        for t in transcriptions:
-            tqdm.write(f"{t.path}\t{t.text}")
+    decode_batch = functools.partial(decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg,
+                                     keep_samples=bool(args.plot))
+    for transcription in transcribe_files(paths, cfg, args.batch_size, decode_batch):
+        if transcription is None:
+            num_failed += 1
+            continue
+        tqdm.write(f"{transcription.path}\t{transcription.text}")
         sys.stdout.flush()
-        if args.ctm or args.json or args.plot:
-            kept += transcriptions
-    frame_s = model.cfg.reduction * cfg.frame_s
-    if args.ctm:
-        write_ctm(args.ctm, kept, frame_s)
-    if args.json:
-        write_json(args.json, kept, frame_s)
-    if args.plot and kept:
-        plot(args.plot, kept[0], cfg, frame_s)
+        if outputs:
+            kept.append(transcription)
+    write_files(args, kept, cfg, model.cfg.reduction * cfg.frame_s)
     return num_failed == 0
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
-def main() -> int:
-    """Exit status: 1 if anything could not be read or written."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe")
+    parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe; "
+                        "- is standard input")
     parser.add_argument("--checkpoint", required=True, help="best.pt or checkpoint-*.pt")
     parser.add_argument("--data", help="corpus root; with --split: score that split")
     parser.add_argument("--split", help="folder below --data, e.g. dev-clean")
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
     parser.add_argument("--json", help="likewise as JSON")
+    parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
+    parser.add_argument("--vtt", help="likewise as WebVTT")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     if bool(args.data) != bool(args.split) or bool(args.audio) == bool(args.data):
         parser.error("give either audio files, or --data and --split")
-    if args.data and (args.ctm or args.json or args.plot):
-        parser.error("--ctm, --json and --plot are for audio files")
-    if args.audio and args.hypotheses:
+    if args.data and (args.ctm or args.json or args.srt or args.vtt or args.plot):
+        parser.error("--ctm, --json, --srt, --vtt and --plot are for audio files")
+    if args.hypotheses and not args.data:
         parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; returns 1 if anything could not be read."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.audio:
+        return 0 if transcribe(args, checkpoint) else 1
+    score_split(args, checkpoint)
+    return 0
+
+
+def main() -> int:
+    """Exit status: 0, 1 if anything could not be read or written, 2 for a wrong command line,
+    130 after Ctrl-C, 141 if the reader of standard output has closed it."""
+    args = parse_arguments()
     torch.set_flush_denormal(True)  # denormal numbers slow LSTMs down
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
-        checkpoint = load_checkpoint(args.checkpoint)
-        if args.data:
-            score_split(args, checkpoint)
-            return 0
-        return 0 if transcribe(args, checkpoint) else 1
+        status = run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit and would report the error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, ValueError) as error:
         print(data.reason(error), file=sys.stderr)
         return 1

@@ -458,13 +458,65 @@ def test_a_folder_stands_for_all_audio_below_it_by_name(scene, main, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
     text = scene.texts[0]
-    assert main(tmp_path) == (0, f"{tmp_path}/A.FLAC\t{text}\n{tmp_path}/b/a.flac\t{text}\n", "")
+    status, printed, errors = main(tmp_path)
+    assert (status, printed) == (0, f"{tmp_path}/A.FLAC\t{text}\n{tmp_path}/b/a.flac\t{text}\n")
+    assert errors == (f"{tmp_path}: 2 files have no suffix of audio and are passed over: "
+                      ".raw (1), .txt (1)\n")
+
+
+FORMATS = {"a.mp3": {}, "b.opus": {"format": "OGG", "subtype": "OPUS"}, "c.aiff": {}, "d.au": {},
+           "e.WAV": {"format": "NIST"}, "f.sph": {"format": "NIST"}, "g.w64": {}, "h.caf": {}}
+
+
+def test_a_folder_and_a_file_take_the_same_formats(scene, main, tmp_path):
+    sound, _ = soundfile.read(scene.audio[3], dtype="int16")
+    for name, options in FORMATS.items():
+        soundfile.write(tmp_path / name, sound, 16000, **options)
+    status, printed, errors = main(tmp_path)
+    assert (status, errors) == (0, "")
+    assert printed == "".join(main(tmp_path / name)[1] for name in FORMATS)
+    for name in list(FORMATS)[2:]:  # the first two are lossy
+        assert f"{tmp_path / name}\t{scene.texts[3]}\n" in printed
 
 
 def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
     status, printed, errors = main(tmp_path, scene.audio[0])
     assert (status, printed) == (1, f"{scene.audio[0]}\t{scene.texts[0]}\n")
     assert f"{tmp_path}: Is a directory" in errors
+
+
+def run_command(scene, *argv, **options):
+    """decode.py as a process of its own."""
+    command = [sys.executable, REPO / "decode.py", "--checkpoint", scene.checkpoint, *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **options)
+
+
+def test_a_dash_is_standard_input(scene):
+    process = run_command(scene, "-", "/dev/stdin", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    printed, errors = process.communicate(scene.audio[0].read_bytes(), timeout=300)
+    assert printed.decode() == f"-\t{scene.texts[0]}\n"
+    assert errors == b"/dev/stdin: the file is empty\n"  # the first of both has read everything
+    assert process.returncode == 1
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_command_with_status_141(scene):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = run_command(scene, scene.audio[0], stdout=writer)
+    os.close(writer)
+    assert process.communicate(timeout=300)[1] == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("argv", [("a.flac",), ("--data", "corpus", "--split", "dev")])
+def test_ctrl_c_ends_the_command_quietly_with_status_130(scene, main, monkeypatch, argv):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("transcribe", "score_split"):
+        monkeypatch.setattr(decode, name, interrupt)
+    assert main(*argv) == (130, "", "")
 
 
 def test_a_name_that_is_not_utf8_is_printed_with_escapes(scene, main, tmp_path):
@@ -488,7 +540,7 @@ def test_batches_with_too_many_frames_are_decoded_in_halves(scene, monkeypatch):
     assert [[a[:2] for a in p] for p in halves] == [[a[:2] for a in p] for p in whole]
 
 
-@pytest.mark.parametrize("flag", ["--ctm", "--json", "--plot", "--hypotheses"])
+@pytest.mark.parametrize("flag", ["--ctm", "--json", "--srt", "--vtt", "--plot", "--hypotheses"])
 def test_files_that_cannot_be_written_are_named_before_decoding(
     scene, main, tmp_path, monkeypatch, flag
 ):
@@ -572,7 +624,7 @@ def test_folders_are_searched_through_links_and_unreadable_ones_are_named(
     assert status == 1
     expected = [f"{calls}/a.flac\t{scene.texts[0]}", f"{calls}/sub/b.flac\t{scene.texts[0]}"]
     assert printed.splitlines() == expected
-    assert named(errors) == [f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
+    assert named(errors) == [str(calls), f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
 
 
 def test_hypotheses_are_written_beside_their_references(scene, score):
