@@ -28,6 +28,7 @@ FLOOR_PERCENTILE, LOUD_PERCENTILE = 10, 95  # of levels: the noise floor, and lo
 SILENCE_DB = -90.0  # least level; digital silence has it, and tells nothing of the noise
 PAUSE_FRAMES = 40  # shortest pause that ends a piece
 PAD_FRAMES = 20  # kept of a pause on either side of a piece: soft beginnings and ends of words
+RANGE_DB = 50.0  # a pause further below the loudest sound of a piece is not kept at all
 SHORTEST_FRAMES = 15  # a shorter sound is a click
 
 
@@ -164,8 +165,9 @@ def find_speech(levels: np.ndarray, speech_db: float, pause_db: float,
     pieces = []
     for first, end in sounds:
         if end - first >= SHORTEST_FRAMES:
-            padded = max(0, first - PAD_FRAMES), min(len(levels), end + PAD_FRAMES)
-            pieces += cut_at_quietest(levels, *padded, longest)
+            first, end = max(0, first - PAD_FRAMES), min(len(levels), end + PAD_FRAMES)
+            audible = first + np.flatnonzero(levels[first:end] > levels[first:end].max() - RANGE_DB)
+            pieces += cut_at_quietest(levels, int(audible[0]), int(audible[-1]) + 1, longest)
     return pieces
 
 
