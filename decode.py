@@ -1,32 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy transducer decoding, word error rate, and word times.
+"""Greedy transducer decoding, word error rate, word times, and streams.
 
     python decode.py --checkpoint out/demo/best.pt a.flac calls/ -   # prints `path<TAB>text`
     python decode.py --checkpoint out/demo/best.pt a.flac --srt a.srt --plot a.png --json a.json
     python decode.py --checkpoint out/demo/best.pt --data data/demo --split dev-demo
+    arecord -q -f S16_LE -r 16000 -c 1 -t raw | python decode.py --checkpoint C --stream
 
 The second form writes subtitles and draws one file with its words; --ctm and --json write the
 times and confidences of words for any number of files. The third prints WER, real-time factor and
-the kinds of errors, and writes hypotheses beside their references. Architecture, front end and
-tokenizer come from the checkpoint; the weights are the exponential moving average that training
-evaluates.
+the kinds of errors, and writes hypotheses beside their references. The fourth prints words while
+they are spoken. Architecture, front end and tokenizer come from the checkpoint; the weights are
+the exponential moving average that training evaluates.
 
 Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 """
 
 import argparse
 import functools
+import json
 import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,9 +37,17 @@ import data
 import writers
 from checkpoint import load_checkpoint
 from data import Batch, Tokenizer
-from features import FeatureConfig, features, nonsilent_region
+from features import (
+    FeatureConfig,
+    dither,
+    features,
+    log_mel,
+    nonsilent_region,
+    scale_fixed,
+    splice,
+)
 from model import ModelConfig, Transducer
-from segment import Piece, list_audio, read_pieces
+from segment import BLOCK_S, Piece, decibels, list_audio, read_pieces, thresholds
 from writers import Segment, Transcription, Word
 
 # The limits are those of rnnt/decoder.py:309 in the original and of its --max_symbol_per_sample.
@@ -483,6 +494,186 @@ def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     return num_failed == 0
 
 
+# ---------------------------------------------------------------------------------------- streams
+
+PAUSE_S = 1.0  # seconds without speech that end a sentence of a stream
+
+
+class Stream:
+    """Recognises speech while it is spoken: samples in, in pieces of any size, text so far out.
+
+        stream = Stream("out/mine/best.pt")
+        for samples in microphone:  # (n,) float32 at the model's rate
+            print(stream.accept(samples))
+        print(stream.finish())
+
+    Audio is worked off in steps of one encoder frame, so it does not matter in which pieces it
+    comes, and the words are those of the whole recording. A sentence ends when `pause_s` seconds
+    bring neither speech nor words; beyond the longest training utterance shorter pauses do, and
+    twice that length ends it in any case. Then all states start anew: a stream may run for days.
+    `sentences` has the ended sentences with their times; the caller may clear it.
+
+    He et al. (2019), arXiv:1811.06621.
+    """
+
+    def __init__(self, checkpoint: dict | str | Path, pause_s: float = PAUSE_S) -> None:
+        """Takes a checkpoint or its path.
+
+        Raises:
+            ValueError: the features of the model need the whole recording.
+        """
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        self.model, self.tokenizer, self.cfg = restore(checkpoint)
+        if self.cfg.trim or self.cfg.normalize != "none":
+            raise ValueError("the features of this model need the whole recording: a stream needs "
+                             "a model that train.py trained with --no-trim --normalize none")
+        self.pause_s = pause_s
+        self.frame_s = self.model.cfg.reduction * self.cfg.frame_s
+        self.step = self.cfg.hop * self.cfg.splice * self.model.cfg.reduction  # samples
+        self.reach = -(-self.cfg.window // (2 * self.cfg.hop))  # hops in half a window
+        self.sentences: list[Segment] = []
+        self.waiting = np.zeros(0, np.float32)  # samples that do not fill a step
+        self.levels: deque[float] = deque(maxlen=round(BLOCK_S / self.frame_s))  # of the last steps
+        self.begin(0)
+
+    def begin(self, first: int) -> None:
+        """Starts a sentence at sample number `first` of the stream."""
+        self.first, self.num_samples = first, 0
+        self.context = np.zeros(0, np.float32)  # last samples, which later frames need again
+        self.mels = torch.zeros(0, self.cfg.num_mels)  # frames that do not fill an encoder frame
+        self.encoder_state = self.search_state = None
+        self.labels: list[int] = []
+        self.arcs: list[Arc] = []
+        self.quiet_s = 0.0
+
+    @property
+    def current(self) -> str:
+        """Text of the sentence that has not ended."""
+        return self.tokenizer.decode(self.labels)
+
+    @property
+    def text(self) -> str:
+        """Text of `sentences` and of the sentence that has not ended."""
+        return " ".join(filter(None, [*(s.text for s in self.sentences), self.current]))
+
+    def accept(self, samples: np.ndarray) -> str:
+        """Takes (n,) samples, float32 in [-1, 1] at the model's rate; returns the text so far."""
+        self.waiting = np.concatenate([self.waiting, np.asarray(samples, np.float32)])
+        while len(self.waiting) >= self.step:
+            samples, self.waiting = self.waiting[: self.step], self.waiting[self.step :]
+            self.take_step(samples)
+        return self.text
+
+    def finish(self) -> str:
+        """Decodes what is left and ends the sentence; returns the text of the stream."""
+        self.end(self.waiting)
+        self.begin(self.first + self.num_samples)
+        self.waiting = self.waiting[:0]
+        return self.text
+
+    def take_step(self, samples: np.ndarray) -> None:
+        """Decodes (step,) samples and ends the sentence if it is over."""
+        num_labels = len(self.labels)
+        self.decode(samples)
+        level = float(decibels(np.square(samples, dtype=np.float64).mean()))
+        self.levels.append(level)
+        speech_db, pause_db = thresholds(np.array(self.levels))
+        if level > speech_db or len(self.labels) > num_labels:
+            self.quiet_s = 0.0
+        elif level < pause_db or self.quiet_s > 0:
+            self.quiet_s += self.frame_s
+        length_s = self.num_samples / self.cfg.sample_rate_hz
+        patience = min(1.0, 2 - length_s / self.cfg.max_utterance_s)
+        if (self.labels or patience < 1) and self.quiet_s >= self.pause_s * patience:
+            self.end(samples[:0])
+            # The next word may have begun softly: the step starts the next sentence as well.
+            self.begin(self.first + self.num_samples - self.step)
+            self.decode(samples)
+
+    def end(self, samples: np.ndarray) -> None:
+        """Decodes the last samples of the sentence, and moves it to `sentences` if it has words."""
+        self.decode(samples, is_last=True)
+        start_s = self.first / self.cfg.sample_rate_hz
+        sentence = segment_of(self.arcs, self.tokenizer, self.frame_s, start_s)
+        if sentence.text:
+            self.sentences.append(sentence)
+
+    @torch.no_grad()
+    def decode(self, samples: np.ndarray, is_last: bool = False) -> None:
+        """Continues the sentence with all encoder frames that (n,) samples complete."""
+        start = self.num_samples
+        self.num_samples += len(samples)
+        if self.num_samples == 0:
+            return
+        chunk = np.concatenate([self.context, dither(samples, start, self.cfg)])
+        mels = scale_fixed(log_mel(chunk, self.cfg))  # (frames, 80)
+        # Frames at the chunk's ends would see its mirror image. Those at its beginning have been
+        # decoded; those at its end must wait for their samples unless the sentence ends there.
+        mels = mels[self.reach + 1 if len(self.context) else 0 :]
+        if not is_last:
+            mels = mels[: -self.reach]
+        self.context = chunk[-2 * self.reach * self.cfg.hop :]
+        self.mels = torch.cat([self.mels, mels])
+        group = self.cfg.splice * self.model.cfg.reduction  # log-mel frames of an encoder frame
+        end = len(self.mels) // group * group
+        if is_last:
+            self.mels = F.pad(self.mels, (0, 0, 0, self.cfg.tail))
+            end = len(self.mels)
+        if end:
+            feats = splice(self.mels[:end], self.cfg)[None]  # (1, T_in, D)
+            self.mels = self.mels[end:]
+            encoded, self.encoder_state = self.model.encode_chunk(feats, self.encoder_state)
+            (labels,), self.search_state = greedy_search(
+                self.model, encoded, torch.tensor([encoded.shape[1]]), self.search_state,
+                max_symbols=sys.maxsize, paths=[self.arcs])
+            self.labels += labels
+
+
+def read_pcm(file: BinaryIO) -> Iterator[np.ndarray]:
+    """(n,) samples in [-1, 1) of raw 16-bit little-endian audio, as soon as they are there."""
+    rest = b""
+    while new := file.read1(2**16):
+        received = rest + new
+        even = len(received) // 2 * 2
+        rest = received[even:]
+        yield np.frombuffer(received[:even], "<i2").astype(np.float32) / 32768
+
+
+def print_news(stream: Stream, shown: str) -> str:
+    """Prints the text behind `shown`, the part of the last line that stands there already.
+
+    Every ended sentence is a line and is dropped from the stream; returns the last line.
+    """
+    text = "".join(f"{sentence.text}\n" for sentence in stream.sentences) + stream.current
+    stream.sentences.clear()
+    print(text[len(shown) :], end="", flush=True)
+    return text.rpartition("\n")[2]
+
+
+def print_sentences(stream: Stream, _shown: str) -> str:
+    """Prints every ended sentence as a line of JSON and drops it from the stream."""
+    for s in stream.sentences:
+        words = [word._asdict() for word in s.words]
+        print(json.dumps({"start_s": s.start_s, "end_s": s.end_s, "text": s.text, "words": words}),
+              flush=True)
+    stream.sentences.clear()
+    return ""
+
+
+def transcribe_stream(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Prints what is said on standard input, until it ends or the user presses Ctrl-C."""
+    stream = Stream(checkpoint, args.pause_s)
+    show, shown = print_sentences if args.json else print_news, ""
+    try:
+        for samples in read_pcm(sys.stdin.buffer):
+            stream.accept(samples)
+            shown = show(stream, shown)
+    finally:
+        stream.finish()
+        show(stream, shown)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -496,20 +687,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", help="folder below --data, e.g. dev-clean")
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
-    parser.add_argument("--json", help="likewise as JSON")
+    parser.add_argument("--json", nargs="?", const="-", help="likewise as JSON; with --stream, and "
+                        "without a file, prints one object per sentence")
     parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
     parser.add_argument("--vtt", help="likewise as WebVTT")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
+    parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
+                        "input while it comes: 16-bit little-endian, one channel, 16 kHz")
+    parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="pause that ends a line of "
+                        "--stream (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    if bool(args.data) != bool(args.split) or bool(args.audio) == bool(args.data):
-        parser.error("give either audio files, or --data and --split")
-    if args.data and (args.ctm or args.json or args.srt or args.vtt or args.plot):
-        parser.error("--ctm, --json, --srt, --vtt and --plot are for audio files")
+    num_sources = bool(args.audio) + bool(args.data) + args.stream
+    if bool(args.data) != bool(args.split) or num_sources != 1:
+        parser.error("give either audio files, or --data and --split, or --stream")
+    json_file = args.json != "-" and args.json
+    if not args.audio and (args.ctm or json_file or args.srt or args.vtt or args.plot):
+        parser.error("--ctm, --json FILE, --srt, --vtt and --plot are for audio files")
+    if args.json == "-" and not args.stream:
+        parser.error("--json needs a file, unless --stream is given")
     if args.hypotheses and not args.data:
         parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
+    if not args.pause_s > 0:
+        parser.error(f"--pause-s: {args.pause_s}, expected more than 0")
     return args
 
 
@@ -518,7 +720,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(args.checkpoint)
     if args.audio:
         return 0 if transcribe(args, checkpoint) else 1
-    score_split(args, checkpoint)
+    if args.stream:
+        transcribe_stream(args, checkpoint)
+    else:
+        score_split(args, checkpoint)
     return 0
 
 

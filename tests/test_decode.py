@@ -657,6 +657,10 @@ def test_a_split_with_errors_is_not_scored(scene, main):
         (["a.flac", "--data", "corpus", "--split", "dev"], "give either"),
         (["a.flac", "--hypotheses", "a.tsv"], "--hypotheses is for --data and --split"),
         (["--data", "corpus", "--split", "dev", "--ctm", "c.ctm"], "--plot are for audio files"),
+        (["a.flac", "--stream"], "give either"),
+        (["--stream", "--srt", "a.srt"], "--vtt and --plot are for audio files"),
+        (["a.flac", "--json"], "--json needs a file, unless --stream is given"),
+        (["--stream", "--pause-s", "0"], "--pause-s: 0.0, expected more than 0"),
         (["a.flac", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
         (["a.flac", "--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
     ],
