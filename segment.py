@@ -38,7 +38,7 @@ SHORTEST_FRAMES = 15  # a shorter sound is a click
 def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
     """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
 
-    Prints on stderr how many other files a folder has. Returns also the number of folders that
+    Counts on stderr the files that a folder has besides. Returns also the number of folders that
     cannot be read; each is named on stderr.
     """
     files: list[str] = []
@@ -57,8 +57,8 @@ def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
         files += sorted(inside) or [path]
         if others:
             kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(others.items()))
-            print(f"{path}: {others.total()} files have no suffix of audio and are passed over: "
-                  f"{kinds}", file=sys.stderr)
+            print(f"{path}: files without a suffix of audio are passed over: {kinds}",
+                  file=sys.stderr)
     errors = [error for error in errors if os.path.isdir(error.filename)]
     for error in errors:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
