@@ -176,6 +176,15 @@ def test_each_piece_of_a_long_file_gives_the_words_that_it_gives_alone(
         assert (status, printed) == (0, f"{tmp_path}/long.wav\t{' '.join(texts)}\n")
 
 
+def test_shares_of_the_pieces_lead_the_progress_bar_to_the_last_pause(scene, tmp_path):
+    write_long(scene, tmp_path / "long.flac")
+    samples = len(features.load_audio(tmp_path / "long.flac"))
+    pieces = list(segment.read_pieces(tmp_path / "long.flac", scene.cfg))
+    end = RATE * pieces[-1].start_s + len(pieces[-1].samples)
+    assert sum(piece.share for piece in pieces) == pytest.approx(end / samples)
+    assert all(piece.share == 1 for piece in segment.read_pieces(scene.audio[0], scene.cfg))
+
+
 def test_times_are_those_of_the_file(scene, main, tmp_path):
     starts = write_long(scene, tmp_path / "long.flac")
     main(tmp_path / "long.flac", "--json", tmp_path / "a.json")
