@@ -112,13 +112,13 @@ class TrainConfig:
     submission_division: str = "open"  # in mllog.log; closed fixes MLPerf's recipe
     submission_org: str = "none"  # who submits
     ranks: int = 0  # refuse to start with another number of them; 0: any
-    backend: str = "auto"  # of torch.distributed: ccl, gloo, mpi, or auto: ccl if it is installed
+    backend: str = "gloo"  # of torch.distributed: gloo, ccl (oneCCL) or mpi
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("preset", sorted(PRESETS)), ("precision", ["auto", "bf16", "fp32"]),
-            ("backend", ["auto", "ccl", "gloo", "mpi"]),
+            ("backend", ["ccl", "gloo", "mpi"]),
             ("submission_division", ["open", "closed"]),
         ):
             if getattr(self, name) not in choices:
@@ -1113,4 +1113,4 @@ if __name__ == "__main__":
         leave(end.code)
     except Exception:  # noqa: BLE001 - a bug: the other ranks must not wait for this one
         leave(1, traceback.format_exc())
-    leave(status, wait_s=60)  # rank 0 may still be writing its last checkpoint
+    leave(status, wait_s=None)  # rank 0 may still be writing its last checkpoint

@@ -564,7 +564,7 @@ def another(value):
 
 @pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
 def test_every_field_is_a_flag(config):
-    names = {"preset": "baseline", "precision": "bf16", "backend": "gloo",
+    names = {"preset": "baseline", "precision": "bf16", "backend": "mpi",
              "submission_division": "closed", "submission_org": "Ours"}
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
