@@ -110,7 +110,8 @@ def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch
     _, (_, lens, target_lens) = bench.loss_inputs(PRESETS["small"], 2)
     nodes = int((lens * (target_lens + 1)).sum())
     for precision, name in (("fp32", "float32"), ("bf16", "bfloat16")):
-        bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision))
+        bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision,
+                                   peers=False))
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["dtype"] == name
     # The share relates to the matrix rate of the same dtype.
@@ -127,8 +128,9 @@ def test_recordings_come_again_for_large_batches(monkeypatch):
         assert [u.id[-1] for u in utterances] == list("01201201")
 
 
-def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
-    write_tones(tmp_path, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
+def write_model(folder):
+    """A split of three tones and a small untrained model; returns the flags of both."""
+    write_tones(folder, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
     tokenizer = data.Tokenizer(data.train_tokenizer(["ONE TWO"], 16))
     cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
                   vocab_size=tokenizer.vocab_size)
@@ -137,8 +139,12 @@ def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
         "model_config": asdict(cfg), "feature_config": asdict(features.FeatureConfig()),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
     }
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
-    argv = ["decode", "--checkpoint", tmp_path / "best.pt", "--data", tmp_path, "--split", "dev"]
+    save_checkpoint(folder / "best.pt", checkpoint)
+    return "--checkpoint", folder / "best.pt", "--data", folder, "--split", "dev"
+
+
+def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
+    argv = ["decode", *write_model(tmp_path)]
     _, result = run_here(monkeypatch, capsys, *argv)
     assert result["same_as_alone"] is True
     assert result["rtf"] == pytest.approx(result["seconds"] / (0.25 + 0.44 + 0.63))

@@ -2,9 +2,9 @@
 """Every performance figure of the documentation, one subcommand each; the last line is JSON.
 
     python -m tools.bench step [--data ROOT --split S] [flags of train.py]  # speed and its stages
-    python -m tools.bench loss  # joint network and loss, fused and plain
+    python -m tools.bench loss [--peers]  # joint network and loss, fused and plain; other libraries
     python -m tools.bench features [--data ROOT --split S]  # processor time of the front end
-    python -m tools.bench decode --checkpoint C --data ROOT --split S  # greedy search
+    python -m tools.bench decode [--peers] --checkpoint C --data ROOT --split S  # greedy search
     python -m tools.bench curves RUN [RUN ...] --png FILE  # compares runs by their log.jsonl
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]  # gain of every idea: 50 minutes
     python -m tools.bench scaling [flags of train.py]  # ranks and hosts
@@ -38,7 +38,7 @@ from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
-from tools import ladder
+from tools import ladder, peers
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
 MOST_RECORDINGS = 512  # synthetic files; larger workloads repeat them
@@ -217,16 +217,14 @@ def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     """Random `inputs` and `lattice` of plain_loss, with train-clean-100's lengths."""
     seconds, target_lens = (torch.tensor(x) for x in zip(*draw_shapes(batch), strict=True))
     enc_lens = torch.ceil(seconds.double() / DEFAULT.frame_s / cfg.reduction).long()
-    T, U, J, V = int(enc_lens.max()), int(target_lens.max()), cfg.joint_hidden, cfg.vocab_size
-    torch.manual_seed(1)
-    inputs = (torch.randn(batch, T, J), torch.randn(batch, U + 1, J),
-              torch.randn(V, J) / math.sqrt(J), torch.zeros(V))
-    targets = torch.randint(0, V - 1, (batch, U))
-    return tuple(x.requires_grad_() for x in inputs), (targets, enc_lens, target_lens)
+    return peers.random_inputs(enc_lens, target_lens, cfg.joint_hidden, cfg.vocab_size)
 
 
 def bench_loss(args: argparse.Namespace) -> None:
     """Forward and backward pass of the fused loss and of the plain one on the same batch."""
+    if args.peers:
+        peers.bench_losses(args)
+        return
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
     dtype = train.matrix_dtype(args.precision)
@@ -286,6 +284,9 @@ def bench_features(args: argparse.Namespace) -> None:
 
 def bench_decode(args: argparse.Namespace) -> None:
     """A whole split in batches, features included; some 50 utterances alone, to compare."""
+    if args.peers:
+        peers.bench_searches(args)
+        return
     torch.set_flush_denormal(True)
     model, tokenizer, features = decode.restore(load_checkpoint(args.checkpoint))
     utterances = data.read_split(args.data, args.split, features)
@@ -351,6 +352,12 @@ def make_parser() -> argparse.ArgumentParser:
     commands["loss"].add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     commands["loss"].add_argument("--batch-size", type=int, default=32)
     commands["loss"].add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    for name in ("loss", "decode"):
+        commands[name].add_argument("--peers", action="store_true",
+                                    help="compare with other libraries, see tools/peers.py")
+    for name, default in (("loss", 3), ("decode", 3)):
+        commands[name].add_argument("--turns", type=int, default=default,
+                                    help="measurements of each case; loss and decode: of --peers")
     commands["features"].add_argument("--count", type=int, default=100, help="recordings")
     commands["decode"].add_argument("--checkpoint", required=True)
     commands["decode"].add_argument("--batch-size", type=int, default=64)
