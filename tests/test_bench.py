@@ -271,8 +271,12 @@ def test_steps_beside_a_neighbour_are_measured_in_turns(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_training_is_measured_beside_a_busy_process(capsys, monkeypatch):
+    launches = bench.make_launches()
+    chosen = {name: launches[name] for name in ("as launched", "a rank on each core")}
+    monkeypatch.setattr(bench, "make_launches", lambda: chosen)
     _, result = run_here(monkeypatch, capsys, "neighbour", "--turns", 1, "--seconds", 0,
                          "--enc-hidden", 8, "--pred-hidden", 8, "--joint-hidden", 8)
+    assert list(result["launches"]) == list(chosen)
     assert all(row["beside"] > 0 for row in result["launches"].values())
 
 
