@@ -8,12 +8,14 @@ Stands alone: copy this file into another project and it works (torch only; POSI
 is a dictionary of tensors, numbers, strings, lists and dictionaries in torch's own file format.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -70,7 +72,10 @@ def save_checkpoint(path: Path, contents: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from error
+        # torch ends its archive after a write that failed, and that error hides the system's.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(cause, "strerror", None) or cause
+        raise OSError(f"{path} could not be written: {why}") from error
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -129,6 +134,31 @@ def keep_newest(out: Path, count: int = 2) -> None:
     """Deletes all checkpoints but the newest ones; with two, one is left if the other is lost."""
     for path in list_checkpoints(out)[:-count]:
         path.unlink()
+
+
+def try_space(out: Path, size: int) -> None:
+    """Takes the space that a run will need for its checkpoints for a moment.
+
+    Beside best.pt and the newest two, a run writes a fourth file before it deletes the oldest.
+    Systems that cannot reserve space are not tried.
+
+    Args:
+        size: of a checkpoint, in bytes.
+    Raises:
+        OSError: the disk, a quota or a limit on the size of files is too small.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    count = 4 - len([*out.glob("best.pt"), *list_checkpoints(out)])
+    with ExitStack() as files:
+        for _ in range(count):
+            file = files.enter_context(tempfile.TemporaryFile(dir=out))
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise OSError(f"{out}: {error.strerror}: {count} more checkpoints of "
+                                  f"{size / 1e6:.0f} MB have to fit") from error
 
 
 def lock_run(out: Path) -> TextIO:

@@ -16,7 +16,9 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -25,13 +27,14 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +44,9 @@ from tqdm import tqdm
 from features import (
     DEFAULT,
     FeatureConfig,
-    draw_speed,
+    Layout,
+    count_samples,
+    draw_layout,
     features,
     is_audio,
     load_audio,
@@ -90,14 +95,25 @@ def is_transcript(name: str) -> bool:
     return name.endswith(".trans.txt") and not name.startswith("._")
 
 
+# Editors and other systems leave these characters: their names and the command that removes them.
+REPAIRS = {
+    "\r": ("a carriage return (CRLF), expected LF alone", r"sed -i 's/\r$//'"),
+    "\t": ("a tab, expected a space", r"sed -i 's/\t/ /g'"),
+    "\ufeff": ("a byte order mark, expected none", r"sed -i '1s/^\xEF\xBB\xBF//'"),
+}
+IMPORT = "docs/corpora.md tells how to import other forms"
+
+
 def line_error(line: str, path: Path) -> tuple[str, str] | None:
     """Kind and message of the error in a line of the transcript `path`, if it has one."""
+    for character, (name, command) in REPAIRS.items():
+        if character in line:
+            return "control character", f"{line!r} has {name}; remedy: {command} {path}"
+    if any(unicodedata.category(c) == "Cc" for c in line):
+        return "control character", f"{line!r} has a control character; remove it"
     utterance_id, _, text = line.partition(" ")
     if not text.strip():
-        return "no text", f"{line!r} has no text after an id"
-    if any(c == "\ufeff" or unicodedata.category(c) == "Cc" for c in line):
-        # Editors and other systems leave carriage returns, tabs and byte order marks.
-        return "control character", f"{line!r} has a control character"
+        return "no text", f"{line!r} has no text after an id and a space"
     if {"<s>", "</s>", "<unk>", "#0"} & set(text.split()) or "\u2581" in text:
         return "reserved word", f"{line!r} has a word that sentencepiece reserves"
     prefix = f"{path.parent.parent.name}-{path.parent.name}-"
@@ -161,7 +177,9 @@ def match_texts(audio: Sequence[Path],
                 transcripts: Sequence[Path]) -> Iterator[Utterance | Problem]:
     """Joins audio files with the lines of their chapters' transcripts; durations are 0 as yet."""
     for chapter in sorted({path.parent for path in audio} - {path.parent for path in transcripts}):
-        message = "there is audio, but no .trans.txt"
+        others = sorted(path.name for path in chapter.iterdir() if not is_audio(path.name))
+        transcript = f"{chapter.parent.name}-{chapter.name}.trans.txt"
+        message = f"found {' and '.join(['audio', *others[:1]])}, expected {transcript}; {IMPORT}"
         yield Problem("error", "transcript file missing", str(chapter), message)
     recordings = {path.with_suffix(""): path for path in reversed(audio)}  # the first file wins
     seen: set[str] = set()
@@ -182,22 +200,56 @@ def match_texts(audio: Sequence[Path],
             yield Problem("warning", "transcript missing", path.stem, message)
 
 
+def verify_md5(path: str) -> None:
+    """Raises ValueError if the samples of a FLAC file do not have the MD5 that its header states.
+
+    libsndfile decodes some damaged frames without an error. The header holds the MD5 of the
+    interleaved samples, little-endian integers of whole bytes; zeros mean that it is not set
+    (RFC 9639, section 8.2).
+    """
+    with open(path, "rb") as file:
+        head = file.read(42)  # "fLaC", 4 bytes before the block STREAMINFO, its 34 bytes
+    stated = head[26:]
+    if not head.startswith(b"fLaC") or not any(stated):
+        return
+    bits = ((head[20] & 1) << 4 | head[21] >> 4) + 1  # of a sample
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with open_audio(path) as audio:
+            # libsndfile shifts samples to the most significant bits of int32.
+            while len(block := audio.read(2**16, dtype="int32", always_2d=True)):
+                octets = (block >> 32 - bits).astype("<i4").view(np.uint8).reshape(-1, 4)
+                digest.update(octets[:, : -(-bits // 8)].tobytes())
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: damaged audio: {error.error_string}") from error
+    if digest.digest() != stated:
+        raise ValueError(f"{path}: damaged audio: the MD5 of its samples is {digest.hexdigest()}, "
+                         f"its header states {stated.hex()}")
+
+
+SHORTEST_S = 0.1  # a shorter recording holds no word
+
+
 def probe_audio(utterance: Utterance, cfg: FeatureConfig,
                 decode: bool) -> list[Utterance | Problem]:
     """The utterance with its duration, if its file can be used, and the problems of the file.
 
-    Reads the header and the last sample; with `decode`, every sample.
+    Reads the header and the last sample; with `decode`, every sample, and verifies FLAC's MD5.
     """
     path = utterance.path
     try:
         with open_audio(path) as audio:
-            frames, rate, channels = audio.frames, audio.samplerate, audio.channels
+            frames, rate, channels = count_samples(audio), audio.samplerate, audio.channels
         samples = read_audio(path)[0] if decode else np.zeros(0)
+        if decode:
+            verify_md5(path)
     except (OSError, ValueError) as error:
         return [Problem("error", "audio not readable", utterance.id, str(error))]
     warned = []
     if len(samples) > 1 and samples.min() == samples.max():
         warned.append(("constant audio", f"{path}: every sample is {samples.max():g}"))
+    if frames < SHORTEST_S * rate:
+        warned.append(("short recording", f"{path}: {frames / rate:.3f} s"))
     if rate != cfg.sample_rate_hz:
         message = f"{path}: {rate} Hz, will be resampled to {cfg.sample_rate_hz}"
         warned.append(("sample rate", message))
@@ -205,6 +257,32 @@ def probe_audio(utterance: Utterance, cfg: FeatureConfig,
         warned.append(("channels", f"{path}: {channels} channels, will be averaged"))
     problems = [Problem("warning", kind, utterance.id, message) for kind, message in warned]
     return [utterance._replace(duration_s=frames / rate), *problems]
+
+
+SEARCHED_FOLDERS = 1000  # so many show the form of a corpus, and any disk lists them soon
+
+
+def describe_layout(folder: Path) -> str:
+    """Says what lies below a folder that should hold a split, and the remedy.
+
+    A corpus may have been named one level too high or too low, or it has another form.
+    """
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    walk = itertools.islice(os.walk(folder.absolute(), followlinks=True), SEARCHED_FOLDERS)
+    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
+    splits = {path.parents[2] for path in files if len(path.parents) > 2
+              and path.name == f"{path.parts[-3]}-{path.parts[-2]}.trans.txt"}
+    if splits:
+        corpus = min(splits).parent
+        names = ", ".join(sorted(split.name for split in splits if split.parent == corpus))
+        return f"the corpus to name is {corpus}, with the splits {names}"
+    audio = [str(path) for path in files if is_audio(path.name)]
+    if not audio:
+        return f"found no audio below {folder}"
+    texts = [str(path) for path in files if path.suffix in (".txt", ".tsv", ".csv", ".json")]
+    found = " and ".join((*audio[:1], *texts[:1]))
+    return f"found {found}, expected <split>/<speaker>/<chapter>/*.trans.txt; {IMPORT}"
 
 
 def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
@@ -215,7 +293,8 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     """
     folder = Path(root) / split
     if not folder.is_dir():
-        yield Problem("error", "split missing", str(folder), "no such folder")
+        message = f"no such folder; {describe_layout(Path(root))}"
+        yield Problem("error", "split missing", str(folder), message)
         return
     files, problems = separate(list_files(folder))
     audio = sorted(path for path in files if is_audio(path.name))
@@ -225,11 +304,17 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     problems += unmatched
     if not recordings and not any(p.level == "error" for p in problems):
         message = "it has no utterance in */*/*.trans.txt"
+        if not transcripts:
+            message += f"; {describe_layout(folder)}"
         problems.append(Problem("error", "split empty", str(folder), message))
     yield from problems
     utterances: list[Utterance] = []
-    with ThreadPoolExecutor() as pool:  # threads hide the latency of network file systems
-        probes = pool.map(lambda u: probe_audio(u, cfg, decode), sorted(recordings))
+    with (
+        ThreadPoolExecutor() as pool,  # threads hide the latency of network file systems
+        # Ctrl-C closes the iterator, which cancels what no thread has begun.
+        contextlib.closing(pool.map(lambda u: probe_audio(u, cfg, decode), sorted(recordings)))
+        as probes,
+    ):
         for found in tqdm(probes, desc=split, unit="file", total=len(recordings), disable=None,
                           leave=False):
             utterances += (item for item in found if isinstance(item, Utterance))
@@ -285,6 +370,45 @@ def drop_long(utterances: Sequence[Utterance],
     return kept, note
 
 
+def load_corpus(root: str | Path, train_splits: Sequence[str], dev_split: str, cfg: FeatureConfig,
+                skip_bad: bool,
+                say: Callable[[str], None]) -> tuple[list[Utterance], list[Utterance]]:
+    """Training utterances of all splits without those that are too long, and the dev split.
+
+    Args:
+        skip_bad: leave bad utterances of the training splits out. The dev split must be whole: a
+            WER without some utterances is another measure.
+        say: prints a line.
+    Raises:
+        ValueError: with the errors of all splits.
+    """
+    found, errors = [], []
+    for split in (*train_splits, dev_split):
+        try:
+            found.append(read_split(root, split, cfg, skip_bad and split != dev_split))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    *parts, dev = found
+    train, note = drop_long([u for part in parts for u in part], cfg)
+    for name, utterances in (("train", train), ("dev", dev)):
+        hours = sum(u.duration_s for u in utterances) / 3600
+        say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
+    say(f"train: longer than {cfg.max_utterance_s} s: {note}")
+    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
+    if unknown:
+        say(f"warning: no training text has the characters {''.join(sorted(unknown))!r} of the dev "
+            "texts: words with them will be errors")
+    return train, dev
+
+
+def describe_corpus(utterances: Iterable[Utterance]) -> str:
+    """Number and checksum of the utterances: equal for equal corpora."""
+    facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
+    return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
 # --------------------------------------------------------------------------------------- tokenizer
 
 
@@ -338,6 +462,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
+                say: Callable[[str], None]) -> None:
+    """Every training text must have labels, and should have no more of them than encoder frames.
+
+    Args:
+        frame_s: seconds of an encoder frame.
+        say: prints a line.
+    Raises:
+        ValueError: with the ids of the utterances that the tokenizer cannot express.
+    """
+    crowded, problems = 0, []
+    for utterance in train:
+        try:
+            crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
+        except ValueError as error:
+            problems.append(Problem("error", "text", utterance.id, str(error)))
+    if problems:
+        raise ValueError("\n".join(["texts cannot be used:", *describe(problems)]))
+    if crowded:
+        say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels than "
+            f"encoder frames of {1000 * frame_s:.0f} ms")
+
+
 # ---------------------------------------------------------------------------------------- batches
 
 
@@ -375,7 +522,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     """Utterances to (features, label ids, utterance), augmented if `seed` is given.
 
     The random numbers of an utterance depend on (seed, epoch, index) alone, so they are the
-    same for any number of ranks, workers and restarts.
+    same for any number of ranks, workers and restarts. An utterance whose recording becomes empty
+    has no labels in that epoch.
     """
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer | None,
@@ -383,7 +531,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                  skip_bad: bool = False, strength: float = 1.0) -> None:
         self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
-        self.strength = strength  # of SpecAugment
+        self.strength = strength  # of the augmentation
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -393,15 +541,19 @@ class SpeechDataset(torch.utils.data.Dataset):
             return None
         return np.random.default_rng((self.seed, self.epoch, index))
 
+    def layout(self, index: int) -> Layout:
+        if self.seed is None:
+            return Layout()
+        return draw_layout(self.rng(index), self.cfg, self.strength)
+
     def durations_s(self) -> list[float]:
-        """Durations after this epoch's speed perturbation, before trimming.
+        """Durations with this epoch's speed perturbation and added background, before trimming.
 
         Buckets of similar perturbed durations need less padding than those of recorded ones.
         """
-        if self.seed is None:
-            return [u.duration_s for u in self.utterances]
-        return [draw_speed(self.rng(i), self.cfg) * u.duration_s
-                for i, u in enumerate(self.utterances)]
+        layouts = map(self.layout, range(len(self)))
+        return [layout.speed * u.duration_s + layout.before_s + layout.after_s
+                for u, layout in zip(self.utterances, layouts, strict=True)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
         """With `skip_bad`, a file that cannot be read gives a warning and None."""
@@ -414,7 +566,8 @@ class SpeechDataset(torch.utils.data.Dataset):
                 raise
             warnings.warn(f"left out: {error}", stacklevel=1)
             return None
-        labels = [] if self.tokenizer is None else self.tokenizer.encode(utterance.text)
+        has_labels = self.tokenizer is not None and not self.layout(index).is_empty
+        labels = self.tokenizer.encode(utterance.text) if has_labels else []
         return feats, labels, utterance
 
 

@@ -1,39 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy transducer decoding, word error rate, and word times.
+"""Greedy transducer decoding, word error rate, word times, and streams.
 
-    python decode.py --checkpoint out/demo/best.pt a.flac b.wav      # prints `path<TAB>text`
-    python decode.py --checkpoint out/demo/best.pt a.flac --plot a.png --ctm a.ctm --json a.json
+    python decode.py --checkpoint out/demo/best.pt a.flac calls/ -   # prints `path<TAB>text`
+    python decode.py --checkpoint out/demo/best.pt a.flac --srt a.srt --plot a.png --json a.json
     python decode.py --checkpoint out/demo/best.pt --data data/demo --split dev-demo
+    arecord -q -f S16_LE -r 16000 -c 1 -t raw | python decode.py --checkpoint C --stream
 
-The second form draws one file with its words, and writes the times and confidences of words for
-any number of files. The third prints WER, real-time factor and the kinds of errors, and writes
-hypotheses beside their references. Architecture, front end and tokenizer come from the
-checkpoint; the weights are the exponential moving average that training evaluates.
+The second form writes subtitles and draws one file with its words; --ctm and --json write the
+times and confidences of words for any number of files. The third prints WER, CER, real-time factor
+and the kinds of errors, and writes hypotheses beside their references. The fourth prints words
+while they are spoken. Architecture, front end and tokenizer come from the checkpoint; the weights
+are the exponential moving average that training evaluates.
 
 Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import writers
 from checkpoint import load_checkpoint
 from data import Batch, Tokenizer
-from features import FeatureConfig, features, is_audio, load_audio, log_mel, nonsilent_region
+from features import (
+    FeatureConfig,
+    dither,
+    features,
+    log_mel,
+    nonsilent_region,
+    scale_fixed,
+    splice,
+)
 from model import ModelConfig, Transducer
+from segment import BLOCK_S, Piece, decibels, list_audio, read_pieces, thresholds
+from writers import Segment, Transcription, Word
 
 # The limits are those of rnnt/decoder.py:309 in the original and of its --max_symbol_per_sample.
 # LibriSpeech's longest utterances, 35 s, have fewer than 300 sentencepieces.
@@ -153,15 +167,6 @@ def greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor,
 # ------------------------------------------------------------------------------- words and times
 
 
-class Word(NamedTuple):
-    """A word of a hypothesis; it starts and ends with the frames that emit its pieces."""
-
-    text: str
-    start_s: float
-    end_s: float
-    confidence: float  # posterior of the piece that is least certain
-
-
 def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
              start_s: float) -> list[Word]:
     """Words of one path whose frame 0 is at `start_s`.
@@ -184,7 +189,16 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
     return words
 
 
-# ------------------------------------------------------------------------------ word error rate
+def segment_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float, start_s: float,
+               samples: np.ndarray | None = None) -> Segment:
+    """The decoded part of a recording whose frame 0 is at `start_s`."""
+    text = tokenizer.decode([arc.label for arc in path if arc.label != tokenizer.blank])
+    end_s = start_s + frame_s * (path[-1].frame + 1 if path else 0)
+    return Segment(start_s, end_s, text, words_of(path, tokenizer, frame_s, start_s), list(path),
+                   samples)
+
+
+# ---------------------------------------------------------------- word and character error rates
 
 
 def align(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[tuple]:
@@ -213,18 +227,49 @@ def align(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list
     return pairs[::-1]
 
 
+def edit_distance(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> int:
+    """The fewest edits between two sequences; `align` finds the same number, but more slowly.
+
+    The table of `align` has a row for each reference item and a column for each hypothesis item.
+    Neighbours in it differ by one at most, so the differences of a column are bits of integers and
+    a column takes a few operations: Myers (1999), doi:10.1145/316542.316550, as in Hyyrö (2003).
+    """
+    if not reference:
+        return len(hypothesis)
+    places: dict[Hashable, int] = {}  # item -> bits of the rows where the reference has it
+    for row, item in enumerate(reference):
+        places[item] = places.get(item, 0) | 1 << row
+    rows, distance = (1 << len(reference)) - 1, len(reference)
+    more, less = rows, 0  # rows with one edit more, or one less, than the row above
+    for item in hypothesis:
+        same = places.get(item, 0)
+        # Rows with as many edits as their neighbour above and to the left.
+        diagonal = (((same & more) + more) ^ more) | same | less
+        rises, falls = less | rows & ~(diagonal | more), diagonal & more  # from left to right
+        distance += (rises >> len(reference) - 1) - (falls >> len(reference) - 1)
+        rises = rises << 1 | 1
+        more, less = (falls << 1 | ~(diagonal | rises)) & rows, diagonal & rises & rows
+    return distance
+
+
 def word_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
     """Word edits and reference words, summed over utterances.
 
     Words are separated by white space; upper and lower case differ.
     """
     pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
-    errors = sum(x != y for h, r in pairs for x, y in align(h, r))
-    return errors, sum(len(r) for _, r in pairs)
+    return sum(edit_distance(h, r) for h, r in pairs), sum(len(r) for _, r in pairs)
+
+
+def char_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
+    """Character edits and reference characters; one space stands between words and counts."""
+    pairs = [(" ".join(h.split()), " ".join(r.split()))
+             for h, r in zip(hypotheses, references, strict=True)]
+    return sum(edit_distance(h, r) for h, r in pairs), sum(len(r) for _, r in pairs)
 
 
 def word_error_rate(errors: int, words: int) -> float:
-    """Errors per reference word, infinite without reference words."""
+    """Errors per reference word, or character; infinite if there is none."""
     return errors / words if words else math.inf
 
 
@@ -243,6 +288,10 @@ def describe_errors(hypotheses: Sequence[str], references: Sequence[str]) -> lis
     for kind, errors in kinds.items():
         examples = ", ".join(f"{error} ({n})" for error, n in errors.most_common(10))
         lines.append(f"{kind}: {errors.total():,}" + (f": {examples}" if examples else ""))
+    in_small, _ = word_errors([h.lower() for h in hypotheses], [r.lower() for r in references])
+    if by_case := sum(map(Counter.total, kinds.values())) - in_small:
+        lines.append(f"{by_case:,} of these errors are upper against lower case alone: write the "
+                     "references as the training texts are written")
     return lines
 
 
@@ -316,9 +365,10 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
     errors, words = word_errors(hypotheses, references)
     wer = 100 * word_error_rate(errors, words)
+    cer = 100 * word_error_rate(*char_errors(hypotheses, references))
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
-          f"real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
+          f"CER {cer:.2f} %, real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")
     print("\n".join(describe_errors(hypotheses, references)))
     frames, labels = counts["frames"], counts["labels"]  # one blank per frame
     print(f"blank ratio: {frames / (frames + labels):.3f}, {labels / frames:.3f} symbols a frame")
@@ -330,38 +380,6 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
 
 
 # ----------------------------------------------------------------------------- transcribing files
-
-
-def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
-    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
-
-    Returns also the number of folders that cannot be read; each is named on stderr.
-    """
-    files: list[str] = []
-    errors: list[OSError] = []
-    for path in paths:
-        inside, visited = [], set()
-        for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
-            if os.path.realpath(folder) in visited:  # links lead to a folder twice, or in a circle
-                subfolders.clear()
-                continue
-            visited.add(os.path.realpath(folder))
-            subfolders.sort()
-            inside += (str(Path(folder, name)) for name in names if is_audio(name))
-        files += sorted(inside) or [path]
-    errors = [error for error in errors if os.path.isdir(error.filename)]
-    for error in errors:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return files, len(errors)
-
-
-class Transcription(NamedTuple):
-    """One decoded audio file."""
-
-    path: str
-    text: str
-    words: list[Word]
-    arcs: list[Arc]
 
 
 @torch.no_grad()
@@ -380,49 +398,64 @@ def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
     return paths
 
 
-def transcribe_batch(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
-                     cfg: FeatureConfig) -> list[Transcription]:
-    """Decodes the files that can be read as one batch and names the others on stderr."""
-    samples = []
-    for path in paths:
-        try:
-            samples.append((path, load_audio(path, cfg)))
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-    if not samples:
-        return []
-    transcriptions = []
-    all_arcs = find_paths(model, [features(x, cfg) for _, x in samples])
-    for (path, x), arcs in zip(samples, all_arcs, strict=True):
-        text = tokenizer.decode([arc.label for arc in arcs if arc.label != tokenizer.blank])
-        start_s = nonsilent_region(x, cfg)[0] / cfg.sample_rate_hz  # of frame 0: silence is trimmed
-        words = words_of(arcs, tokenizer, model.cfg.reduction * cfg.frame_s, start_s)
-        transcriptions.append(Transcription(path, text, words, arcs))
-    return transcriptions
+def decode_pieces(pieces: Sequence[Piece], model: Transducer, tokenizer: Tokenizer,
+                  cfg: FeatureConfig, keep_samples: bool = False) -> list[Segment]:
+    """Decodes pieces as one batch; times are those of their recordings."""
+    frame_s = model.cfg.reduction * cfg.frame_s
+    paths = find_paths(model, [features(piece.samples, cfg) for piece in pieces])
+    segments = []
+    for piece, path in zip(pieces, paths, strict=True):
+        first, end = nonsilent_region(piece.samples, cfg)
+        start_s = piece.start_s + first / cfg.sample_rate_hz
+        samples = piece.samples[first:end] if keep_samples else None
+        segments.append(segment_of(path, tokenizer, frame_s, start_s, samples))
+    return segments
 
 
-def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
-    """NIST's CTM: file, channel, start, duration, word, confidence; times are in seconds.
+def readable_pieces(path: str, cfg: FeatureConfig) -> Iterator[Piece | None]:
+    """The pieces of a file; if it cannot be read to its end, names it on stderr and yields None."""
+    try:
+        yield from read_pieces(path, cfg)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        yield None
 
-    A file is called by its name without suffix, or by its path where two have one name. White
-    space separates columns, so it becomes `_` in names.
+
+def transcribe_files(paths: Sequence[str], cfg: FeatureConfig, batch_size: int,
+                     decode_batch: Callable[[list[Piece]], list[Segment]],
+                     ) -> Iterator[Transcription | None]:
+    """Transcribes files of any length in their order; yields None for one that cannot be read.
+
+    Pieces of several files make a batch, so that many short files are decoded as fast as one long
+    file. A progress bar shows the share of the files that is decoded.
     """
-    names = Counter(Path(t.path).stem for t in transcriptions)
-    lines = [f";; times are those of emissions, in frames of {frame_s:.3f} s\n"]
-    for t in transcriptions:
-        stem = Path(t.path).stem
-        name = re.sub(r"\s", "_", stem if names[stem] == 1 else t.path)
-        for w in t.words:
-            lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
-                         f"{w.text} {w.confidence:.3f}\n")
-    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    queue: list[tuple[Transcription, Piece]] = []
+    complete: list[Transcription] = []  # no piece of these is missing but those in the queue
+    bar = tqdm(total=len(paths), desc="files", disable=None, leave=False,
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
 
+    def decode_queue() -> Iterator[Transcription]:
+        segments = decode_batch([piece for _, piece in queue]) if queue else []
+        for (transcription, piece), segment in zip(queue, segments, strict=True):
+            transcription.segments.append(segment)
+            bar.update(piece.share)
+        yield from complete
+        queue.clear()
+        complete.clear()
 
-def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
-    files = [{"path": t.path, "text": t.text, "words": [w._asdict() for w in t.words]}
-             for t in transcriptions]
-    text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    with bar:
+        for path in paths:
+            transcription = Transcription(path, [])
+            for piece in readable_pieces(path, cfg):
+                if piece is None:
+                    yield None
+                    break
+                queue.append((transcription, piece))
+                if len(queue) == batch_size:
+                    yield from decode_queue()
+            else:
+                complete.append(transcription)
+        yield from decode_queue()
 
 
 def find_reference(path: str) -> str | None:
@@ -453,96 +486,296 @@ def label_words(words: Sequence[Word], reference: str | None,
     return labels
 
 
-def plot(png: str, transcription: Transcription, cfg: FeatureConfig, frame_s: float) -> None:
-    """Draws the log-mel picture with words at their emissions, and the posterior of blank below.
-
-    A frame may emit several labels; its posterior is the one before the first of them.
-    """
-    from matplotlib.figure import Figure  # imported here because it takes long to load
-
-    samples = load_audio(transcription.path, cfg)
-    start, end = nonsilent_region(samples, cfg)
-    start_s, seconds = start / cfg.sample_rate_hz, (end - start) / cfg.sample_rate_hz
-    figure = Figure(figsize=(max(8.0, seconds), 5), dpi=100, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.imshow(log_mel(samples[start:end], cfg).T, origin="lower", aspect="auto",
-                 extent=(start_s, start_s + seconds, 0, cfg.num_mels))
-    x = -math.inf
-    reference = find_reference(transcription.path)
-    for time_s, label, colour in label_words(transcription.words, reference, start_s):
-        x = max(time_s, x + seconds / 40)  # labels of one frame must not cover each other
-        upper.axvline(time_s, color="white", linewidth=0.8, linestyle="--")
-        upper.text(x, cfg.num_mels + 1, label, color=colour, rotation=45)
-    upper.set(ylabel="mel bin", xlim=(start_s, start_s + seconds))
-    first = {arc.frame: arc for arc in reversed(transcription.arcs)}
-    edges = [start_s + frame_s * t for t in range(len(first) + 1)]
-    lower.stairs([math.exp(first[t].blank_log_prob) for t in sorted(first)], edges)
-    lower.set(xlabel="seconds", ylabel="P(blank)", ylim=(0, 1.05))
-    figure.savefig(png)
+def write_files(args: argparse.Namespace, transcriptions: Sequence[Transcription],
+                cfg: FeatureConfig, frame_s: float) -> None:
+    """Writes the files that the command line asks for."""
+    if args.ctm:
+        writers.write_ctm(args.ctm, transcriptions, frame_s)
+    if args.json:
+        writers.write_json(args.json, transcriptions, frame_s)
+    for t in transcriptions:  # one at most for these three
+        if args.srt:
+            writers.write_srt(args.srt, t)
+        if args.vtt:
+            writers.write_vtt(args.vtt, t)
+        if args.plot:
+            start_s = t.segments[0].start_s if t.segments else 0.0
+            labels = label_words(t.words, find_reference(t.path), start_s)
+            writers.plot(args.plot, t.segments, labels, cfg, frame_s)
 
 
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
     paths, num_failed = list_audio(args.audio)
-    if args.plot and len(paths) != 1:
-        raise ValueError(f"--plot: {len(paths)} audio files, expected 1")
-    for path in filter(None, (args.ctm, args.json, args.plot)):
+    for flag in ("srt", "vtt", "plot"):
+        if getattr(args, flag) and len(paths) != 1:
+            raise ValueError(f"--{flag}: {len(paths)} audio files, expected 1")
+    outputs = list(filter(None, (args.ctm, args.json, args.srt, args.vtt, args.plot)))
+    for path in outputs:
         open(path, "a").close()  # an unwritable path fails now, not after decoding
     kept: list[Transcription] = []
-    starts = range(0, len(paths), args.batch_size)
-    for start in tqdm(starts, desc="files", unit="batch", disable=None, leave=False):
-        batch = paths[start : start + args.batch_size]
-        transcriptions = transcribe_batch(batch, model, tokenizer, cfg)
-        num_failed += len(batch) - len(transcriptions)
-        for t in transcriptions:
-            tqdm.write(f"{t.path}\t{t.text}")
+    decode_batch = functools.partial(decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg,
+                                     keep_samples=bool(args.plot))
+    for transcription in transcribe_files(paths, cfg, args.batch_size, decode_batch):
+        if transcription is None:
+            num_failed += 1
+            continue
+        tqdm.write(f"{transcription.path}\t{transcription.text}")
         sys.stdout.flush()
-        if args.ctm or args.json or args.plot:
-            kept += transcriptions
-    frame_s = model.cfg.reduction * cfg.frame_s
-    if args.ctm:
-        write_ctm(args.ctm, kept, frame_s)
-    if args.json:
-        write_json(args.json, kept, frame_s)
-    if args.plot and kept:
-        plot(args.plot, kept[0], cfg, frame_s)
+        if outputs:
+            kept.append(transcription)
+    write_files(args, kept, cfg, model.cfg.reduction * cfg.frame_s)
     return num_failed == 0
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+PAUSE_S = 1.0  # seconds without speech that end a sentence of a stream
+
+
+class Stream:
+    """Recognises speech while it is spoken: samples in, in pieces of any size, text so far out.
+
+        stream = Stream("out/mine/best.pt")
+        for samples in microphone:  # (n,) float32 at the model's rate
+            print(stream.accept(samples))
+        print(stream.finish())
+
+    Audio is worked off in steps of one encoder frame, so it does not matter in which pieces it
+    comes, and the words are those of the whole recording. A sentence ends when `pause_s` seconds
+    bring neither speech nor words; beyond the longest training utterance shorter pauses do, and
+    twice that length ends it in any case. Then all states start anew: a stream may run for days.
+    `sentences` has the ended sentences with their times; the caller may clear it.
+
+    He et al. (2019), arXiv:1811.06621.
+    """
+
+    def __init__(self, checkpoint: dict | str | Path, pause_s: float = PAUSE_S) -> None:
+        """Takes a checkpoint or its path.
+
+        Raises:
+            ValueError: the features of the model need the whole recording.
+        """
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        self.model, self.tokenizer, self.cfg = restore(checkpoint)
+        if self.cfg.trim or self.cfg.normalize != "none":
+            raise ValueError("the features of this model need the whole recording: a stream needs "
+                             "a model that train.py trained with --no-trim --normalize none")
+        self.pause_s = pause_s
+        self.frame_s = self.model.cfg.reduction * self.cfg.frame_s
+        self.step = self.cfg.hop * self.cfg.splice * self.model.cfg.reduction  # samples
+        self.reach = -(-self.cfg.window // (2 * self.cfg.hop))  # hops in half a window
+        self.sentences: list[Segment] = []
+        self.waiting = np.zeros(0, np.float32)  # samples that do not fill a step
+        self.levels: deque[float] = deque(maxlen=round(BLOCK_S / self.frame_s))  # of the last steps
+        self.begin(0)
+
+    def begin(self, first: int) -> None:
+        """Starts a sentence at sample number `first` of the stream."""
+        self.first, self.num_samples = first, 0
+        self.context = np.zeros(0, np.float32)  # last samples, which later frames need again
+        self.mels = torch.zeros(0, self.cfg.num_mels)  # frames that do not fill an encoder frame
+        self.encoder_state = self.search_state = None
+        self.labels: list[int] = []
+        self.arcs: list[Arc] = []
+        self.quiet_s = 0.0
+
+    @property
+    def current(self) -> str:
+        """Text of the sentence that has not ended."""
+        return self.tokenizer.decode(self.labels)
+
+    @property
+    def text(self) -> str:
+        """Text of `sentences` and of the sentence that has not ended."""
+        return " ".join(filter(None, [*(s.text for s in self.sentences), self.current]))
+
+    def accept(self, samples: np.ndarray) -> str:
+        """Takes (n,) samples, float32 in [-1, 1] at the model's rate; returns the text so far."""
+        self.waiting = np.concatenate([self.waiting, np.asarray(samples, np.float32)])
+        while len(self.waiting) >= self.step:
+            samples, self.waiting = self.waiting[: self.step], self.waiting[self.step :]
+            self.take_step(samples)
+        return self.text
+
+    def finish(self) -> str:
+        """Decodes what is left and ends the sentence; returns the text of the stream."""
+        self.end(self.waiting)
+        self.begin(self.first + self.num_samples)
+        self.waiting = self.waiting[:0]
+        return self.text
+
+    def take_step(self, samples: np.ndarray) -> None:
+        """Decodes (step,) samples and ends the sentence if it is over."""
+        num_labels = len(self.labels)
+        self.decode(samples)
+        level = float(decibels(np.square(samples, dtype=np.float64).mean()))
+        self.levels.append(level)
+        speech_db, pause_db = thresholds(np.array(self.levels))
+        if level > speech_db or len(self.labels) > num_labels:
+            self.quiet_s = 0.0
+        elif level < pause_db or self.quiet_s > 0:
+            self.quiet_s += self.frame_s
+        length_s = self.num_samples / self.cfg.sample_rate_hz
+        patience = min(1.0, 2 - length_s / self.cfg.max_utterance_s)
+        if (self.labels or patience < 1) and self.quiet_s >= self.pause_s * patience:
+            self.end(samples[:0])
+            # The next word may have begun softly: the step starts the next sentence as well.
+            self.begin(self.first + self.num_samples - self.step)
+            self.decode(samples)
+
+    def end(self, samples: np.ndarray) -> None:
+        """Decodes the last samples of the sentence, and moves it to `sentences` if it has words."""
+        self.decode(samples, is_last=True)
+        start_s = self.first / self.cfg.sample_rate_hz
+        sentence = segment_of(self.arcs, self.tokenizer, self.frame_s, start_s)
+        if sentence.text:
+            self.sentences.append(sentence)
+
+    @torch.no_grad()
+    def decode(self, samples: np.ndarray, is_last: bool = False) -> None:
+        """Continues the sentence with all encoder frames that (n,) samples complete."""
+        start = self.num_samples
+        self.num_samples += len(samples)
+        if self.num_samples == 0:
+            return
+        chunk = np.concatenate([self.context, dither(samples, start, self.cfg)])
+        mels = scale_fixed(log_mel(chunk, self.cfg))  # (frames, 80)
+        # Frames at the chunk's ends would see its mirror image. Those at its beginning have been
+        # decoded; those at its end must wait for their samples unless the sentence ends there.
+        mels = mels[self.reach + 1 if len(self.context) else 0 :]
+        if not is_last:
+            mels = mels[: -self.reach]
+        self.context = chunk[-2 * self.reach * self.cfg.hop :]
+        self.mels = torch.cat([self.mels, mels])
+        group = self.cfg.splice * self.model.cfg.reduction  # log-mel frames of an encoder frame
+        end = len(self.mels) if is_last else len(self.mels) // group * group
+        if end:
+            feats = splice(self.mels[:end], self.cfg)[None]  # (1, T_in, D)
+            self.mels = self.mels[end:]
+            encoded, self.encoder_state = self.model.encode_chunk(feats, self.encoder_state)
+            (labels,), self.search_state = greedy_search(
+                self.model, encoded, torch.tensor([encoded.shape[1]]), self.search_state,
+                max_symbols=sys.maxsize, paths=[self.arcs])
+            self.labels += labels
+
+
+def read_pcm(file: BinaryIO) -> Iterator[np.ndarray]:
+    """(n,) samples in [-1, 1) of raw 16-bit little-endian audio, as soon as they are there."""
+    rest = b""
+    while new := file.read1(2**16):
+        received = rest + new
+        even = len(received) // 2 * 2
+        rest = received[even:]
+        yield np.frombuffer(received[:even], "<i2").astype(np.float32) / 32768
+
+
+def print_news(stream: Stream, shown: str) -> str:
+    """Prints the text behind `shown`, the part of the last line that stands there already.
+
+    Every ended sentence is a line and is dropped from the stream; returns the last line.
+    """
+    text = "".join(f"{sentence.text}\n" for sentence in stream.sentences) + stream.current
+    stream.sentences.clear()
+    print(text[len(shown) :], end="", flush=True)
+    return text.rpartition("\n")[2]
+
+
+def print_sentences(stream: Stream, _shown: str) -> str:
+    """Prints every ended sentence as a line of JSON and drops it from the stream."""
+    for s in stream.sentences:
+        words = [word._asdict() for word in s.words]
+        print(json.dumps({"start_s": s.start_s, "end_s": s.end_s, "text": s.text, "words": words}),
+              flush=True)
+    stream.sentences.clear()
+    return ""
+
+
+def transcribe_stream(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Prints what is said on standard input, until it ends or the user presses Ctrl-C."""
+    stream = Stream(checkpoint, args.pause_s)
+    show, shown = print_sentences if args.json else print_news, ""
+    try:
+        for samples in read_pcm(sys.stdin.buffer):
+            stream.accept(samples)
+            shown = show(stream, shown)
+    finally:
+        stream.finish()
+        show(stream, shown)
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
-def main() -> int:
-    """Exit status: 1 if anything could not be read or written."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe")
+    parser.add_argument("audio", nargs="*", help="audio files, or folders of them, to transcribe; "
+                        "- is standard input")
     parser.add_argument("--checkpoint", required=True, help="best.pt or checkpoint-*.pt")
     parser.add_argument("--data", help="corpus root; with --split: score that split")
     parser.add_argument("--split", help="folder below --data, e.g. dev-clean")
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
-    parser.add_argument("--json", help="likewise as JSON")
+    parser.add_argument("--json", nargs="?", const="-", help="likewise as JSON; with --stream, and "
+                        "without a file, prints one object per sentence")
+    parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
+    parser.add_argument("--vtt", help="likewise as WebVTT")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
+    parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
+                        "input while it comes: 16-bit little-endian, one channel, 16 kHz")
+    parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="pause that ends a line of "
+                        "--stream (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    if bool(args.data) != bool(args.split) or bool(args.audio) == bool(args.data):
-        parser.error("give either audio files, or --data and --split")
-    if args.data and (args.ctm or args.json or args.plot):
-        parser.error("--ctm, --json and --plot are for audio files")
-    if args.audio and args.hypotheses:
+    num_sources = bool(args.audio) + bool(args.data) + args.stream
+    if bool(args.data) != bool(args.split) or num_sources != 1:
+        parser.error("give either audio files, or --data and --split, or --stream")
+    json_file = args.json != "-" and args.json
+    if not args.audio and (args.ctm or json_file or args.srt or args.vtt or args.plot):
+        parser.error("--ctm, --json FILE, --srt, --vtt and --plot are for audio files")
+    if args.json == "-" and not args.stream:
+        parser.error("--json needs a file, unless --stream is given")
+    if args.hypotheses and not args.data:
         parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
+    if not args.pause_s > 0:
+        parser.error(f"--pause-s: {args.pause_s}, expected more than 0")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; returns 1 if anything could not be read."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.audio:
+        return 0 if transcribe(args, checkpoint) else 1
+    if args.stream:
+        transcribe_stream(args, checkpoint)
+    else:
+        score_split(args, checkpoint)
+    return 0
+
+
+def main() -> int:
+    """Exit status: 0, 1 if anything could not be read or written, 2 for a wrong command line,
+    130 after Ctrl-C, 141 if the reader of standard output has closed it."""
+    args = parse_arguments()
     torch.set_flush_denormal(True)  # denormal numbers slow LSTMs down
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
-        checkpoint = load_checkpoint(args.checkpoint)
-        if args.data:
-            score_split(args, checkpoint)
-            return 0
-        return 0 if transcribe(args, checkpoint) else 1
+        status = run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit and would report the error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, ValueError) as error:
         print(data.reason(error), file=sys.stderr)
         return 1

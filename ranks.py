@@ -13,12 +13,14 @@ A rank is one of these processes. Their number is called the world size, as in t
 """
 
 import atexit
+import ctypes
 import faulthandler
 import fcntl
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import struct
 import sys
@@ -46,13 +48,13 @@ class Ranks(NamedTuple):
 # ------------------------------------------------------------------------------------- start-up
 
 
-def start_ranks(expected: int = 0, backend: str = "auto",
+def start_ranks(expected: int = 0, backend: str = "gloo",
                 timeout_s: float = 600.0) -> tuple[Ranks, "Heartbeat"]:
     """Connects this process to the other ranks; a single process needs no connection.
 
     Args:
         expected: the number of ranks that must have been started; 0 accepts any number.
-        backend: of torch.distributed: gloo, ccl, mpi, or auto (ccl if it is installed, else gloo).
+        backend: of torch.distributed: gloo, ccl or mpi.
         timeout_s: longest wait for another rank, at start-up and in every exchange.
     Raises:
         ConnectionError: the ranks do not find each other.
@@ -61,8 +63,9 @@ def start_ranks(expected: int = 0, backend: str = "auto",
     """
     global _heartbeat
     ranks = read_ranks(expected)
-    bind(ranks.local_rank)
-    backend = choose_backend(backend, ranks.world)
+    is_bound = bind(ranks.local_rank)
+    warn_of_idle_cpus(ranks.rank, 1 if is_bound else ranks.world)
+    load_backend(backend)
     store = rendezvous(ranks, timeout_s)
     _heartbeat = heartbeat = Heartbeat(store, ranks, timeout_s)
     heartbeat.compare("installation", {"torch": torch.__version__, "backend": backend})
@@ -71,61 +74,80 @@ def start_ranks(expected: int = 0, backend: str = "auto",
     return ranks, heartbeat
 
 
+# Number of this process, of all processes, and of this process on its host; the first found wins.
+VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # Intel MPI and MPICH
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # Slurm
+)
+
+
+def launcher_variables() -> dict[str, str]:
+    """The variables of one launcher in VARIABLES, and their values; empty without a launcher."""
+    for names in VARIABLES:
+        if names[0] in os.environ and names[1] in os.environ:
+            return {name: os.environ.get(name, "0") for name in names}
+    return {}
+
+
 def read_ranks(expected: int = 0) -> Ranks:
     """Reads the variables that torchrun, Intel MPI and MPICH, Open MPI, or Slurm set."""
-    ranks = Ranks(0, 1, 0)
-    for names in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if names[0] in os.environ and names[1] in os.environ:
-            values = [os.environ.get(name, "0") for name in names]
-            if not all(value.isdecimal() for value in values):
-                raise ValueError(f"{names} = {values}, expected numbers")
-            ranks = Ranks(*map(int, values))
-            break
+    variables = launcher_variables()
+    if not all(value.isdecimal() for value in variables.values()):
+        raise ValueError(f"{variables}, expected numbers")
+    ranks = Ranks(*map(int, variables.values())) if variables else Ranks(0, 1, 0)
     if expected not in (0, ranks.world):
         raise ValueError(f"ranks: expected {expected}, the launcher started {ranks.world}: does "
                          "mpirun belong to this environment, and does it reach every host?")
     return ranks
 
 
-def bind(local_rank: int) -> None:
+def bind(local_rank: int) -> bool:
     """Binds this process and its threads to their CPUs, as Intel MPI does before it starts a rank.
 
     I_MPI_PIN_DOMAIN=[0x3,0xc,] gives CPUs 0 and 1 to local rank 0 and CPUs 2 and 3 to local rank
     1. Its other forms (`socket`, `core` ...) are left to Intel MPI.
+
+    Returns:
+        Whether this process is bound.
     """
     domains = os.environ.get("I_MPI_PIN_DOMAIN", "")
     if not domains.startswith("[") or not hasattr(os, "sched_setaffinity"):  # macOS has none
-        return
+        return False
     try:
         mask = int(domains.strip("[],").split(",")[local_rank], 16)
         os.sched_setaffinity(0, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
     except (IndexError, ValueError, OSError) as error:
         raise ValueError(f"I_MPI_PIN_DOMAIN: {domains} has no CPUs of this host for local rank "
                          f"{local_rank}") from error
+    return True
+
+
+def warn_of_idle_cpus(rank: int, num_sharing: int) -> None:
+    """Warns of one thread on many CPUs; at most `num_sharing` ranks share them.
+
+    torchrun and many batch systems set OMP_NUM_THREADS=1 unless it is set.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    # This is read before torch's number of threads, with which OpenMP may bind this thread.
+    num_cpus = len(os.sched_getaffinity(0)) // num_sharing
+    if torch.get_num_threads() == 1 and num_cpus > 2:  # two may be hyper-threads of one core
+        print(f"warning: rank {rank} computes with one thread on {num_cpus} CPUs; set "
+              "OMP_NUM_THREADS", file=sys.stderr)
 
 
 ONECCL = "oneccl_bindings_for_pytorch"  # registers "ccl" when it is imported
 
 
-def choose_backend(name: str, world: int) -> str:
-    """Returns torch.distributed's name of the backend; `auto` prefers ccl to gloo.
-
-    If ccl is requested by name, it must be installed even if a single rank does not use it.
-    """
-    if name == "ccl" or name == "auto" and world > 1:
+def load_backend(name: str) -> None:
+    """Imports the module that registers ccl; torch has the other backends."""
+    if name == "ccl":
         try:
             importlib.import_module(ONECCL)
         except ImportError as error:
-            if name == "ccl":
-                raise ValueError(f"backend: ccl needs {ONECCL}: {error}") from error
-            return "gloo"
-        return "ccl"
-    return name
+            raise ValueError(f"backend: ccl needs {ONECCL}: {error}") from error
 
 
 def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
@@ -134,6 +156,14 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
         return dist.HashStore()
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = os.environ.setdefault("MASTER_PORT", "29500")
+    variables = launcher_variables()
+    given = " ".join(f"{name}={value}" for name, value in variables.items())
+    if ranks.rank == 0 and "SLURM_NTASKS" in variables:
+        # A batch script and a shell of salloc have these variables although they run once.
+        print(f"ranks: {given}: this process is rank 0 of {ranks.world} and waits {timeout_s:g} s "
+              f"for the others at MASTER_ADDR={address} MASTER_PORT={port}. srun starts one "
+              "process for each task; RANK=0 WORLD_SIZE=1 makes this process the only one.",
+              file=sys.stderr, flush=True)
     try:
         # Without a name gloo takes the interface of this host's own name, often the loopback.
         interface = interface_to(address)
@@ -143,7 +173,7 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
         timeout = timedelta(seconds=timeout_s)
         store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"rank {ranks.rank}: no connection to rank 0 at "
+        raise ConnectionError(f"rank {ranks.rank} ({given}): no connection to rank 0 at "
                               f"MASTER_ADDR={address} MASTER_PORT={port}: {error}") from error
     return store
 
@@ -267,7 +297,7 @@ class Heartbeat:
                     raise ValueError(f"{name}: rank {self.ranks.rank} has {value!r}, "
                                      f"rank {rank} {theirs.get(name)!r}")
 
-    def leave_together(self, limit_s: float) -> bool:
+    def leave_together(self, limit_s: float | None) -> bool:
         """Announces that this rank leaves; returns whether all ranks did so within `limit_s`."""
         world, add = self.ranks.world, self.store.add
 
@@ -278,7 +308,10 @@ class Heartbeat:
                     time.sleep(0.1)
                 self.stopped.set()
                 add("left", 1)
-                while self.ranks.rank == 0 and add("left", 0) < world:  # the store ends with rank 0
+                until = time.monotonic() + 5
+                # The store ends with rank 0.
+                while (self.ranks.rank == 0 and add("left", 0) < world
+                       and time.monotonic() < until):
                     time.sleep(0.1)
 
         # In a thread, because a store that does not answer blocks its caller without limit.
@@ -293,13 +326,14 @@ class Heartbeat:
 _heartbeat: Heartbeat | None = None  # start_ranks sets it, leave reads it
 
 
-def leave(status: int, message: str = "", wait_s: float = 5.0) -> NoReturn:
+def leave(status: int, message: str = "", wait_s: float | None = 5.0) -> NoReturn:
     """Prints the message on stderr and ends this process; no failure on the way keeps it alive.
 
-    The ranks wait up to `wait_s` for each other, because rank 0 may still be writing a checkpoint
-    and Intel MPI kills all ranks as soon as one that has called MPI is gone. If some do not come,
-    an error ends them too. Rank 0 writes the status to the file that the environment variable
-    RNNT_STATUS_FILE names, since torchrun and mpirun return another one. Loader workers are killed.
+    The ranks wait up to `wait_s` for each other, because rank 0 may still be writing a checkpoint.
+    None sets no limit: the heartbeat ends the wait for a lost rank. If some ranks do not come, an
+    error ends them too. MPI is finalised if all came. Rank 0 writes the status to the file that
+    the environment variable RNNT_STATUS_FILE names, since torchrun and mpirun return another one.
+    Loader workers are killed.
 
     The interpreter is not finalised, because a torch thread that returns to a finalised interpreter
     aborts the process. Hence functions registered with atexit do not run.
@@ -315,10 +349,29 @@ def leave(status: int, message: str = "", wait_s: float = 5.0) -> NoReturn:
             # Hydra, the launcher of Intel MPI and MPICH, ends the other ranks on this request only,
             # unless the failed rank has called MPI. Other launchers end them in any case.
             os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())
-        if not is_error and together and dist.is_initialized():
-            dist.destroy_process_group()
+        if together:
+            if not is_error and dist.is_initialized():
+                dist.destroy_process_group()
+            finalize_mpi()
     finally:
         os._exit(status)
+
+
+def finalize_mpi() -> None:
+    """Finalises MPI if a library in this process, such as oneCCL, has initialised it.
+
+    Launchers of MPI take a rank that ends without MPI_Finalize for a crash and kill the others.
+    MPI_Finalize waits for all ranks.
+    """
+    for name in ("libmpi.so.12", "libmpi.so.40"):  # Intel MPI and MPICH, Open MPI
+        with suppress(OSError):  # this library is not loaded
+            mpi = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+            is_begun, is_ended = ctypes.c_int(), ctypes.c_int()
+            mpi.MPI_Initialized(ctypes.byref(is_begun))
+            mpi.MPI_Finalized(ctypes.byref(is_ended))
+            if is_begun.value and not is_ended.value:
+                signal.alarm(60)  # ends this process if another rank is gone
+                mpi.MPI_Finalize()
 
 
 def write_end(status: int, message: str) -> None:

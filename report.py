@@ -186,6 +186,8 @@ class Log:
         """Appends a record to log.jsonl and hands its floats to TensorBoard."""
         if self.out is None:
             return
+        # JSON has no NaN, the value of a mean before the first step.
+        values = {key: None if value != value else value for key, value in values.items()}
         self.append("log.jsonl", json.dumps({"event": event, **values}))
         if self.open_board is not None:
             # purge_step hides the steps that a killed run wrote after its last checkpoint.
@@ -312,8 +314,9 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         "data_spec_augment_time_min": 0,
         "data_spec_augment_time_max": features.time_mask_max,
     }
+    notes = {"model_eval_ema_factor": {"warm_up": "min(factor, (1 + step) / (10 + step))"}}
     for key, value in settings.items():
-        log.mllog(key, value)
+        log.mllog(key, value, **notes.get(key, {}))
 
 
 # ---------------------------------------------------------------- console, records and bad signs
@@ -381,6 +384,7 @@ class Monitor:
         self.log.write("eval", search=search, **record)
         ctc = "ctc " if search == "ctc" else ""
         self.log.say(f"epoch {record['epoch']} | dev ema {ctc}wer {100 * record['wer']:.2f} % | "
+                     f"cer {100 * record['cer']:.2f} % | "
                      f"{record['errors']:,} errors in {record['words']:,} words | "
                      f"rtf {record['rtf']:.4f} | took {record['seconds']:.1f} s")
         if is_warm:  # during the warm-up any WER is normal
@@ -409,9 +413,14 @@ class Monitor:
                   "if there are cores, or a faster disk")
 
     def check_loss(self, loss: float, best_wer: float) -> None:
-        """Warns of a flat loss at a high WER; at a low one, training may have come to its end."""
+        """Warns of a rising loss, and of a flat one at a high WER; at a low one training may be
+        over."""
         before, self.epoch_loss = self.epoch_loss, loss
-        self.warn("flat", best_wer > 0.5 and loss > 0.99 * before,
+        diverges = loss > 1.5 * before
+        self.warn("diverges", diverges,
+                  f"the loss rose from {before:.2f} to {loss:.2f} in an epoch: the run may "
+                  "diverge; a lower --lr helps")
+        self.warn("flat", not diverges and best_wer > 0.5 and loss > 0.99 * before,
                   f"the loss is flat, {loss:.2f} after {before:.2f} an epoch ago: look at --lr and "
                   "--warmup-epochs, then at the corpus (python -m tools.prepare check)")
 

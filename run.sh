@@ -7,6 +7,7 @@
 #   HOSTS=my-hosts bash run.sh                    on the machines listed there, with mpirun (see hosts)
 #   CORPUS=mini-librispeech bash run.sh           or librispeech-100, librispeech-960, downloaded to $DATA
 #   DRY_RUN=1 bash run.sh                         prints what it would launch and why, writes nothing
+#   srun bash run.sh                              in a Slurm job, whose tasks become the ranks (see docs/cluster.md)
 #   bash run.sh test [--slow] [flags of pytest]   the tests; --slow adds the long ones
 #
 # Writes .venv, the corpus in $DATA and the run in $OUT; relative paths start at this folder.
@@ -36,19 +37,34 @@ PYTHON=$VENV/bin/python
 # the system runs it.
 launch() {
   local python=$PYTHON
-  [[ -x $python ]] || python=python3
   export RANKS HOSTS LAUNCHER BACKEND SSH VENV CORPUS DATA OUT CGROUPS DRY_RUN
+  if [[ ! -x $python ]]; then
+    python=python3
+    python3 -c 'import os, sys
+if sys.version_info < (3, 10): sys.exit("run.sh: python3 is older than 3.10; make the environment with a newer one, for "
+                                        "example python3.12 -m venv " + os.environ["VENV"])' || exit 2
+  fi
   exec "$python" -B -m tools.launch "$@"
 }
 
 # The stamp is written last, so an installation that broke off is done again.
+is_set_up() {
+  [[ -x $PYTHON && -f $VENV/requirements.txt && $(<"$REQUIREMENTS") == "$(<"$VENV/requirements.txt")" ]]
+}
+
 set_up() {
-  local stamp=$VENV/requirements.txt
-  if [[ -x $PYTHON ]] && cmp -s "$REQUIREMENTS" "$stamp"; then return; fi
-  printf 'set-up  %s from %s, takes some minutes\n' "$VENV" "$REQUIREMENTS"
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv "$VENV"
-  run_step "$PYTHON" -m pip install --quiet --requirement "$REQUIREMENTS"
-  cp "$REQUIREMENTS" "$stamp"
+  if is_set_up; then return; fi
+  # Several tasks of a batch job may come here: the first one installs, holding a lock by file descriptor 9.
+  mkdir -p "$VENV"
+  exec 9>>"$VENV/lock"
+  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+  if ! is_set_up; then
+    printf 'set-up  %s from %s, takes some minutes\n' "$VENV" "$REQUIREMENTS"
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv "$VENV"
+    run_step "$PYTHON" -m pip install --quiet --requirement "$REQUIREMENTS"
+    cp "$REQUIREMENTS" "$VENV/requirements.txt"
+  fi
+  exec 9>&-
 }
 
 # run_step COMMAND ...: runs a program and returns its status. After a signal to run.sh, it ends the program and all
@@ -87,13 +103,13 @@ trap 'stop 15' TERM
 transcribe() {
   local folder=$1/$2 checkpoint=$3/best.pt path text utterance
   set --
-  while IFS= read -r path; do set -- "$@" "$path"; done < <(
-    find -L "$folder" -mindepth 3 -maxdepth 3 -name '[!.]*' \
-      \( -iname '*.flac' -o -iname '*.wav' -o -iname '*.ogg' \) | sort | head -n 3
-  )
+  for path in "$folder"/*/*/*-*-*; do # SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac
+    if [[ $path != *.txt && $# -lt 3 ]]; then set -- "$@" "$path"; fi
+  done
   run_step "$PYTHON" decode.py --checkpoint "$checkpoint" "$@" >"$work/transcripts"
   while IFS=$'\t' read -r path text; do
-    utterance=$(basename "${path%.*}")
+    utterance=${path##*/}
+    utterance=${utterance%.*}
     printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
       "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
   done <"$work/transcripts"
@@ -109,7 +125,12 @@ case ${1-} in
     ;;
   test)
     shift
-    if [[ ${1-} == --slow ]]; then shift; else set -- -m "not slow" "$@"; fi
+    is_slow=""
+    for word; do # rotates the words and takes --slow out
+      shift
+      if [[ $word == --slow ]]; then is_slow=yes; else set -- "$@" "$word"; fi
+    done
+    if [[ -z $is_slow ]]; then set -- -m "not slow" "$@"; fi
     set -- "$PYTHON" -m pytest "$@"
     printf 'launch %s\n' "$(printf ' %q' "$@")"
     if [[ $DRY_RUN == 1 ]]; then exit; fi
@@ -133,8 +154,10 @@ while IFS= read -r -d '' field; do plan+=("$field"); done <"$work/plan"
 data=${plan[0]} out=${plan[1]} dev_split=${plan[2]} cores=${plan[3]}
 
 if [[ ${plan[4]} == prepare ]]; then run_step "$PYTHON" -m tools.prepare "$CORPUS" "$data"; fi
-run_step "${plan[@]:5}"
+run_step "${plan[@]:6}"
+if [[ ${plan[5]} != score ]]; then exit; fi # the first task of srun scores
 # One process scores, so it takes the cores of all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 run_step "$PYTHON" decode.py --checkpoint "$out/best.pt" --data "$data" --split "$dev_split"
 transcribe "$data" "$dev_split" "$out"
+printf 'try     %q decode.py --checkpoint %q my.wav  (a recording of your own)\n' "$PYTHON" "$out/best.pt"

@@ -4,6 +4,7 @@
     python train.py --data data/demo --train-splits train-demo --dev-split dev-demo \\
         --out out/demo --preset demo
     python train.py ... --resume      # continues from the newest checkpoint, if there is one
+    python train.py ... --init out/demo/best.pt      # begins from the averaged weights of a run
     torchrun --standalone --nproc-per-node 2 train.py ...   # two ranks; or mpirun
 
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
@@ -20,7 +21,6 @@ You et al. (2019), arXiv:1904.00962: LAMB. The recipe is that of the MLPerf Trai
 import argparse
 import copy
 import gc
-import hashlib
 import importlib
 import inspect
 import math
@@ -52,9 +52,11 @@ from checkpoint import (
     clear_run,
     keep_newest,
     list_checkpoints,
+    load_checkpoint,
     lock_run,
     newest_checkpoint,
     save_checkpoint,
+    try_space,
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig, check_ranges
@@ -87,7 +89,7 @@ class TrainConfig:
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
     lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
-    ramp_begin: float = 0.0  # epochs at the start without dropout and SpecAugment
+    ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
     beta1: float = 0.9
     beta2: float = 0.999
@@ -96,10 +98,11 @@ class TrainConfig:
     clip_norm: float = 1.0  # largest norm of the whole gradient
     ema_decay: float = 0.999  # of the averaged weights that are evaluated
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
-    target_wer: float = 0.0  # stop when the dev split reaches it; a fraction
+    target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
     resume: bool = False  # continue the run in the run directory
+    init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
     seed: int = 1
@@ -112,13 +115,13 @@ class TrainConfig:
     submission_division: str = "open"  # in mllog.log; closed fixes MLPerf's recipe
     submission_org: str = "none"  # who submits
     ranks: int = 0  # refuse to start with another number of them; 0: any
-    backend: str = "auto"  # of torch.distributed: ccl, gloo, mpi, or auto: ccl if it is installed
+    backend: str = "gloo"  # of torch.distributed: gloo, ccl (oneCCL) or mpi
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("preset", sorted(PRESETS)), ("precision", ["auto", "bf16", "fp32"]),
-            ("backend", ["auto", "ccl", "gloo", "mpi"]),
+            ("backend", ["ccl", "gloo", "mpi"]),
             ("submission_division", ["open", "closed"]),
         ):
             if getattr(self, name) not in choices:
@@ -144,16 +147,23 @@ class TrainConfig:
         if self.resume and self.restart:
             raise ValueError("resume and restart exclude each other")
 
+    def global_batch(self, ranks: int) -> int:
+        """Utterances of a step."""
+        return self.batch_size * self.accumulation * ranks
+
+    def is_target(self, wer: float) -> bool:
+        return self.target_wer > 0 and wer <= self.target_wer
+
     @property
     def has_ctc(self) -> bool:
         return self.ctc_epochs > 0 or self.ctc_weight > 0
 
     def is_ctc_alone(self, epoch: int) -> bool:
         """True in the epochs, counted from 1, that train the CTC head without the transducer."""
-        return epoch <= min(self.ctc_epochs, self.epochs // 4)
+        return 0 < epoch <= min(self.ctc_epochs, self.epochs // 4)
 
     def strength(self, epoch: int) -> float:
-        """Share of their full strength that dropout and SpecAugment have in an epoch."""
+        """Share of their full strength that dropout and augmentation have in an epoch."""
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
 
 
@@ -174,6 +184,17 @@ RECIPES = {
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12, ctc_split=2),
 }
+
+# The fields of model and front end that a run with --init chooses for itself. All others are those
+# of its checkpoint.
+FREE_FIELDS = {
+    "vocab_size", "ctc_split", "enc_dropout", "pred_dropout", "joint_dropout",
+    "speed_min", "speed_max", "band_prob", "pad_max_s", "empty_prob", "noise_prob", "snr_min_db",
+    "snr_max_db", "gain_db", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
+    "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
+}
+# A recipe begins so that random weights find the alignment; the weights of --init have found it.
+NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 
 # Ctrl-C and the signals that batch systems send before they kill.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -204,32 +225,65 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
-    """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     for config in (TrainConfig, ModelConfig, FeatureConfig):
         add_flags(parser.add_argument_group(config.__name__), config)
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def architecture(stored: dict, given: dict) -> dict:
+    """The fields of a checkpoint's config that a run with --init keeps: all but FREE_FIELDS.
+
+    Raises:
+        ValueError: a flag, one of `given`, has another value.
+    """
+    kept = {name: value for name, value in stored.items() if name not in FREE_FIELDS}
+    for name, value in kept.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}")
+    return kept
+
+
+def make_configs(given: dict,
+                 origin: dict | None = None) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Flags -> the three configs; a wrong value ends the program with status 2.
+
+    Args:
+        given: the flags of the command line and their values.
+        origin: a checkpoint whose architecture the run keeps; its preset is the default.
+    """
+    if origin is not None:
+        before = origin["train_config"]
+        given = {"preset": before["preset"], "init": before.get("init", ""), **given}
     preset = given.get("preset", TrainConfig.preset)
-    given = {**RECIPES.get(preset, {}), **given}
+    values = {**RECIPES.get(preset, {}), **(NO_START if origin else {}), **given}
 
     def values_for(config: type) -> dict:
-        return {f.name: given[f.name] for f in fields(config) if f.name in given}
+        return {f.name: values[f.name] for f in fields(config) if f.name in values}
 
     try:
         train = TrainConfig(**values_for(TrainConfig))
         features = FeatureConfig(**values_for(FeatureConfig))
-        model = replace(PRESETS[preset], feature_size=features.feature_size,
-                        **values_for(ModelConfig))
+        model = replace(PRESETS[preset], **values_for(ModelConfig))
+        if origin is not None:
+            features = replace(features, **architecture(origin["feature_config"], given))
+            model = replace(model, **architecture(origin["model_config"], given))
+        model = replace(model, feature_size=features.feature_size)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it
         elif not model.ctc_split:
             raise ValueError("ctc_split: 0, expected at least 1 with ctc_epochs or ctc_weight")
     except ValueError as error:
-        parser.error(str(error))
+        make_parser().error(str(error))
     return replace(train, train_splits=tuple(train.train_splits)), model, features
+
+
+def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
+    return make_configs(vars(make_parser().parse_args(argv)))
 
 
 def processor_multiplies_bf16() -> bool:
@@ -361,6 +415,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 # ------------------------------------------------------------------------------------- one step
 
+WHEN_DIVERGED = "if the recordings are sound, the run diverged: give a lower --lr"
+
 
 class Trainer(NamedTuple):
     """Everything that a step reads or changes."""
@@ -376,7 +432,7 @@ class Trainer(NamedTuple):
     @property
     def global_batch(self) -> int:
         """Utterances of a step."""
-        return self.cfg.batch_size * self.cfg.accumulation * self.ranks.world
+        return self.cfg.global_batch(self.ranks.world)
 
 
 def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
@@ -476,7 +532,8 @@ def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
     total_bad, *_ = sums = all_sum(sums, ranks)
     if total_bad > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
-        raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite")
+        raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite; "
+                                 f"{WHEN_DIVERGED}")
     return sums[1:]
 
 
@@ -522,7 +579,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
         norm.end_step()
     grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
     if not math.isfinite(grad_norm):  # every rank has the same norm
-        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}")
+        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; {WHEN_DIVERGED}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
     # The average of the first steps would lag: its decay warms up.
@@ -534,7 +591,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
              features: FeatureConfig, ctc_alone: bool = False) -> dict:
-    """WER of the averaged weights; every rank decodes its share of the batches, in float32.
+    """WER and CER of the averaged weights; every rank decodes its share of the batches, in float32.
 
     With `ctc_alone` the search is that of the CTC head.
     """
@@ -549,76 +606,17 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     search = decode.ctc_greedy_decode if ctc_alone else decode.greedy_decode
     texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts, search)
     decoded = [u for u in utterances if u.id in texts]
-    errors, words = decode.word_errors([texts[u.id] for u in decoded], [u.text for u in decoded])
-    sums = torch.tensor([errors, words, counts["frames"], counts["labels"]])
-    errors, words, frames, labels = all_sum(sums, ranks).tolist()
+    pairs = [texts[u.id] for u in decoded], [u.text for u in decoded]
+    sums = torch.tensor([*decode.word_errors(*pairs), *decode.char_errors(*pairs),
+                         counts["frames"], counts["labels"]])
+    errors, words, char_errors, chars, frames, labels = all_sum(sums, ranks).tolist()
     seconds = time.perf_counter() - started
     return {
         "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
+        "cer": decode.word_error_rate(char_errors, chars),
         "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
         "frames": frames, "labels": labels,
     }
-
-
-# ----------------------------------------------------------------------------------- the corpus
-
-
-def load_corpus(cfg: TrainConfig, features: FeatureConfig,
-                log: Log) -> tuple[list[Utterance], list[Utterance]]:
-    """Training utterances of all splits without those that are too long, and the dev split.
-
-    Raises:
-        ValueError: with the errors of all splits.
-    """
-    found, errors = [], []
-    for split in (*cfg.train_splits, cfg.dev_split):
-        try:
-            # The dev split must be whole: a WER without some utterances is another measure.
-            skip_bad = cfg.skip_bad and split != cfg.dev_split
-            found.append(data.read_split(cfg.data, split, features, skip_bad))
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(errors))
-    *parts, dev = found
-    train, note = data.drop_long([u for part in parts for u in part], features)
-    for name, utterances in (("train", train), ("dev", dev)):
-        hours = sum(u.duration_s for u in utterances) / 3600
-        log.say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
-    log.say(f"train: longer than {features.max_utterance_s} s: {note}")
-    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
-    if unknown:
-        log.warn(f"no training text has the characters {''.join(sorted(unknown))!r} of the dev "
-                 "texts: words with them will be errors")
-    return train, dev
-
-
-def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
-                log: Log) -> None:
-    """Every training text must have labels, and should have no more of them than encoder frames.
-
-    Args:
-        frame_s: seconds of an encoder frame.
-    Raises:
-        ValueError: with the ids of the utterances that the tokenizer cannot express.
-    """
-    crowded, problems = 0, []
-    for utterance in train:
-        try:
-            crowded += len(tokenizer.encode(utterance.text)) > utterance.duration_s / frame_s
-        except ValueError as error:
-            problems.append(data.Problem("error", "text", utterance.id, str(error)))
-    if problems:
-        raise ValueError("\n".join(["texts cannot be used:", *data.describe(problems)]))
-    if crowded:
-        log.warn(f"{crowded:,} of {len(train):,} training utterances have more labels than encoder "
-                 f"frames of {1000 * frame_s:.0f} ms")
-
-
-def describe_corpus(utterances: Iterable[Utterance]) -> str:
-    """Number and checksum of the utterances: equal for equal corpora."""
-    facts = sorted((u.id, u.duration_s, u.text) for u in utterances)
-    return f"{len(facts)} utterances, sha256 {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
 def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features: FeatureConfig,
@@ -632,7 +630,7 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     """
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
                                  cfg.strength(epoch))
-    global_batch = cfg.batch_size * cfg.accumulation * ranks.world
+    global_batch = cfg.global_batch(ranks.world)
     rng = np.random.default_rng((cfg.seed, epoch))
     order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
     # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
@@ -677,6 +675,7 @@ class State:
     utts_per_s: float = math.nan  # likewise
     seconds: float = 0.0  # spent in steps and evaluations, over all restarts
     best_wer: float = math.inf
+    best_cer: float = math.inf  # of the evaluation with the best WER
     evaluated: int = 0  # step of the newest evaluation
 
     def count_step(self, result: StepResult, step_s: float, utterances: int) -> None:
@@ -711,9 +710,9 @@ def run_facts(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         "sampling_facts": {
             "ranks x batch x accumulation": f"{ranks.world} x {cfg.batch_size} x "
                                             f"{cfg.accumulation}",
-            "seed": cfg.seed, "training set": describe_corpus(train),
+            "seed": cfg.seed, "training set": data.describe_corpus(train),
         },
-        "dev_facts": describe_corpus(dev),
+        "dev_facts": data.describe_corpus(dev),
     }
 
 
@@ -727,14 +726,36 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
     out = Path(cfg.out)
     existing = [*out.glob("best.pt"), *list_checkpoints(out)]
     if not existing or cfg.restart:
+        if cfg.resume and not cfg.init:
+            log.say(f"{out}: no run to resume, a new one begins; --init CHECKPOINT begins it from "
+                    "the weights of another")
         return None
     if not cfg.resume:
         raise ValueError(f"{existing[-1]} exists: give --resume to go on, --restart to delete it, "
                          "or another --out")
     found = newest_checkpoint(out, log.warn)
     if found is None:
-        raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run")
+        raise ValueError(f"{out}: no readable checkpoint-*.pt to resume; --restart deletes the run,"
+                         " --init best.pt with another --out begins one from averaged weights")
     return found
+
+
+def find_origin(cfg: TrainConfig, resumed: tuple[Path, dict] | None) -> dict | None:
+    """The checkpoint whose architecture a run with --init keeps; None for any other run.
+
+    Such a run needs the file of --init at its beginning only: resumed, it keeps its own.
+
+    Raises:
+        ValueError: the resumed run began otherwise.
+    """
+    if resumed is None:
+        return load_checkpoint(cfg.init) if cfg.init else None
+    path, checkpoint = resumed
+    begun = checkpoint["train_config"].get("init", "")
+    if cfg.init and Path(cfg.init).resolve() != Path(begun).resolve():
+        raise ValueError(f"{path}: its run did not begin with --init {cfg.init}; give another "
+                         "--out, or --restart to delete it")
+    return checkpoint if begun else None
 
 
 def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
@@ -783,6 +804,26 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
         if now[name] != before[name]:
             say(f"{name} was {before[name]}, now {now[name]}: goes on at epoch {state.epoch}")
     return state
+
+
+def begin_from(run: Run, origin: dict) -> State:
+    """Copies the averaged weights of another run; returns the state of a new one.
+
+    The layers that depend on the tokenizer start anew with a new one, and so does a CTC head of
+    another size. Weights that can recognise at once are evaluated before the first step.
+    """
+    trainer, weights = run.trainer, run.trainer.model.state_dict()
+    same_classes = stored_tokenizer(origin).model == run.tokenizer.model
+    same_split = trainer.model.cfg.ctc_split == origin["model_config"]["ctc_split"]
+    anew = () if same_classes else ("predictor.embed", "joint_network.output")
+    anew += () if same_classes and same_split else ("ctc_head",)
+    kept = {name: origin["ema"][name] for name in weights if not name.startswith(anew)}
+    for model in (trainer.model, trainer.ema):
+        model.load_state_dict(weights | kept)
+    layers = sorted({name.rpartition(".")[0] for name in weights.keys() - kept.keys()})
+    run.log.say(f"init: averaged weights of {trainer.cfg.init}, step {origin['state']['step']}; "
+                f"layers that start anew: {', '.join(layers) or 'none'}")
+    return State(evaluated=-1 if same_classes else 0)
 
 
 def save(run: Run, state: State, is_best: bool = False) -> None:
@@ -877,7 +918,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
     if state.batch == 0:
         evaluate_and_save(run, state)  # the last run ended between an epoch and its evaluation
     for epoch in range(state.epoch, cfg.epochs + 1):
-        if state.best_wer <= cfg.target_wer or stopper.should_stop():
+        if cfg.is_target(state.best_wer) or stopper.should_stop():
             break
         log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
         log.mllog("epoch_start", epoch_num=epoch)
@@ -921,7 +962,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             log.mllog("block_stop", first_epoch_num=epoch)
         if stopper.reason:
             break
-    return stopper.reason or ("target wer" if state.best_wer <= cfg.target_wer else "epochs")
+    return stopper.reason or ("target wer" if cfg.is_target(state.best_wer) else "epochs")
 
 
 def loss_fields(run: Run, result: StepResult) -> dict:
@@ -952,6 +993,8 @@ def evaluate_and_save(run: Run, state: State) -> None:
     """Scores the dev split unless that is done, writes result and checkpoint, draws the curves."""
     if state.evaluated == state.step:
         return
+    if state.step == 0:
+        save(run, state)  # best.pt alone could not be resumed
     log, cfg = run.log, run.trainer.cfg
     epoch = state.epoch if state.batch else state.epoch - 1
     log.mllog("eval_start", epoch_num=epoch)
@@ -963,7 +1006,7 @@ def evaluate_and_save(run: Run, state: State) -> None:
     # The CTC head's WER says nothing about the transducer, which best.pt is for.
     is_best = result["wer"] < state.best_wer and not ctc_alone
     if is_best:
-        state.best_wer = result["wer"]
+        state.best_wer, state.best_cer = result["wer"], result["cer"]
     state.evaluated = state.step
     position = state.position(run.steps_per_epoch) | {"epoch": epoch}
     run.monitor.evaluation(epoch > cfg.warmup_epochs, **position, loss=state.loss,
@@ -991,11 +1034,21 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
 # ------------------------------------------------------------------------------------------- main
 
 
-def make_tokenizer(checkpoint: dict | None, train: Sequence[Utterance], vocab_size: int,
+def stored_tokenizer(checkpoint: dict) -> Tokenizer:
+    return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+
+
+def make_tokenizer(origin: dict | None, train: Sequence[Utterance], vocab_size: int,
                    log: Log) -> Tokenizer:
-    """The checkpoint's tokenizer, or a new one for the training texts."""
-    if checkpoint is not None:
-        return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+    """The tokenizer of `origin` if it can spell the training texts, or a new one for them."""
+    if origin is not None:
+        tokenizer = stored_tokenizer(origin)
+        try:
+            for utterance in train:
+                tokenizer.encode(utterance.text)
+            return tokenizer
+        except ValueError as error:
+            log.say(f"init: a new tokenizer, because the checkpoint's cannot spell {error}")
     tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), vocab_size))
     if tokenizer.vocab_size != vocab_size:
         log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give {vocab_size}")
@@ -1033,12 +1086,25 @@ def log_settings(run: Run, state: State) -> None:
                  "--batch-size or --accumulation if the WER stays at 100 %")
 
 
+def log_end(run: Run, state: State, reason: str, started_s: float) -> None:
+    """Writes the result to mllog.log and the console."""
+    cfg, log = run.trainer.cfg, run.log
+    is_reached = cfg.is_target(state.best_wer) or (reason == "epochs" and not cfg.target_wer)
+    log.mllog("run_stop", status="success" if is_reached else "aborted")
+    best = f"{100 * state.best_wer:.2f} %, cer {100 * state.best_cer:.2f} %"
+    best = best if math.isfinite(state.best_wer) else "not measured"
+    log.say(f"end: {reason}, best dev wer {best}")
+    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
+            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
+
+
 def main() -> int:
     """Trains as the command line says; returns the exit status."""
     started_s = time.time()
 
     # 1 config
-    cfg, model_cfg, features = parse_configs(sys.argv[1:])
+    given = vars(make_parser().parse_args(sys.argv[1:]))
+    cfg, model_cfg, features = make_configs(given)
     out = Path(cfg.out)
 
     # 2 ranks
@@ -1047,18 +1113,26 @@ def main() -> int:
     torch.set_flush_denormal(True)  # small LSTM gates produce denormals, which multiply slowly
 
     # 3 data
-    path, checkpoint = find_checkpoint(cfg, log) or (None, None)
+    resumed = find_checkpoint(cfg, log)
+    path, checkpoint = resumed or (None, None)
+    origin = find_origin(cfg, resumed)
+    if origin is not None:
+        cfg, model_cfg, features = make_configs(given, origin)
     reading_s = time.time()
-    train, dev = load_corpus(cfg, features, log)
+    train, dev = data.load_corpus(cfg.data, cfg.train_splits, cfg.dev_split, features,
+                                  cfg.skip_bad, log.say)
     facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
     if checkpoint is not None:
         check_same_model(path, checkpoint, facts)
-    tokenizer = make_tokenizer(checkpoint, train, model_cfg.vocab_size, log)
+        tokenizer = stored_tokenizer(checkpoint)
+    else:
+        known = None if "vocab_size" in given else origin
+        tokenizer = make_tokenizer(known, train, model_cfg.vocab_size, log)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
-    check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log)
-    step = 0 if checkpoint is None else checkpoint["state"]["step"]
+    data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
+    step = (checkpoint or origin or {"state": {"step": 0}})["state"]["step"]
     heartbeat.compare("run", {
-        "corpus": describe_corpus(train + dev),
+        "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "checkpoint": f"step {step} in {out}", "dtype": matrix_dtype(cfg.precision),
     })
@@ -1069,17 +1143,20 @@ def main() -> int:
     run = Run(trainer, features, tokenizer, train, dev, facts, log, monitor)
     check_sizes(run)
 
-    # 6 resume
+    # 6 resume or begin
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_run(out)  # noqa: F841 - the lock is held as long as this variable lives
         clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
+        # A checkpoint holds the weights, their average and the two moments of the optimiser.
+        try_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
     if checkpoint is None:
-        state = State()
+        state = State() if origin is None else begin_from(run, origin)
         report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
                            started_s, reading_s)
     else:
         state = from_checkpoint(run, checkpoint)
+    del checkpoint, origin, resumed  # the weights that were read need much memory
     log_settings(run, state)
 
     # 7 loop
@@ -1091,12 +1168,7 @@ def main() -> int:
         reason = run_and_log_end(run, state, stopper)
 
     # 8 finish
-    is_reached = state.best_wer <= cfg.target_wer or (reason == "epochs" and not cfg.target_wer)
-    log.mllog("run_stop", status="success" if is_reached else "aborted")
-    best = f"{100 * state.best_wer:.2f} %" if math.isfinite(state.best_wer) else "not measured"
-    log.say(f"end: {reason}, best dev wer {best}")
-    log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
-            + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
+    log_end(run, state, reason, started_s)
     return EXIT_STATUS.get(reason, 0)
 
 
@@ -1113,4 +1185,4 @@ if __name__ == "__main__":
         leave(end.code)
     except Exception:  # noqa: BLE001 - a bug: the other ranks must not wait for this one
         leave(1, traceback.format_exc())
-    leave(status, wait_s=60)  # rank 0 may still be writing its last checkpoint
+    leave(status, wait_s=None)  # rank 0 may still be writing its last checkpoint

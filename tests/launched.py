@@ -28,14 +28,14 @@ printf 'threads=%s rank=%s\\n' "$OMP_NUM_THREADS" "$RANK" >> calls
 case "$*" in *"${{FAIL:-never}}"*) exit 3 ;; esac
 [ -z "$RNNT_STATUS_FILE" ] || echo 0 > "$RNNT_STATUS_FILE"
 case "$*" in
-  "decode.py "*.flac | "decode.py "*.wav)
+  "decode.py "*/7-9-*)
     shift 3
     for path; do printf '%s\\tHEARD %s\\n' "$path" "$(basename "$path")"; done ;;
 esac
 """
 # `python3 -m venv .venv` brings the stand-in above.
 PYTHON3 = f"""#!/bin/sh
-case "$*" in *"-m tools.launch "*) exec "{sys.executable}" "$@" ;; esac
+case "$*" in "-c "* | *"-m tools.launch "*) exec "{sys.executable}" "$@" ;; esac
 echo "python3|$*" >> calls
 mkdir -p .venv/bin
 cp stand-ins/python .venv/bin/python

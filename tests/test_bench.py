@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of bench.py are those of its steps, losses, recordings and splits."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +114,8 @@ def test_fused_and_plain_loss_are_compared_on_the_same_batch(capsys, monkeypatch
     _, (_, lens, target_lens) = bench.loss_inputs(PRESETS["small"], 2)
     nodes = int((lens * (target_lens + 1)).sum())
     for precision, name in (("fp32", "float32"), ("bf16", "bfloat16")):
-        bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision))
+        bench.bench_loss(Namespace(preset="small", batch_size=2, precision=precision,
+                                   peers=False))
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["dtype"] == name
     # The share relates to the matrix rate of the same dtype.
@@ -127,8 +132,9 @@ def test_recordings_come_again_for_large_batches(monkeypatch):
         assert [u.id[-1] for u in utterances] == list("01201201")
 
 
-def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
-    write_tones(tmp_path, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
+def write_model(folder):
+    """A split of three tones and a small untrained model; returns the flags of both."""
+    write_tones(folder, "dev", ["ONE TWO", "TWO", "ONE"], [0.25, 0.44, 0.63])
     tokenizer = data.Tokenizer(data.train_tokenizer(["ONE TWO"], 16))
     cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
                   vocab_size=tokenizer.vocab_size)
@@ -137,8 +143,12 @@ def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
         "model_config": asdict(cfg), "feature_config": asdict(features.FeatureConfig()),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
     }
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
-    argv = ["decode", "--checkpoint", tmp_path / "best.pt", "--data", tmp_path, "--split", "dev"]
+    save_checkpoint(folder / "best.pt", checkpoint)
+    return "--checkpoint", folder / "best.pt", "--data", folder, "--split", "dev"
+
+
+def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
+    argv = ["decode", *write_model(tmp_path)]
     _, result = run_here(monkeypatch, capsys, *argv)
     assert result["same_as_alone"] is True
     assert result["rtf"] == pytest.approx(result["seconds"] / (0.25 + 0.44 + 0.63))
@@ -161,6 +171,7 @@ def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):
         (["step", "--warmup", "-1"], "--warmup: -1, expected at least 0"),
         (["features", "--data", "x"], "--data and --split need each other"),
         (["loss", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["start", "--checkpoint", "x", "y", "--turns", "0"], "--turns: 0, expected at least 1"),
     ],
 )
 def test_wrong_flags_are_errors(capsys, monkeypatch, argv, message):
@@ -187,6 +198,86 @@ def test_features_take_longer_with_augmentation(capsys, monkeypatch):
     _, result = run_here(monkeypatch, capsys, "features", "--count", 4)
     assert 0 < result["decode_ms_per_utt"] < result["plain_ms_per_utt"] < result["ms_per_utt"]
     assert 1 < result["audio_s"] < 17
+
+
+def test_start_ends_with_the_first_line():
+    code = "import time; print('text', flush=True); time.sleep(1)"
+    assert 0 < bench.first_line_s([sys.executable, "-c", code]) < 1
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("", "status 0, output ''"), ("print('text'); exit(1)", "status 1, output 'text\\n'"),
+])
+def test_a_program_that_fails_or_prints_no_line_has_no_start(code, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bench.first_line_s([sys.executable, "-c", code])
+
+
+def test_start_of_decode_and_of_its_imports_are_measured_in_turns(capsys, monkeypatch, tmp_path):
+    seconds = {"decode.py": iter([9, 3, 1, 2]), "-c": iter([0.5, 0.25, 1])}  # the first is left out
+    monkeypatch.setattr(bench, "first_line_s", lambda command: next(seconds[command[1]]))
+    _, result = run_here(monkeypatch, capsys, "start", "--turns", 3, "--checkpoint",
+                         tmp_path / "best.pt", tmp_path / "a.flac")
+    assert (result["start_s"], result["imports_s"]) == (2, 0.5)
+    assert result["starts_s"] == [3, 1, 2]
+
+
+def test_neighbour_keeps_the_last_core_busy():
+    with bench.neighbour() as pid:
+        assert os.sched_getaffinity(pid) == {max(os.sched_getaffinity(0))}
+        assert os.getsid(pid) == pid
+        time.sleep(0.5)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        assert sum(map(int, fields[11:13])) > 5  # hundredths of a second in user and kernel mode
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_launches_are_those_of_run_sh_with_other_waits(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launches = bench.make_launches()
+    default, each = launches["as launched"], launches["a rank on each core"]
+    assert default.ranks * int(default.variables["OMP_NUM_THREADS"]) == each.ranks
+    assert each.variables["OMP_NUM_THREADS"] == "1"
+    assert launches["OMP_WAIT_POLICY=passive"] == (
+        default.ranks, default.variables | {"OMP_WAIT_POLICY": "passive"})
+
+
+def test_steps_beside_a_neighbour_are_measured_in_turns(capsys, monkeypatch):
+    calls, company = [], []
+
+    @contextlib.contextmanager
+    def neighbour():
+        company.append("busy")
+        yield
+        company.pop()
+
+    def run_rung(argv, ranks, variables):
+        assert argv[argv.index("--data") + 1]
+        calls.append((ranks, variables["x"], len(company)))
+        assert argv[-1] == str(8 // ranks)
+        return {"step_s": [4.0 if company else 1.0]}
+
+    launches = {"a": bench.Launch(1, {"x": "1"}), "b": bench.Launch(2, {"x": "2"})}
+    monkeypatch.setattr(bench, "make_launches", lambda: launches)
+    monkeypatch.setattr(bench, "neighbour", neighbour)
+    monkeypatch.setattr(bench.ladder, "run_rung", run_rung)
+    lines, result = run_here(monkeypatch, capsys, "neighbour", "--batch-size", 8, "--turns", 2,
+                             "--epochs", 3)
+    turn = [(1, "1", 0), (1, "1", 1), (2, "2", 0), (2, "2", 1)]
+    assert calls == turn + turn
+    assert lines[1].split() == ["a", "8.0", "2.0", "0.25"]
+    assert result["launches"]["b"] == {"alone": 8, "beside": 2, "ranks": 2, "variables": {"x": "2"}}
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_a_busy_process(capsys, monkeypatch):
+    launches = bench.make_launches()
+    chosen = {name: launches[name] for name in ("as launched", "a rank on each core")}
+    monkeypatch.setattr(bench, "make_launches", lambda: chosen)
+    _, result = run_here(monkeypatch, capsys, "neighbour", "--turns", 1, "--seconds", 0,
+                         "--enc-hidden", 8, "--pred-hidden", 8, "--joint-hidden", 8)
+    assert list(result["launches"]) == list(chosen)
+    assert all(row["beside"] > 0 for row in result["launches"].values())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 
 import os
 import random
+import resource
 import subprocess
 import sys
 
@@ -71,6 +72,16 @@ def test_a_write_that_breaks_off_leaves_the_older_checkpoint_alone(saved, monkey
     monkeypatch.setattr(checkpoint.torch, "save", break_off)
     with pytest.raises(OSError, match="00000012.pt could not be written: disk full"):
         save_checkpoint(saved, {"model": torch.zeros(3)})
+    assert names(saved.parent) == [saved.name]
+    assert saved.read_bytes() == before
+
+
+def test_a_full_disk_is_named_by_the_system(saved):
+    contents, before = {"model": torch.zeros(3 * 2**20)}, saved.read_bytes()
+    saved.with_suffix(".partial").symlink_to("/dev/full")
+    message = "00000012.pt could not be written: No space left on device$"
+    with pytest.raises(OSError, match=message):
+        save_checkpoint(saved, contents)
     assert names(saved.parent) == [saved.name]
     assert saved.read_bytes() == before
 
@@ -203,6 +214,26 @@ def test_a_new_run_deletes_every_file_of_training_and_no_other(out):
         (out / name).write_text(name)
     clear_run(out, resumed=None)
     assert names(out) == sorted(USERS_FILES)
+
+
+@pytest.fixture
+def small_files():
+    """Files may have 1,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(("existing", "count"), [([], 4), (["best.pt"], 3)])
+def test_space_for_the_checkpoints_to_come_is_tried(tmp_path, small_files, existing, count):
+    for name in existing:
+        (tmp_path / name).write_text("x")
+    checkpoint.try_space(tmp_path, 1000)
+    message = f"^{tmp_path}: File too large: {count} more checkpoints of 2 MB have to fit$"
+    with pytest.raises(OSError, match=message):
+        checkpoint.try_space(tmp_path, 2_000_000)
+    assert names(tmp_path) == existing
 
 
 LOCK = """

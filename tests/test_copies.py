@@ -8,6 +8,7 @@ process that finds no other file of the project and lets the copy import no othe
 """
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -138,3 +139,9 @@ def test_model_and_loss_know_no_files_flags_ranks_or_compilers(file):
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     assert not (imported | used) & {"argparse", "compile", "distributed", "jit", "os", "pathlib"}
+
+
+@pytest.mark.parametrize("file", ["model.py", "loss.py"])
+def test_model_and_loss_name_no_device(file):
+    source = (REPO / file).read_text(encoding="utf-8")
+    assert re.findall(r"(?i)\b(cpu|cuda|mps|xpu)\b", source) == []

@@ -8,9 +8,11 @@ Corpora are written into temporary folders.
 
 import multiprocessing
 import os
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tones import TRAIN_TEXTS, tiny_corpus
 
 import data
 import features
@@ -83,12 +86,16 @@ def test_good_split_has_its_utterances_by_id_and_no_problem(corpus):
     ]
 
 
-@pytest.mark.parametrize("suffix", [".wav", ".ogg", ".FLAC"])
-def test_other_suffixes_are_audio_too(corpus, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [(".wav", "WAV"), (".ogg", "OGG"), (".FLAC", "FLAC"), (".mp3", "MP3"), (".opus", "OGG"),
+     (".WAV", "NIST"), (".sph", "NIST"), (".aiff", "AIFF"), (".au", "AU")],
+)
+def test_other_suffixes_are_audio_too(corpus, suffix, name):
     path = corpus.folder / "7-9-0000.flac"
     path.unlink()
-    name = suffix.strip(".").upper()
-    soundfile.write(path.with_suffix(suffix), NOISE, 16000, format=name)
+    subtype = "OPUS" if suffix == ".opus" else None
+    soundfile.write(path.with_suffix(suffix), NOISE, 16000, format=name, subtype=subtype)
     utterances, problems = corpus.scan()
     assert utterances[0].path == str(path.with_suffix(suffix))
     assert problems == []
@@ -153,6 +160,20 @@ def short_wav(corpus):
     path.write_bytes(path.read_bytes()[:10000])
 
 
+def rf64(corpus, num_bytes=None):
+    (corpus.folder / "7-9-0000.flac").unlink()
+    path = corpus.folder / "7-9-0000.wav"
+    soundfile.write(path, NOISE, 16000, "PCM_16", format="RF64")
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def exchange_frames(corpus):
+    """Puts other audio behind a header; libsndfile decodes it without an error."""
+    good = (corpus.folder / "7-9-0000.flac").read_bytes()
+    other = corpus.flac(samples=NOISE[::-1]).read_bytes()
+    corpus.bytes(good[:42] + other[42:])
+
+
 def link_to_itself(corpus):
     path = corpus.folder / "7-9-0000.flac"
     path.unlink()
@@ -214,10 +235,16 @@ BAD = {
     "truncated FLAC": Bad(truncated_flac, AUDIO, FLAC + "truncated: the end is missing"),
     "WAV header promises more": Bad(short_wav, AUDIO, WAV + "truncated: the end is missing"),
     "damaged FLAC": Bad(damaged_flac, AUDIO, FLAC + "damaged audio: ", decoded=True),
+    "RF64 header promises more": Bad(lambda c: rf64(c, 10000), AUDIO,
+                                     WAV + "truncated: the end is missing"),
+    "FLAC of another MD5": Bad(exchange_frames, AUDIO, FLAC + "damaged audio: the MD5 of its "
+                               "samples is ", decoded=True),
     "NaN": Bad(lambda c: c.wav(NAN), AUDIO, WAV + "1 samples not finite", decoded=True),
     "infinity": Bad(lambda c: c.wav(INFINITY), AUDIO, WAV + "2 samples not finite", decoded=True),
     "link to itself": Bad(link_to_itself, AUDIO, FLAC + "Too many levels of symbolic links"),
-    "constant": Bad(lambda c: c.flac(samples=np.full(999, 0.25)), "constant audio",
+    "short": Bad(lambda c: c.flac(samples=NOISE[:800]), "short recording", FLAC + "0.050 s",
+                 level="warning"),
+    "constant": Bad(lambda c: c.flac(samples=np.full(1600, 0.25)), "constant audio",
                     FLAC + "every sample is 0.25", level="warning", decoded=True),
     "8 kHz": Bad(lambda c: c.flac(samples=NOISE[:8000], rate=8000), "sample rate",
                  FLAC + "8000 Hz, will be resampled to 16000", level="warning"),
@@ -232,17 +259,22 @@ BAD = {
                          "{folder}/7-9-0000.flac does not exist", LINE_1),
     "line missing": Bad(lambda c: c.flac("7-9-0007"), "transcript missing",
                         "{folder}/7-9-0007.flac has no transcript", "7-9-0007", "warning"),
-    "transcript missing": Bad(lambda c: c.flac("7-8-0000"), "transcript file missing",
-                              "there is audio, but no .trans.txt", "{root}/dev/7/8"),
+    "transcript missing": Bad(
+        lambda c: c.flac("7-8-0000"), "transcript file missing",
+        "found audio, expected 7-8.trans.txt; docs/corpora.md tells how to import other forms",
+        "{root}/dev/7/8"),
     "Latin-1": bad_line(b"7-9-0000 CAF\xc9", "transcript not readable", "'utf-8' codec can't",
                         where="{folder}/7-9.trans.txt"),
     "id only": bad_line("7-9-0000", "no text", "'7-9-0000' has no text after an id"),
     "spaces only": bad_line("7-9-0000  ", "no text", "'7-9-0000  ' has no text after an id"),
     "empty line": bad_line("", "no text", "'' has no text after an id"),
-    "tab after the id": bad_line("7-9-0000\tA", "no text", r"'7-9-0000\tA' has no text"),
-    "tab": bad_line("7-9-0000 A\tB", CONTROL, r"'7-9-0000 A\tB'"),
-    "CRLF": bad_line("7-9-0000 A\r", CONTROL, r"'7-9-0000 A\r'"),
-    "byte order mark": bad_line("\ufeff7-9-0000 A", CONTROL, r"'\ufeff7-9-0000 A'"),
+    "tab after the id": bad_line(
+        "7-9-0000\tA", CONTROL, r"'7-9-0000\tA' has a tab, expected a space; remedy: sed -i "),
+    "tab": bad_line("7-9-0000 A\tB", CONTROL, r"'7-9-0000 A\tB' has a tab, expected a space; "),
+    "CRLF": bad_line("7-9-0000 A\r", CONTROL, r"'7-9-0000 A\r' has a carriage return (CRLF), "),
+    "byte order mark": bad_line("\ufeff7-9-0000 A", CONTROL,
+                                r"'\ufeff7-9-0000 A' has a byte order mark, expected none; "),
+    "form feed": bad_line("7-9-0000 A\fB", CONTROL, r"'7-9-0000 A\x0cB' has a control character"),
     "reserved word": bad_line("7-9-0000 A </s>", "reserved word", "'7-9-0000 A </s>'"),
     "sentencepiece's space": bad_line("7-9-0000 A\u2581B", "reserved word", "'7-9-0000 A\u2581B'"),
     "id of another chapter": bad_line("7-10-0000 A", "id not of its folder",
@@ -305,9 +337,108 @@ def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
     assert corpus.scan() == ([], [problem])
 
 
-def test_missing_split_is_an_error_with_the_folder(corpus):
-    problem = Problem("error", "split missing", str(corpus.root / "test"), "no such folder")
-    assert list(data.scan_split(corpus.root, "test")) == [problem]
+@pytest.mark.parametrize(("character", "place"), [("\r", "end"), ("\t", "id"), ("\ufeff", "start")])
+def test_the_remedy_in_a_message_repairs_the_transcript(corpus, character, place):
+    good = "7-9-0000 FIRST\n7-9-0001 SECOND\n"
+    bad = {"end": good.replace("\n", "\r\n"), "id": good.replace(" ", "\t"),
+           "start": character + good}[place]
+    corpus.transcript.write_bytes(bad.encode())
+    problem = next(p for p in corpus.scan()[1] if p.kind == "control character")
+    subprocess.run(problem.message.partition("remedy: ")[2], shell=True, check=True)
+    assert corpus.transcript.read_bytes() == good.encode()
+    assert corpus.scan()[1] == []
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+def test_the_md5_of_good_flac_is_that_of_its_header(tmp_path, subtype, channels):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.stack([NOISE, -NOISE], 1)[:, :channels], 16000, subtype)
+    assert any(path.read_bytes()[26:42])
+    data.verify_md5(str(path))
+    contents = bytearray(path.read_bytes())
+    contents[41] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=f"a.flac: damaged audio: .* its header states .*"
+                                         f"{contents[41]:02x}$"):
+        data.verify_md5(str(path))
+    contents[26:42] = bytes(16)  # not set
+    path.write_bytes(contents)
+    data.verify_md5(str(path))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_bytes_inside_flac_are_found(corpus, seed):
+    path = corpus.flac(samples=np.tile(NOISE, 4))
+    rng, contents = np.random.default_rng(seed), bytearray(path.read_bytes())
+    start = len(contents) // 4 + int(rng.integers(len(contents) // 2))
+    contents[start : start + 4000] = rng.bytes(4000)
+    path.write_bytes(contents)
+    [problem] = corpus.scan(decode=True)[1]
+    assert problem.message.startswith(f"{path}: damaged audio: ")
+
+
+def test_a_whole_rf64_file_is_no_problem(corpus):
+    rf64(corpus)
+    assert corpus.scan(decode=True)[1] == []
+
+
+# -------------------------------------------------------------------------- a corpus elsewhere
+
+NAMED = "the corpus to name is {root}, with the splits dev"
+
+
+@pytest.mark.parametrize(("root", "split", "hint"), [
+    ("{root}", "test", NAMED),
+    ("{root}/..", "dev", NAMED),
+    ("{root}/dev", "dev", NAMED),
+    ("{root}/dev/7", "dev", NAMED),
+    ("{root}/nowhere", "dev", "there is no folder {root}/nowhere"),
+])
+def test_missing_split_is_an_error_that_tells_where_the_corpus_is(tmp_path, root, split, hint):
+    corpus = Corpus(tmp_path / "corpora" / "mine")
+    named = root.replace("{root}", str(corpus.root))
+    [problem] = data.scan_split(named, split)
+    assert problem[:3] == ("error", "split missing", f"{named}/{split}")
+    found = problem.message.replace(f"{corpus.root}/../mine", str(corpus.root))
+    assert found == "no such folder; " + hint.replace("{root}", str(corpus.root))
+
+
+def test_a_corpus_at_a_relative_path_is_found_one_level_up(tmp_path, monkeypatch):
+    corpus = Corpus(tmp_path)
+    monkeypatch.chdir(corpus.root / "dev")
+    assert data.describe_layout(Path()) == NAMED.format(root=corpus.root)
+
+
+# Multilingual LibriSpeech has its transcripts in one file, LibriTTS has a file for each recording.
+@pytest.mark.parametrize(("audio", "text"), [
+    ("train/audio/201/1/201_1_000.flac", "train/transcripts.txt"),
+    ("train/201-1-0000.wav", "train/201-1-0000.txt"),
+])
+def test_a_split_of_another_form_is_described(tmp_path, audio, text):
+    for name in (audio, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    problem = list(data.scan_split(tmp_path, "train"))[-1]
+    assert problem == Problem(
+        "error", "split empty", str(tmp_path / "train"),
+        f"it has no utterance in */*/*.trans.txt; found {tmp_path}/{audio} and {tmp_path}/{text}, "
+        "expected <split>/<speaker>/<chapter>/*.trans.txt; docs/corpora.md tells how to import "
+        "other forms")
+    with pytest.raises(FileNotFoundError, match=f"found {tmp_path}/{audio} and {tmp_path}/{text}"):
+        prepare.check(tmp_path, [])
+
+
+def test_a_text_file_beside_each_recording_is_described(tmp_path):
+    folder = tmp_path / "train/201/1"
+    folder.mkdir(parents=True)
+    for suffix in ("wav", "normalized.txt", "original.txt"):
+        (folder / f"201_1_000.{suffix}").touch()
+    problem = next(data.scan_split(tmp_path, "train"))
+    assert problem == Problem(
+        "error", "transcript file missing", str(folder),
+        "found audio and 201_1_000.normalized.txt, expected 201-1.trans.txt; docs/corpora.md tells "
+        "how to import other forms")
 
 
 @pytest.mark.parametrize("name", ["", "1-2.trans.txt"], ids=["no transcript", "empty transcript"])
@@ -317,6 +448,7 @@ def test_split_without_utterances_is_an_error_with_the_folder(corpus, name):
     if name:
         (folder / name).touch()
     message = "it has no utterance in */*/*.trans.txt"
+    message += "" if name else f"; found no audio below {corpus.root / 'test'}"
     problem = Problem("error", "split empty", str(corpus.root / "test"), message)
     assert list(data.scan_split(corpus.root, "test")) == [problem]
 
@@ -423,6 +555,40 @@ def test_long_utterances_are_dropped_and_counted():
 def test_dropping_all_utterances_is_an_error_with_the_limit():
     with pytest.raises(ValueError, match=r"at most 16\.7 s: 2 of 2 dropped"):
         data.drop_long(utterances_of([17, 18]))
+
+
+# --------------------------------------------------------------------------- training and dev split
+
+
+def load_tones(root, say) -> tuple[list[Utterance], list[Utterance]]:
+    cfg = FeatureConfig(max_utterance_s=1.0)
+    return data.load_corpus(root, ["train"], "dev", cfg, skip_bad=False, say=say)
+
+
+def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path):
+    transcript = tiny_corpus(tmp_path) / "dev" / "1" / "2" / "1-2.trans.txt"
+    transcript.write_text(transcript.read_text().replace("ONE", "one"))
+    said = []
+    with pytest.warns(UserWarning, match="small letters"):
+        load_tones(tmp_path, said.append)
+    assert said[-1].startswith("warning: no training text has the characters 'eno' of the dev")
+
+
+def test_the_errors_of_all_splits_are_listed_at_once(tmp_path):
+    tiny_corpus(tmp_path)
+    for split in ("train", "dev"):
+        (tmp_path / split / "1" / "2" / "1-2-0001.flac").unlink()
+    with pytest.raises(ValueError, match="train cannot be used(.|\n)*dev cannot be used"):
+        load_tones(tmp_path, print)
+
+
+def test_utterances_with_more_labels_than_frames_are_counted():
+    tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
+    spoken = [Utterance("a", "a.flac", seconds, "ONE TWO THREE") for seconds in (0.1, 3.0)]
+    said = []
+    data.check_texts(spoken, tokenizer, 0.12, said.append)
+    assert said == ["warning: 1 of 2 training utterances have more labels than encoder frames of "
+                    "120 ms"]
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -657,18 +823,54 @@ def test_dataset_without_tokenizer_has_no_labels(utterances):
     assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1] == []
 
 
-def feats_of(utterances, seed, epoch, index) -> bytes:
-    dataset = data.SpeechDataset(utterances, None, features.DEFAULT, seed, epoch)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_evaluation_features_in_a_batch_are_those_of_a_file_alone(utterances, num_workers):
+    dataset = data.SpeechDataset(utterances, None, features.DEFAULT)
+    [batch] = data.batch_loader(dataset, [[3, 0, 5]], num_workers)
+    for i, feats, n in zip([3, 0, 5], batch.feats, batch.feat_lens, strict=True):
+        alone = features.features(features.load_audio(utterances[i].path))
+        assert torch.equal(feats[:n], alone)
+
+
+ROBUST = FeatureConfig(band_prob=0.5, pad_max_s=1.0, empty_prob=0.3, noise_prob=0.5, gain_db=20.0)
+
+
+def feats_of(utterances, seed, epoch, index, cfg=features.DEFAULT) -> bytes:
+    dataset = data.SpeechDataset(utterances, None, cfg, seed, epoch)
     return dataset[index][0].numpy().tobytes()
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances):
+@pytest.mark.parametrize("cfg", [features.DEFAULT, ROBUST], ids=["default", "robust"])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances, cfg):
     # The same recording six times, so that the index is all that differs.
     same = [utterances[0]] * 6
-    first = feats_of(same, seed=1, epoch=2, index=3)
-    assert feats_of(same, seed=1, epoch=2, index=3) == first
+    first = feats_of(same, 1, 2, 3, cfg)
+    assert feats_of(same, 1, 2, 3, cfg) == first
     changed = [(4, 2, 3), (1, 5, 3), (1, 2, 0)]
-    assert len({first, *(feats_of(same, *key) for key in changed)}) == 4
+    assert len({first, *(feats_of(same, *key, cfg) for key in changed)}) == 4
+
+
+def test_the_order_of_items_does_not_change_them(utterances, tokenizer):
+    one, other = (data.SpeechDataset(utterances, tokenizer, ROBUST, seed=1) for _ in range(2))
+    forwards = [one[i] for i in range(6)]
+    backwards = [other[i] for i in reversed(range(6))]
+    for (feats, *rest), (same_feats, *same_rest) in zip(forwards, backwards[::-1], strict=True):
+        assert torch.equal(feats, same_feats)
+        assert rest == same_rest
+
+
+def test_recordings_that_become_empty_have_no_labels(utterances, tokenizer):
+    dataset = data.SpeechDataset(utterances * 30, tokenizer, ROBUST, seed=1)
+    is_empty = [dataset.layout(i).is_empty for i in range(180)]
+    assert np.mean(is_empty) == pytest.approx(0.3, abs=0.1)  # three deviations
+    for i in range(20):
+        expected = [] if is_empty[i] else tokenizer.encode(utterances[i % 6].text)
+        assert dataset[i][1] == expected
+
+
+def test_evaluation_has_no_empty_recordings(utterances, tokenizer):
+    dataset = data.SpeechDataset(utterances, tokenizer, replace(ROBUST, empty_prob=1.0))
+    assert all(dataset[i][1] for i in range(6))
 
 
 def test_seed_0_augments_too(utterances):
@@ -680,7 +882,7 @@ def test_durations_are_those_after_speed_perturbation(utterances):
     assert plain.durations_s() == [u.duration_s for u in utterances]
     # Without trimming, a recording has as many frames of 30 ms as its duration says, and perhaps
     # a last one that is not full.
-    cfg = FeatureConfig(trim_db=-200.0)
+    cfg = FeatureConfig(trim=False)
     for epoch in (1, 2):
         dataset = data.SpeechDataset(utterances, None, cfg, seed=1, epoch=epoch)
         ratios = np.divide(dataset.durations_s(), plain.durations_s())
@@ -690,6 +892,15 @@ def test_durations_are_those_after_speed_perturbation(utterances):
         for i, seconds in enumerate(dataset.durations_s()):
             # Factors are rounded to hundredths.
             assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1 + 0.005 * seconds / 0.03
+
+
+def test_durations_count_the_added_background(utterances):
+    cfg = FeatureConfig(trim=False, pad_max_s=1.0, speed_min=1.0, speed_max=1.0)
+    dataset = data.SpeechDataset(utterances, None, cfg, seed=1)
+    durations_s = dataset.durations_s()
+    assert max(np.subtract(durations_s, [u.duration_s for u in utterances])) > 0.3
+    for i, seconds in enumerate(durations_s):
+        assert abs(len(dataset[i][0]) - seconds / 0.03) <= 1
 
 
 def test_number_of_workers_does_not_change_the_batches(dataset, utterances):

@@ -325,6 +325,22 @@ def edits_by_search(start, longest=4):
     return found
 
 
+def test_edit_distance_is_the_number_of_edits_of_the_alignment():
+    rng = np.random.default_rng(1)
+    for lengths in rng.integers(0, 90, (50, 2)):  # more rows than a machine word has bits
+        hypothesis, reference = (rng.integers(0, 4, n).tolist() for n in lengths)
+        edits = sum(x != y for x, y in decode.align(hypothesis, reference))
+        assert decode.edit_distance(hypothesis, reference) == edits
+
+
+def test_characters_count_with_one_space_between_words():
+    assert decode.char_errors(["  the  bat\tsat "], ["the cat sat"]) == (1, 11)
+    # A language without spaces has one word a sentence: one wrong character makes WER 100 %.
+    heard, said = "今日は良い天汽です", "今日は良い天気です"
+    assert decode.word_errors([heard], [said]) == (1, 1)
+    assert decode.char_errors([heard, ""], [said, "今日"]) == (3, 11)
+
+
 def test_word_errors_are_the_least_number_of_edits():
     strings = ["".join(letters) for n in range(5) for letters in product("ab", repeat=n)]
     for start in strings:
@@ -359,6 +375,14 @@ def test_the_most_frequent_errors_are_counted():
     assert decode.describe_errors(["A"], ["A"])[1] == "insertions: 0"
 
 
+def test_references_in_another_case_are_said():
+    assert decode.describe_errors(["ON THE SIX", "A CAT"], ["on the sex", "a cat"])[-1] == (
+        "4 of these errors are upper against lower case alone: write the references as the "
+        "training texts are written"
+    )
+    assert len(decode.describe_errors(["ON THE SIX"], ["ON THE SEX"])) == 3
+
+
 def test_evaluation_batches_hold_every_utterance_once_longest_first():
     lengths = [3.0, 9.0, 1.0, 7.0, 5.0]
     utterances = [data.Utterance(str(i), "", s, "") for i, s in enumerate(lengths)]
@@ -379,7 +403,7 @@ class Scene:
     def __init__(self, root):
         self.root, self.checkpoint = root, root / "run" / "best.pt"
         self.checkpoint.parent.mkdir()
-        self.audio = write_tones(root, "dev", TEXTS, [0.25, 0.44, 0.63, 0.81])
+        self.audio = write_tones(root, "dev", TEXTS, [0.25, 0.44, 0.57, 0.81])
         tokenizer = Tokenizer(data.train_tokenizer(TEXTS, 16))
         model = random_model(
             3, feature_size=256, vocab_size=tokenizer.vocab_size, normalization=False
@@ -458,13 +482,65 @@ def test_a_folder_stands_for_all_audio_below_it_by_name(scene, main, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
     text = scene.texts[0]
-    assert main(tmp_path) == (0, f"{tmp_path}/A.FLAC\t{text}\n{tmp_path}/b/a.flac\t{text}\n", "")
+    status, printed, errors = main(tmp_path)
+    assert (status, printed) == (0, f"{tmp_path}/A.FLAC\t{text}\n{tmp_path}/b/a.flac\t{text}\n")
+    assert errors == (f"{tmp_path}: files without a suffix of audio are passed over: .raw (1), "
+                      ".txt (1)\n")
+
+
+FORMATS = {"a.mp3": {}, "b.opus": {"format": "OGG", "subtype": "OPUS"}, "c.aiff": {}, "d.au": {},
+           "e.WAV": {"format": "NIST"}, "f.sph": {"format": "NIST"}, "g.w64": {}, "h.caf": {}}
+
+
+def test_a_folder_and_a_file_take_the_same_formats(scene, main, tmp_path):
+    sound, _ = soundfile.read(scene.audio[3], dtype="int16")
+    for name, options in FORMATS.items():
+        soundfile.write(tmp_path / name, sound, 16000, **options)
+    status, printed, errors = main(tmp_path)
+    assert (status, errors) == (0, "")
+    assert printed == "".join(main(tmp_path / name)[1] for name in FORMATS)
+    for name in list(FORMATS)[2:]:  # the first two are lossy
+        assert f"{tmp_path / name}\t{scene.texts[3]}\n" in printed
 
 
 def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
     status, printed, errors = main(tmp_path, scene.audio[0])
     assert (status, printed) == (1, f"{scene.audio[0]}\t{scene.texts[0]}\n")
     assert f"{tmp_path}: Is a directory" in errors
+
+
+def run_command(scene, *argv, **options):
+    """decode.py as a process of its own."""
+    command = [sys.executable, REPO / "decode.py", "--checkpoint", scene.checkpoint, *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **options)
+
+
+def test_a_dash_is_standard_input(scene):
+    process = run_command(scene, "-", "/dev/stdin", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    printed, errors = process.communicate(scene.audio[0].read_bytes(), timeout=300)
+    assert printed.decode() == f"-\t{scene.texts[0]}\n"
+    assert errors == b"/dev/stdin: the file is empty\n"  # the first of both has read everything
+    assert process.returncode == 1
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_command_with_status_141(scene):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = run_command(scene, scene.audio[0], stdout=writer)
+    os.close(writer)
+    assert process.communicate(timeout=300)[1] == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("argv", [("a.flac",), ("--data", "corpus", "--split", "dev")])
+def test_ctrl_c_ends_the_command_quietly_with_status_130(scene, main, monkeypatch, argv):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("transcribe", "score_split"):
+        monkeypatch.setattr(decode, name, interrupt)
+    assert main(*argv) == (130, "", "")
 
 
 def test_a_name_that_is_not_utf8_is_printed_with_escapes(scene, main, tmp_path):
@@ -488,7 +564,7 @@ def test_batches_with_too_many_frames_are_decoded_in_halves(scene, monkeypatch):
     assert [[a[:2] for a in p] for p in halves] == [[a[:2] for a in p] for p in whole]
 
 
-@pytest.mark.parametrize("flag", ["--ctm", "--json", "--plot", "--hypotheses"])
+@pytest.mark.parametrize("flag", ["--ctm", "--json", "--srt", "--vtt", "--plot", "--hypotheses"])
 def test_files_that_cannot_be_written_are_named_before_decoding(
     scene, main, tmp_path, monkeypatch, flag
 ):
@@ -510,9 +586,11 @@ def score(scene, tmp_path_factory):
     return done.stdout.splitlines(), table
 
 
-def test_a_score_has_the_word_error_rate(scene, score):
+def test_a_score_has_word_and_character_error_rates(scene, score):
     errors, words = decode.word_errors(scene.scored, TEXTS)
     expected = f"WER {100 * errors / words:.2f} % ({errors:,} errors in {words:,} words), "
+    errors, chars = decode.char_errors(scene.scored, TEXTS)
+    expected += f"CER {100 * errors / chars:.2f} %, "
     assert score[0][0].startswith(f"dev: {expected}real-time factor ")
 
 
@@ -572,7 +650,7 @@ def test_folders_are_searched_through_links_and_unreadable_ones_are_named(
     assert status == 1
     expected = [f"{calls}/a.flac\t{scene.texts[0]}", f"{calls}/sub/b.flac\t{scene.texts[0]}"]
     assert printed.splitlines() == expected
-    assert named(errors) == [f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
+    assert named(errors) == [str(calls), f"{calls}/shut", f"{calls}/x.flac/c.wav", long]
 
 
 def test_hypotheses_are_written_beside_their_references(scene, score):
@@ -605,6 +683,10 @@ def test_a_split_with_errors_is_not_scored(scene, main):
         (["a.flac", "--data", "corpus", "--split", "dev"], "give either"),
         (["a.flac", "--hypotheses", "a.tsv"], "--hypotheses is for --data and --split"),
         (["--data", "corpus", "--split", "dev", "--ctm", "c.ctm"], "--plot are for audio files"),
+        (["a.flac", "--stream"], "give either"),
+        (["--stream", "--srt", "a.srt"], "--vtt and --plot are for audio files"),
+        (["a.flac", "--json"], "--json needs a file, unless --stream is given"),
+        (["--stream", "--pause-s", "0"], "--pause-s: 0.0, expected more than 0"),
         (["a.flac", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
         (["a.flac", "--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
     ],

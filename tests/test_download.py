@@ -12,6 +12,8 @@ import hashlib
 import io
 import re
 import shutil
+import socket
+import sys
 import tarfile
 import threading
 import time
@@ -237,6 +239,23 @@ def test_every_step_shows_a_bar_with_rate_and_remaining_time(get):
     assert all("<00:00, " in line and line.endswith("B/s]") for line in done)
 
 
+def test_a_log_has_whole_lines_and_a_terminal_a_bar(get, root, monkeypatch):
+    log = get()
+    assert "\r" not in log
+    assert all(line.endswith("B/s]") for line in log.splitlines())
+    shutil.rmtree(root)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert get().count("\r") >= 12  # six bars at their start and at their end
+
+
+def test_a_redirected_request_keeps_its_range(get, server, packed, partial):
+    partial(packed[TRAIN][:1000])
+    server.files["/elsewhere"] = packed[TRAIN]
+    server.script = [{"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
+    get()
+    assert server.requests[1] == ("/elsewhere", "bytes=1000-", len(packed[TRAIN]) - 1000)
+
+
 def test_published_addresses_and_sizes():
     """https://www.openslr.org/12 and /31 list these sizes, rounded down."""
     assert prepare.OPENSLR == "https://www.openslr.org/resources"
@@ -280,6 +299,15 @@ def test_a_silent_server_is_given_up_and_asked_again(get, server, monkeypatch):
     server.script = [{"drop": 1000, "stall": True}]
     assert "timed out.; attempt 1 of 20, next in 2 s" in get()
     assert server.ranges()[1] == "bytes=1000-"
+
+
+def test_a_refused_connection_is_tried_again(get, waits, monkeypatch):
+    monkeypatch.setattr(prepare, "ATTEMPTS", 3)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # a socket that does not listen refuses connections
+        error = get("--mirror", f"http://127.0.0.1:{unused.getsockname()[1]}", status=1)
+    assert waits == [2, 4]
+    assert "Connection refused" in error.splitlines()[-1]
 
 
 def test_attempts_and_waits_are_bounded(get, server, waits, monkeypatch):
@@ -398,9 +426,14 @@ def member(name, kind, target=""):
 
 @pytest.mark.parametrize(("name", "kind", "target"), [
     ("../evil", tarfile.REGTYPE, ""),
+    ("LibriSpeech/../../evil", tarfile.REGTYPE, ""),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "{outside}"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "../../../../outside"),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "{outside}"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "../../outside"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE, ""),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE, ""),
+    (f"LibriSpeech/{TRAIN}/evil", tarfile.BLKTYPE, ""),
 ])
 def test_a_malicious_member_is_an_error_and_none_is_written(
         get, root, server, tmp_path, name, kind, target):
@@ -412,6 +445,15 @@ def test_a_malicious_member_is_an_error_and_none_is_written(
     assert names(root) == [PARTIAL]
     assert names(tmp_path) == ["corpora", "outside"]
     assert names(tmp_path / "corpora") == ["root"]
+    assert names(outside) == []
+
+
+def test_a_member_with_an_absolute_path_is_not_written_there(get, root, server, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    evil = member(f"{outside}/evil", tarfile.REGTYPE)
+    server.publish(TRAIN, pack(split_files(TRAIN), evil))
+    get()
     assert names(outside) == []
 
 

@@ -8,8 +8,11 @@ resampler against librosa. The arrays of NVIDIA DALI are in test_oracles.py, bad
 test_data.py.
 """
 
+import itertools
 import math
+import os
 import struct
+import threading
 import warnings
 
 import librosa
@@ -21,7 +24,7 @@ import torch
 import features
 from features import FeatureConfig
 
-# Tests add single augmentations to none.
+# Tests add single augmentations to none; the others are off by default.
 PLAIN = {"speed_min": 1.0, "speed_max": 1.0, "dither": 0.0, "freq_masks": 0, "time_masks": 0}
 
 
@@ -148,6 +151,55 @@ def test_wav_from_a_pipe_promises_too_much_and_is_read(tmp_path, promised):
     assert len(features.load_audio(path)) == 16000
 
 
+def write_flac_of_unknown_length(path, samples) -> None:
+    """As programs write it that encode into a pipe: without number of samples and checksum."""
+    soundfile.write(path, samples, 16000)
+    contents = bytearray(path.read_bytes())
+    contents[21] &= 0xF0  # 36 bits of STREAMINFO, which begins at byte 8
+    contents[22:26] = bytes(4)
+    contents[26:42] = bytes(16)
+    path.write_bytes(contents)
+
+
+def test_flac_of_unknown_length_is_read_whole(tmp_path):
+    samples = noise(100_000)
+    soundfile.write(tmp_path / "a.flac", samples, 16000)
+    write_flac_of_unknown_length(tmp_path / "b.flac", samples)
+    known, unknown = (features.load_audio(tmp_path / name) for name in ("a.flac", "b.flac"))
+    assert len(unknown) == 100_000
+    assert np.array_equal(unknown, known)
+    with features.open_audio(tmp_path / "b.flac") as audio:
+        assert features.count_samples(audio) == 100_000
+
+
+def test_half_of_a_flac_of_unknown_length_is_damaged(tmp_path):
+    path = tmp_path / "a.flac"
+    write_flac_of_unknown_length(path, noise(100_000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="a.flac: damaged audio: "):
+        features.load_audio(path)
+
+
+@pytest.mark.parametrize("frames", [1, 999, 1000, 1001, 2500])
+def test_blocks_make_the_whole(tmp_path, frames):
+    soundfile.write(tmp_path / "a.wav", noise(2 * frames).reshape(frames, 2), 16000)
+    with features.open_audio(tmp_path / "a.wav") as audio:
+        blocks = list(features.read_blocks(audio, 1000))
+    assert [len(block) for block in blocks[:-1]] == [1000] * (len(blocks) - 1)
+    assert np.array_equal(np.concatenate(blocks), features.read_audio(tmp_path / "a.wav")[0])
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_a_fifo_is_read_as_a_file(tmp_path, suffix):
+    path, fifo = tmp_path / f"a.{suffix}", tmp_path / "fifo"
+    soundfile.write(path, noise(50_000), 16000)
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(path.read_bytes()))
+    writer.start()
+    assert np.array_equal(features.load_audio(fifo), features.load_audio(path))
+    writer.join()
+
+
 @pytest.mark.parametrize("largest", [2**15, 2**31, features.LOUDEST])
 def test_large_samples_have_finite_features(tmp_path, largest):
     samples = noise(16000)
@@ -217,6 +269,22 @@ def test_filterbank_is_librosas(num_mels, rate):
     assert mel.shape == (257, num_mels)
     # 2e-9 is a rounding error of the largest weight, 0.026, at 16 kHz.
     assert np.abs(mel.numpy().T - expected).max() < 2e-9 * max(1, expected.max() / 0.027)
+
+
+@pytest.mark.parametrize(
+    ("rate", "window", "hop", "trim_window"),
+    [(8000, 160, 80, 1024), (16000, 320, 160, 2048), (24000, 480, 240, 3072)],
+)
+def test_windows_keep_their_milliseconds_at_other_rates(rate, window, hop, trim_window):
+    cfg = FeatureConfig(sample_rate_hz=rate)
+    assert (cfg.window, cfg.hop, cfg.trim_window) == (window, hop, trim_window)
+    assert cfg.frame_s == pytest.approx(0.03)
+    assert FeatureConfig(sample_rate_hz=rate, window=300, hop=90).window == 300
+
+
+def test_every_filter_of_8_khz_audio_hears_something():
+    _, mel = features.mel_filters(FeatureConfig(sample_rate_hz=8000))
+    assert mel.sum(0).min() > 0.01
 
 
 # --------------------------------------------------------------------------------------- log-mel
@@ -444,11 +512,201 @@ def test_speed_is_in_steps_of_a_hundredth_and_1_changes_nothing():
     )
 
 
+@pytest.mark.parametrize("band", [3400, 4000, 5500])
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
+def test_band_limit_removes_what_lies_above_it_at_any_speed(factor, band):
+    spectrum = spectrum_of(features.change_speed(noise(32000), factor, band / 8000))
+    frequency_hz = np.linspace(0, 8000, len(spectrum))
+    passed = spectrum[frequency_hz < 0.9 * band].mean()
+    assert passed == pytest.approx(0.01 * factor, rel=0.1)  # slower noise has a narrower band
+    assert spectrum[frequency_hz > 1.1 * band].max() < 1e-6 * passed
+
+
+def test_band_limit_at_the_whole_band_changes_nothing():
+    expected = features.change_speed(noise(5000), 0.9)
+    assert np.array_equal(features.change_speed(noise(5000), 0.9, 1.0), expected)
+
+
+# ----------------------------------------------------------------------- noise, silence and level
+
+
+def spectrum_of(samples: np.ndarray) -> np.ndarray:
+    """Power at len(samples) // 2 + 1 frequencies; its mean is about that of the samples."""
+    window = np.hanning(len(samples))
+    return np.abs(np.fft.rfft(samples * window)) ** 2 / (window**2).sum()
+
+
+def speech(seconds: float = 2.0) -> np.ndarray:
+    """Three bursts of noise a second, with pauses of 1/6 s that are 50 dB quieter."""
+    n = round(16000 * seconds)
+    is_pause = np.sin(6 * np.pi * np.arange(n) / 16000) < 0
+    return noise(n) * np.where(is_pause, 10**-2.5, 1).astype(np.float32)
+
+
+def perturbed(samples: np.ndarray, seed: int, strength: float = 1.0, **settings) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return features.perturb(samples, rng, FeatureConfig(**PLAIN | settings), strength)
+
+
+def power_db(samples: np.ndarray) -> float:
+    return 10 * math.log10(np.square(samples, dtype=np.float64).mean())
+
+
+@pytest.mark.parametrize("snr_db", [0.0, 10.0, 30.0])
+def test_added_noise_has_the_ratio_of_the_settings(snr_db):
+    samples = speech()
+    for seed in range(10):
+        result = perturbed(samples, seed, noise_prob=1.0, snr_min_db=snr_db, snr_max_db=snr_db)
+        assert result.dtype == np.float32
+        # Excerpts of pink noise differ in power.
+        assert power_db(samples) - power_db(result - samples) == pytest.approx(snr_db, abs=1)
+
+
+def test_ratios_of_added_noise_fill_their_range():
+    samples = speech(1.0)
+    ratios = [power_db(samples) - power_db(perturbed(samples, seed, noise_prob=1.0) - samples)
+              for seed in range(200)]
+    assert 4 < min(ratios) < 7
+    assert 38 < max(ratios) < 41
+    assert np.mean(ratios) == pytest.approx(22.5, abs=2.2)  # three deviations of the mean
+
+
+def test_added_noise_is_between_white_and_pink():
+    # A sixteenth of the frequency has the same power per hertz in white noise, 12 dB more in pink.
+    samples, slopes = noise(16000), []
+    for seed in range(100):
+        spectrum = spectrum_of(perturbed(samples, seed, noise_prob=1.0, snr_max_db=5.0) - samples)
+        slopes.append(10 * math.log10(spectrum[200:400].mean() / spectrum[3200:6400].mean()))
+    assert -2 < min(slopes) < 1
+    assert 10 < max(slopes) < 14
+
+
+def test_pink_noise_falls_by_3_db_an_octave_above_20_hz():
+    density = np.abs(np.fft.rfft(features.pink_noise())) ** 2
+    bins_per_hz = 2**20 / 16000
+    octaves = [density[round(f * bins_per_hz) : round(2 * f * bins_per_hz)].mean()
+               for f in (20, 40, 80, 160, 320, 640, 1280, 2560)]
+    assert 10 * np.diff(np.log10(octaves)) == pytest.approx([-3.01] * 7, abs=0.5)
+    assert features.pink_noise().std() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_strength_scales_how_often_there_is_noise(strength):
+    samples = speech(0.1)
+    changed = [not np.array_equal(perturbed(samples, seed, strength, noise_prob=0.4), samples)
+               for seed in range(400)]
+    assert np.mean(changed) == pytest.approx(0.4 * strength, abs=0.08)  # three deviations
+
+
+def test_background_at_both_ends_is_silence_or_faint_noise_of_random_length():
+    samples, ends = speech(0.5), []
+    cfg = FeatureConfig(**PLAIN | {"pad_max_s": 0.5})
+    for seed in range(200):
+        result = features.perturb(samples, np.random.default_rng(seed), cfg)
+        layout = features.draw_layout(np.random.default_rng(seed), cfg)
+        before, after = round(16000 * layout.before_s), round(16000 * layout.after_s)
+        assert len(result) == before + len(samples) + after
+        assert np.array_equal(result[before : before + len(samples)], samples)
+        ends += [result[:before], result[before + len(samples) :]]
+    lengths = np.array([len(end) for end in ends])
+    assert np.mean(lengths == 0) == pytest.approx(0.5, abs=0.075)  # three deviations
+    assert 7500 < lengths.max() <= 8000
+    assert lengths[lengths > 0].mean() == pytest.approx(4000, rel=0.15)
+    long = [end for end in ends if len(end) > 1000]
+    noisy = [end for end in long if end.any()]
+    assert len(noisy) / len(long) == pytest.approx(0.5, abs=0.12)
+    levels_db = [power_db(end) - power_db(samples) for end in noisy]
+    assert -82 < min(levels_db) < -70
+    assert -20 < max(levels_db) < -8
+
+
+def test_low_pass_is_that_of_telephone_and_of_audio_at_8_or_11_khz():
+    cutoffs_hz = []
+    for seed in range(30):
+        spectrum = spectrum_of(perturbed(noise(16000), seed, band_prob=1.0))
+        share = spectrum.cumsum() / spectrum.sum()
+        cutoffs_hz.append(int(share.searchsorted(0.99)) / 0.99)  # bins are 1 Hz apart
+    nearest = [min(features.BANDS_HZ, key=lambda band: abs(band - hz)) for hz in cutoffs_hz]
+    assert set(nearest) == {3400, 4000, 5500}
+    assert cutoffs_hz == pytest.approx(nearest, rel=0.03)
+
+
+def test_gain_is_uniform_in_decibels_up_and_down():
+    samples = speech(0.5)
+    gains_db = []
+    for seed in range(200):
+        result = perturbed(samples, seed, gain_db=20.0)
+        factor = float(result[100] / samples[100])
+        assert result == pytest.approx(factor * samples, rel=1e-5)
+        gains_db.append(20 * math.log10(factor))
+    assert -20 <= min(gains_db) < -18
+    assert 18 < max(gains_db) <= 20
+    assert np.mean(gains_db) == pytest.approx(0, abs=2.5)  # three deviations
+
+
+def test_empty_recordings_are_silence_or_noise_without_the_words():
+    samples, silent = speech(1.0), 0
+    cfg = FeatureConfig(**PLAIN | {"empty_prob": 1.0})
+    for seed in range(100):
+        assert features.draw_layout(np.random.default_rng(seed), cfg).is_empty
+        result = features.perturb(samples, np.random.default_rng(seed), cfg)
+        assert result.shape == samples.shape
+        assert power_db(result + 1e-30) < power_db(samples) - 8
+        if result.any():
+            assert abs(np.corrcoef(result, samples)[0, 1]) < 0.1
+        else:
+            silent += 1
+    assert silent == pytest.approx(50, abs=15)
+
+
+ALL = {"band_prob": 0.5, "pad_max_s": 0.3, "empty_prob": 0.3, "noise_prob": 0.5, "gain_db": 20.0,
+       "mel_warp": 0.1}
+
+
+def test_strength_0_leaves_speed_perturbation_alone():
+    samples = speech(0.5)
+    for seed in range(20):
+        result = features.perturb(samples, np.random.default_rng(seed), FeatureConfig(**ALL), 0.0)
+        factor = np.random.default_rng(seed).uniform(0.85, 1.15)
+        assert np.array_equal(result, features.change_speed(samples, factor))
+
+
+@pytest.mark.parametrize(
+    "samples", [np.zeros(3000, np.float32), noise(1), noise(4000), 1e9 * noise(4000)],
+    ids=["silence", "one_sample", "noise", "loud"],
+)
+@pytest.mark.parametrize("front_end", [{}, {"trim": False, "normalize": "none"}], ids=str)
+def test_all_augmentations_together_give_finite_features(samples, front_end):
+    cfg = FeatureConfig(**ALL, **front_end)
+    for seed in range(30):
+        feats = features.features(samples, cfg, np.random.default_rng(seed))
+        assert feats.isfinite().all()
+        assert torch.equal(feats, features.features(samples, cfg, np.random.default_rng(seed)))
+
+
+def test_flags_that_are_off_draw_no_numbers():
+    samples, rng = np.concatenate([SILENCE, noise(9000)]), np.random.default_rng(5)
+    expected = features.trim_silence(features.change_speed(samples, rng.uniform(0.85, 1.15)))
+    expected = features.dither(expected, int(rng.integers(2**19)))
+    mels = features.spec_augment(features.normalize(features.log_mel(expected)), rng)
+    result = features.features(samples, rng=np.random.default_rng(5))
+    assert torch.equal(result, features.splice(mels))
+
+
+# ---------------------------------------------------------------------------------------- dither
+
+
 def test_long_recordings_are_dithered_to_their_end():
-    samples = np.zeros(2**20 + 5000, np.float32)
-    added = features.dither(samples, np.random.default_rng(1))
-    assert len(added) == len(samples)
+    added = features.dither(np.zeros(2**20 + 5000, np.float32))
+    assert added.shape == (2**20 + 5000,)
     assert added[-5000:].std() == pytest.approx(1e-5, rel=0.05)
+
+
+def test_dither_of_pieces_is_that_of_the_whole():
+    samples = noise(2**20 + 5000)
+    cuts = [0, 1, 700, 2**20 - 10, 2**20 + 10, len(samples)]
+    pieces = [features.dither(samples[i:j], i) for i, j in itertools.pairwise(cuts)]
+    assert np.array_equal(np.concatenate(pieces), features.dither(samples))
 
 
 @pytest.mark.parametrize(
@@ -457,6 +715,11 @@ def test_long_recordings_are_dithered_to_their_end():
         ({"speed_min": 0.004}, "speed_min: 0.004, expected at least 0.01"),
         ({"speed_min": 1.2, "speed_max": 1.1}, "speed_max: 1.1, expected at least 1.2"),
         ({"dither": math.nan}, "dither: nan, expected a finite number"),
+        ({"normalize": "both"}, "normalize: both, expected utterance or none"),
+        ({"noise_prob": 1.5}, "noise_prob: 1.5, expected 0 <= x <= 1"),
+        ({"snr_min_db": 50.0}, "snr_max_db: 40.0, expected at least 50.0"),
+        ({"pad_max_s": -1.0}, "pad_max_s: -1.0, expected at least 0"),
+        ({"sample_rate_hz": 48000}, "fft_size: 512, expected at least window, 960"),
     ],
 )
 def test_impossible_settings_are_an_error(settings, message):
@@ -470,14 +733,14 @@ def test_impossible_settings_are_an_error(settings, message):
 def test_evaluation_is_trim_log_mel_normalize_splice():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     expected = features.splice(features.normalize(features.log_mel(brute_force_trim(samples))))
-    assert torch.equal(features.features(samples), expected)
+    assert torch.equal(features.features(samples, FeatureConfig(dither=0.0)), expected)
 
 
 def test_training_without_augmentation_is_evaluation():
     samples = np.concatenate([SILENCE, noise(9000), SILENCE])
     cfg = FeatureConfig(**PLAIN)
     augmented = features.features(samples, cfg, np.random.default_rng(1))
-    assert torch.equal(augmented, features.features(samples))
+    assert torch.equal(augmented, features.features(samples, cfg))
 
 
 def test_speeds_fill_the_range_of_the_configuration():
@@ -510,9 +773,32 @@ def test_dither_is_noise_of_1e_5_in_training(monkeypatch):
     assert abs(np.corrcoef(added[1:], added[:-1])[0, 1]) < 0.03
 
 
-def test_dither_is_for_training_only(monkeypatch):
-    samples = noise(2000)
-    assert np.array_equal(log_mel_input(monkeypatch, samples, None, dither=0.1), samples)
+def test_evaluation_dithers_every_recording_with_the_same_noise(monkeypatch):
+    recordings = noise(2000), tone(3000, 440)
+    added = [log_mel_input(monkeypatch, x, None, dither=1e-5) - x for x in recordings]
+    assert added[0].std() == pytest.approx(1e-5, rel=0.05)
+    # Adding to samples of 0.5 rounds to 3e-8.
+    assert np.abs(added[0] - added[1][:2000]).max() < 1e-7
+
+
+def with_zeros_behind(samples: np.ndarray) -> np.ndarray:
+    return np.concatenate([samples, np.zeros(4000, np.float32)])
+
+
+def with_a_mute_in_a_pause(samples: np.ndarray) -> np.ndarray:
+    start = 16000 // 6 + 800
+    return np.concatenate([samples[:start], np.zeros(960, np.float32), samples[start + 960 :]])
+
+
+@pytest.mark.parametrize("spoil", [with_zeros_behind, with_a_mute_in_a_pause])
+def test_digital_silence_changes_the_features_of_speech_little(spoil):
+    # Without dither, frames at ln(1e-20) would spoil mean and deviation of every bin.
+    changes = {}
+    for dither in (0.0, 1e-5):
+        cfg = FeatureConfig(dither=dither)
+        clean, spoilt = (features.features(x, cfg)[:66, :240] for x in (speech(), spoil(speech())))
+        changes[dither] = (clean - spoilt).abs().mean().item()
+    assert changes[1e-5] < 0.15 < 0.25 < changes[0.0]
 
 
 def test_dither_comes_after_the_trim(monkeypatch):
@@ -528,8 +814,38 @@ def test_masks_are_zero_after_normalisation():
     hidden = 0
     for seed in range(5):
         feats = features.features(noise(16000), cfg, np.random.default_rng(seed))
-        untouched = features.features(noise(16000))
+        untouched = features.features(noise(16000), cfg)
         changed = feats != untouched
         assert not feats[changed].any()
         hidden += changed.sum()
     assert hidden > 0
+
+
+# ----------------------------------------------------------------------- a front end without future
+
+CAUSAL = FeatureConfig(trim=False, normalize="none")
+
+
+@pytest.mark.parametrize("n", [4000, 16000, 22222])
+def test_no_trim_and_fixed_scale_need_no_future(n):
+    # Padding mirrors the end, so frames whose window reaches the end are left out.
+    samples = np.concatenate([SILENCE, speech()])
+    count = (n // 160 - 1) // 3
+    whole, part = (features.features(x, CAUSAL)[:count] for x in (samples, samples[:n]))
+    assert (whole - part).abs().max() < 1e-5
+
+
+def test_without_trim_silent_ends_stay():
+    samples = np.concatenate([SILENCE, noise(3000), SILENCE])
+    assert features.nonsilent_region(samples, CAUSAL) == (0, 13000)
+    assert len(features.features(samples, CAUSAL)) == math.ceil((13000 // 160 + 1) / 3)
+
+
+def test_fixed_scale_keeps_the_level_and_is_of_order_1():
+    silence = features.features(np.zeros(16000, np.float32), CAUSAL)[:, :240]
+    quiet, loud = (features.features(noise(16000, deviation=x), CAUSAL)[:33, :240]
+                   for x in (0.005, 0.05))
+    assert silence.mean() == pytest.approx(-2.8, abs=0.2)
+    assert quiet.mean() == pytest.approx(0.3, abs=0.1)
+    # 20 dB are ln(100) nats, and the scale divides by 4.
+    assert (loud - quiet).mean() == pytest.approx(math.log(100) / 4, abs=0.01)

@@ -83,10 +83,10 @@ def test_spoilt_audio_is_read_or_refused(tmp_path, count):
         suffix, contents = drawn
         path = tmp_path / f"1-2-0000.{suffix}"
         path.write_bytes(contents)
+        utterance = data.Utterance("1-2-0000", str(path), 0.0, "A")
         try:
             samples, rate = features.read_audio(path)
         except (OSError, ValueError) as error:
-            utterance = data.Utterance("1-2-0000", str(path), 0.0, "A")
             problem = Problem("error", "audio not readable", "1-2-0000", str(error))
             assert problem.message.startswith(f"{path}: ")
             assert data.probe_audio(utterance, features.DEFAULT, decode=True) == [problem]
@@ -94,6 +94,8 @@ def test_spoilt_audio_is_read_or_refused(tmp_path, count):
         assert len(samples) > 0
         assert np.isfinite(samples).all()
         assert rate > 0
+        found, *_ = data.probe_audio(utterance, features.DEFAULT, decode=True)
+        assert isinstance(found, data.Utterance) or f"{path}: damaged audio: " in found.message
 
     fuzz(count, spoilt_audio(), check)
 

@@ -474,16 +474,25 @@ def test_hosts_file(text, expected):
     [
         ("", "hosts names no host"),
         ("# nobody\n", "hosts names no host"),
-        ("a\nb,c\n", "hosts:2: 'b,c', expected a host name or IPv4 address, alone or followed by "),
-        ("-a\n", "hosts:1: '-a', expected"),
-        ("me@a\n", "hosts:1: 'me@a', expected"),
-        ("node[1-2]\n", "hosts:1: 'node[1-2]', expected"),
-        ("a slots=0\n", "hosts:1: 'a slots=0', expected"),
-        ("a:0\n", "hosts:1: 'a:0', expected"),
-        ("a slots=2 b\n", "hosts:1: 'a slots=2 b', expected"),
-        ("a slots = 2\n", "hosts:1: 'a slots = 2', expected"),
-        ("fd00::1\n", "hosts:1: 'fd00::1', expected"),
-        ("a\n\nb\na\n", "hosts:4: a stands twice"),
+        ("a\nb,c\n", "hosts:2: 'b,c' is no host name: give one name or IPv4 address a line, "),
+        ("-a\n", "hosts:1: '-a' is no host name"),
+        (":2\n", "hosts:1: '' is no host name"),
+        ("me@a\n", "hosts:1: 'me@a' is no host name: give one name or IPv4 address a line, without "
+         "user; `scontrol show hostnames` expands Slurm's lists"),
+        ("node[1-2]\n", "hosts:1: 'node[1-2]' is no host name"),
+        ("a slots=0\n", "hosts:1: 'slots=0' is no number of ranks: give a slots=N or a:N with N "
+         "of at least 1, or a alone"),
+        ("a:0\n", "hosts:1: ':0' is no number of ranks"),
+        ("a 2\n", "hosts:1: '2' is no number of ranks"),
+        ("a slots=2 b\n", "hosts:1: 'slots=2 b' is no number of ranks"),
+        ("a slots=2 max_slots=2\n", "hosts:1: 'slots=2 max_slots=2' is no number of ranks"),
+        ("a slots = 2\n", "hosts:1: 'slots = 2' is no number of ranks"),
+        ("fd00::1\n", "hosts:1: 'fd00::1' has an IPv6 address, but ranks connect over IPv4: give "
+         "the host's name or its IPv4 address"),
+        ("::1 slots=2\n", "hosts:1: '::1 slots=2' has an IPv6 address"),
+        ("a\n[fd00::1]:2\n", "hosts:2: '[fd00::1]:2' has an IPv6 address"),
+        ("fe80::1%eth0\n", "hosts:1: 'fe80::1%eth0' has an IPv6 address"),
+        ("a\n\nb\na\n", "hosts:4: a stands twice; a slots=2 runs two ranks on it"),
         ("a slots=2\nb slots=3\n", "hosts:2: 'b slots=3', but every host runs the same number"),
         ("a slots=2\nb\n", "hosts:2: 'b', but every host runs the same number of ranks"),
     ],
@@ -499,9 +508,12 @@ def test_loopback_among_several_hosts_is_an_error(hosts):
         decide(machine(mpi="Intel MPI"), hosts=hosts)
 
 
-def test_ranks_win_over_slots():
-    assert decide(machine(), hosts="localhost:2\n")["ranks"].startswith("2 on localhost")
-    assert decide(machine(), hosts="localhost:2\n", RANKS="3")["ranks"].startswith("3 on ")
+def test_ranks_win_over_other_slots_and_the_line_says_so():
+    for ranks in ("", "2"):
+        assert decide(machine(), hosts="localhost:2\n", RANKS=ranks)["ranks"] == (
+            "2 on localhost, by torchrun (there is no mpirun)")
+    assert decide(machine(), hosts="localhost:2\n", RANKS="3")["ranks"] == (
+        "3 on localhost (RANKS=3 wins over slots=2 in hosts), by torchrun (there is no mpirun)")
 
 
 @pytest.mark.parametrize("name", ["own", "OWN", "own.cluster.local", "127.0.0.1", "LOCALHOST",
@@ -552,6 +564,72 @@ def test_hosts_that_cannot_be_used_are_named(folder, has_corpus):
     assert time.monotonic() - started < 30
 
 
+# ---- tasks of Slurm ---------------------------------------------------------------------------
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+       "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[01-02]"}
+
+
+def test_each_task_of_srun_is_a_rank_on_cpus_of_its_own():
+    there = machine(cores_of(2, 8, range(8, 16)), mpi="Intel MPI", has_bindings=True)
+    plan = plan_of(there, hosts="not:read:here\n", **JOB, SLURM_STEP_ID="0")
+    assert plan.lines[3:] == [
+        "ranks   4 on node[01-02], by srun (each of its tasks is a rank; hosts is not read)",
+        "backend gloo (oneCCL needs an mpirun)",
+        "set     OMP_NUM_THREADS=8  (8 cores / 1, less 0 for oneCCL)",
+        "set     KMP_AFFINITY=granularity=fine,compact,1,0  (one thread a core)",
+        "set     KMP_BLOCKTIME=1  (ms)",
+        "set     MASTER_ADDR=node01  (host of rank 0)",
+        "set     MASTER_PORT=20217  (where rank 0 listens)",
+        "launch  .venv/bin/python train.py --data data/demo --train-splits train-demo"
+        " --dev-split dev-demo --out out/demo --preset demo --ranks 4 --backend gloo",
+    ]
+    assert {"RANK=2", "WORLD_SIZE=4", "LOCAL_RANK=0"} < set(plan.command)
+    assert plan.command[0] == "env"
+    assert not plan.is_first
+    assert plan_of(there, **{**JOB, "SLURM_PROCID": "0"}, SLURM_STEP_ID="0").is_first
+
+
+def test_tasks_of_one_step_take_one_port_and_other_steps_another():
+    ports = [decide(machine(), **{**JOB, "SLURM_PROCID": task}, SLURM_STEP_ID=step)["MASTER_PORT"]
+             for task, step in (("0", "0"), ("3", "0"), ("0", "1"))]
+    assert ports == ["20217", "20217", "20218"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[01-03,07],other", "node01"), ("n7,n8", "n7"), ("c[3,5]-ib", "c3-ib"), ("a-1", "a-1")],
+)
+def test_rank_0_of_srun_is_on_the_first_node(nodes, first):
+    env = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": nodes}
+    assert decide(machine(), **env)["MASTER_ADDR"] == first
+    assert decide(machine(), **env, SLURM_STEP_NUM_NODES="1")["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_first_node_that_is_a_loopback_address_is_an_error(resolved):
+    resolved["node01"] = "127.0.1.1"
+    with pytest.raises(ValueError, match="^MASTER_ADDR: node01 is 127.0.1.1 here"):
+        decide(machine(), **JOB, SLURM_STEP_ID="0")
+
+
+def test_task_of_srun_that_is_not_bound_takes_the_cpus_that_it_asked_for():
+    printed = decide(machine(cores_of(1, 16)), **JOB, SLURM_STEP_ID="0", SLURM_CPUS_PER_TASK="4")
+    assert printed["OMP_NUM_THREADS"] == "4"
+    assert "KMP_AFFINITY" not in printed
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}])
+def test_batch_script_and_a_step_of_one_task_launch_ranks_themselves(step):
+    printed = decide(machine(), **JOB, **step, RANKS="2")
+    assert printed["ranks"] == "2 on localhost, by torchrun (there is no mpirun)"
+
+
+@pytest.mark.parametrize(("knob", "value"), [("LAUNCHER", "torchrun"), ("RANKS", "2")])
+def test_knobs_that_contradict_srun_are_an_error(knob, value):
+    with pytest.raises(ValueError, match=f"^{knob}={value}, but srun started 4 tasks, each of "):
+        decide(machine(), **JOB, SLURM_STEP_ID="0", **{knob: value})
+
+
 # ---- corpus and output ------------------------------------------------------------------------
 
 
@@ -585,6 +663,12 @@ def test_corpus_of_the_user_is_not_prepared(there, flags, is_prepared):
     assert launch.choose_run(KNOBS, ["--data", "corpus", *flags]).needs_corpus == is_prepared
     # prepare.py knows whether a corpus of its own is complete.
     assert launch.choose_run({**KNOBS, "DATA": "corpus"}, []).needs_corpus
+
+
+def test_a_run_that_begins_from_a_checkpoint_gets_the_flag():
+    command = plan_of(machine(), "--init", "out/other/best.pt").command
+    assert command[-2:] == ["--init", "out/other/best.pt"]
+    assert "--resume" not in command
 
 
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])

@@ -394,6 +394,38 @@ def test_lattice_of_float32_runs_in_float64():
     assert_close(on_blank.sum(2), torch.ones(1, 300))
 
 
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 like a device that does not have it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)):
+            raise TypeError("this device has no float64")
+        return result
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_device_without_float64_gets_a_lattice_of_float32(name):
+    T, U, V, J = 200, 100, 8, 6
+    problem = random_problem([T, 90], [U, 60], V, blank=0)
+    arguments = [x.detach().float().requires_grad_() for x in joint_arguments(2, T, U, V, J)]
+
+    def costs_and_grads() -> list[Tensor]:
+        if name == "joint":
+            costs = loss.joint_transducer_loss(*arguments, *problem[1:], reduction="none")
+        else:
+            costs = loss.transducer_loss(joint_logits(*arguments), *problem[1:], reduction="none")
+        return [costs, *grads_of(costs, arguments)]
+
+    exact = costs_and_grads()
+    with NoFloat64():
+        single = costs_and_grads()
+    torch.testing.assert_close(single[0], exact[0], rtol=1e-5, atol=0)
+    for actual, expected in zip(single[1:], exact[1:], strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * scale)
+
+
 @both
 def test_logits_of_a_hundred_million_stay_finite(loss_of):
     # Costs are far above 1e8. The arcs that leave the second lattice, which is padded, must still

@@ -43,8 +43,8 @@ def run_main(argv, wers):
     scores = iter(wers)
 
     def evaluate(*_):
-        return {"wer": next(scores), "errors": 1, "words": 20, "rtf": 0.1, "seconds": 0.1,
-                "frames": 99, "labels": 20}
+        return {"wer": next(scores), "cer": 0.1, "errors": 1, "words": 20, "rtf": 0.1,
+                "seconds": 0.1, "frames": 99, "labels": 20}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)
@@ -136,6 +136,8 @@ def test_settings_are_those_of_the_configs(opened):
         "submission_division": "open",
     }
     assert {key: values[key] for key in expected} == expected
+    factor = one(opened, "model_eval_ema_factor")
+    assert factor["metadata"]["warm_up"] == "min(factor, (1 + step) / (10 + step))"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,13 @@ def test_settings_are_those_of_the_configs(opened):
 def test_the_run_succeeds_if_it_reaches_its_aim(corpus, tmp_path, argv, wer, status):
     argv = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "1", *argv]
     assert one(read(run_main(argv, [wer])), "run_stop")["metadata"]["status"] == status
+
+
+def test_a_dev_split_without_errors_ends_no_run_that_has_no_target(corpus, tmp_path):
+    argv = ["--data", corpus, "--out", tmp_path, *TINY, "--epochs", "2"]
+    lines = read(run_main(argv, [0.0, 0.5]))
+    assert [line["value"] for line in lines if line["key"] == "eval_accuracy"] == [0.0, 0.5]
+    assert one(lines, "run_stop")["metadata"]["status"] == "success"
 
 
 def test_a_resumed_run_starts_once_and_repeats_its_settings(corpus, compliance, tmp_path):

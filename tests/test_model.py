@@ -10,15 +10,25 @@ activations and gradients of a model of the original are in test_oracles.py.
 
 import copy
 import math
+import re
+import textwrap
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tones import REPO, TRAIN_TEXTS
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+import decode
+from checkpoint import save_checkpoint
+from data import Tokenizer, train_tokenizer
+from features import FeatureConfig
 from loss import joint_transducer_loss
 from model import (
     PRESETS,
@@ -199,6 +209,73 @@ def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, trac
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeypatch):
+    text = (REPO / "docs/export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", text)
+    tokenizer = Tokenizer(train_tokenizer(TRAIN_TEXTS, 20))
+    cfg = replace(PRESETS["demo"], vocab_size=tokenizer.vocab_size)
+    model = make_model(cfg, dtype=torch.float32).eval()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/demo").mkdir(parents=True)
+    save_checkpoint(Path("out/demo/best.pt"), {
+        "ema": model.state_dict(), "model_config": asdict(cfg),
+        "feature_config": asdict(FeatureConfig()),
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
+    })
+    page = {}
+    exec(textwrap.dedent("".join(blocks)), page)
+    parts = torch.jit.load("parts.pt")
+    for lens in ([203], [50, 31, 7]):
+        feats, feat_lens = torch.randn(len(lens), max(lens), 256), torch.tensor(lens)
+        actual, expected = parts.encode(feats, feat_lens), model.encode(feats, feat_lens)
+        assert all(map(torch.equal, actual, expected))
+    with torch.no_grad():
+        for n in (1, 40, 203):
+            feats = torch.randn(1, n, 256)
+            (expected,) = decode.greedy_decode(model, feats, torch.tensor([n]), max_symbols=10**9)
+            assert page["search"](parts, feats, tokenizer.blank) == expected
+    assert expected
+
+
+class Method(nn.Module):
+    """A method of a model as the forward that torch.export takes."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *args):
+        return getattr(self.model, self.name)(*args)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_torch_export_takes_the_encoder_with_the_length_of_the_example_only():
+    encode, (feats, feat_lens) = Method(make_model(NORMALIZED).eval(), "encode"), garbage_batch()
+    any_batch = (({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO}),)
+    program = torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_batch)
+    actual, expected = (f(feats[:3], feat_lens[:3])[0] for f in (program.module(), encode))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    any_length = (({1: torch.export.Dim("T")}, None),)
+    with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+        torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_length)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chunks_through_an_exported_encode_chunk_equal_encode_on_the_whole():
+    model, n = make_model(NORMALIZED).eval(), 2 * NORMALIZED.reduction
+    feats = torch.randn(2, 5 * n, NORMALIZED.feature_size).double()
+    _, state = model.encode_chunk(feats[:, :n])
+    state = tree_map(torch.zeros_like, state)
+    exported = torch.export.export(Method(model, "encode_chunk"), (feats[:, :n], state)).module()
+    chunks = []
+    for chunk in feats.split(n, 1):
+        encoded, state = exported(chunk, state)
+        chunks.append(encoded)
+    whole, _ = model.encode(feats, torch.tensor([5 * n] * 2))
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-12, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------- FeatureNorm
 
 
@@ -282,6 +359,25 @@ def test_feature_norm_keeps_its_precision_far_from_zero():
     # mean / deviation = 2001 costs four of float32's seven digits.
     expected = torch.tensor([[[-1.0], [1.0]] * 8]) / math.sqrt(1 + 1e-5 / 0.25)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 like a device that does not have it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64
+               for x in tree_leaves(result)):
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_feature_norm_on_a_device_without_float64_sums_in_float32():
+    feats, lens = torch.randn(4, 300, 8), torch.tensor([300, 211, 7, 120])
+    expected, norm = FeatureNorm(8).train()(feats, lens), FeatureNorm(8).train()
+    with NoFloat64():
+        actual = norm(feats, lens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_feature_norm_of_constants_far_from_zero_is_finite():

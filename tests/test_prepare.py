@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -295,6 +296,23 @@ def test_voices_below_a_long_path_are_found(spoken, tmp_path, monkeypatch):
     assert len(say(tmp_path / "scratch", "HELLO", voice)) > 5000
 
 
+def test_ctrl_c_in_the_middle_of_an_utterance_ends_the_demo(spoken, tmp_path, monkeypatch):
+    class Chunks(list):
+        def append(self, chunk):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().append(chunk)
+
+    espeak = prepare.Espeak(tmp_path)
+    espeak._chunks = Chunks()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            espeak.say("HELLO", prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50), seed=1)
+        assert len(espeak._chunks) > 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("rate_wpm", 120), ("pitch", 90), ("pitch_range", 90), ("name", "gmw/en-US+f1")])
 def test_every_field_of_a_voice_is_heard(spoken, tmp_path, field, value):
@@ -367,7 +385,18 @@ def test_check_without_any_split_has_status_1(tmp_path, capsys, folder):
     assert "no audio in it as" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["demo"], ["check"], ["dem", "x"], ["demo", "x", "--no"]])
+@pytest.mark.parametrize("level", ["..", "dev-demo"])
+def test_check_at_a_wrong_level_names_the_corpus(corpus, capsys, level):
+    folder = (corpus / level).resolve()
+    assert prepare.main(["check", str(folder)]) == 1
+    splits = "dev-demo, train-demo" if level == ".." else "dev-demo"
+    assert capsys.readouterr().err == (
+        f"tools.prepare: {folder}: no audio in it as <split>/<speaker>/<chapter>/*.flac; "
+        f"the corpus to name is {corpus}, with the splits {splits}\n")
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["demo"], ["check"], ["dem", "x"], ["demo", "x", "--no"], ["import", "x", "y"]])
 def test_a_wrong_command_line_has_status_2(argv):
     with pytest.raises(SystemExit) as stop:
         prepare.main(argv)

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -98,14 +99,14 @@ def affinity(environment):
 @pytest.mark.parametrize(("local_rank", "expected"), [(0, range(4, 52)), (1, range(56, 104))])
 def test_rank_binds_itself_to_its_mask(environment, affinity, local_rank, expected):
     environment.setenv("I_MPI_PIN_DOMAIN", "[0xffffffffffff0,0xffffffffffff00000000000000,]")
-    ranks.bind(local_rank)
+    assert ranks.bind(local_rank)
     assert affinity == set(expected)
 
 
 @pytest.mark.parametrize("domain", ["", "socket", "4:compact"])
 def test_pin_domain_without_masks_is_left_to_intel_mpi(environment, affinity, domain):
     environment.setenv("I_MPI_PIN_DOMAIN", domain)
-    ranks.bind(1)
+    assert not ranks.bind(1)
     assert affinity == set(range(104))
 
 
@@ -118,8 +119,27 @@ def test_rank_without_cpus_is_an_error(environment, affinity, domains):
 
 def test_system_without_affinity_binds_no_rank(environment):
     environment.setenv("I_MPI_PIN_DOMAIN", "[0x1,]")
-    environment.delattr(os, "sched_setaffinity")  # macOS
-    ranks.bind(0)
+    for name in ("sched_setaffinity", "sched_getaffinity"):  # macOS has none
+        environment.delattr(os, name)
+    assert not ranks.bind(0)
+    ranks.warn_of_idle_cpus(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "num_sharing", "expected"),
+    [
+        (1, 8, 1, "warning: rank 3 computes with one thread on 8 CPUs; set OMP_NUM_THREADS\n"),
+        (1, 8, 2, "warning: rank 3 computes with one thread on 4 CPUs; set OMP_NUM_THREADS\n"),
+        (1, 8, 4, ""),  # two CPUs may be hyper-threads of one core
+        (2, 8, 1, ""),
+    ],
+)
+def test_one_thread_on_many_cpus_is_warned_of(environment, capsys, threads, cpus, num_sharing,
+                                              expected):
+    environment.setattr(os, "sched_getaffinity", lambda _pid: set(range(cpus)))
+    environment.setattr(ranks.torch, "get_num_threads", lambda: threads)
+    ranks.warn_of_idle_cpus(3, num_sharing)
+    assert capsys.readouterr().err == expected
 
 
 def test_loader_worker_may_use_every_cpu_of_its_rank():
@@ -148,17 +168,13 @@ def test_loader_worker_may_use_every_cpu_of_its_rank():
 # ---- back ends and addresses ------------------------------------------------------------------
 
 
-def test_backend_is_gloo_without_the_bindings_of_oneccl(environment):
+def test_ccl_needs_the_bindings_of_oneccl(environment):
     environment.setitem(sys.modules, ranks.ONECCL, None)  # importing it raises ImportError
-    assert [ranks.choose_backend(name, 2) for name in ("auto", "gloo")] == ["gloo", "gloo"]
+    ranks.load_backend("gloo")
     with pytest.raises(ValueError, match="^backend: ccl needs oneccl_bindings_for_pytorch: "):
-        ranks.choose_backend("ccl", 1)
-
-
-def test_backend_is_ccl_with_the_bindings(environment):
+        ranks.load_backend("ccl")
     environment.setitem(sys.modules, ranks.ONECCL, types.ModuleType(ranks.ONECCL))
-    names = ("auto", "ccl", "gloo")
-    assert [ranks.choose_backend(name, 2) for name in names] == ["ccl", "ccl", "gloo"]
+    ranks.load_backend("ccl")
 
 
 def test_interface_to_this_machine_is_the_loopback():
@@ -186,9 +202,24 @@ def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout
     environment.setenv("MASTER_ADDR", address)
     environment.setenv("MASTER_PORT", free_port())
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=rf"^rank {rank}: no connection .*={address} "):
+    given = rf"\(RANK={rank} WORLD_SIZE=2 LOCAL_RANK=0\)"
+    with pytest.raises(ConnectionError,
+                       match=rf"^rank {rank} {given}: no connection .*={address} "):
         ranks.start_ranks(timeout_s=timeout_s)
     assert time.monotonic() - started < 60
+
+
+def test_process_in_a_batch_job_of_several_tasks_says_why_it_waits(environment, capsys):
+    """A batch script has these variables although it runs once."""
+    for name, value in zip(LAUNCHERS["Slurm"], "040", strict=True):
+        environment.setenv(name, value)
+    environment.setenv("MASTER_PORT", port := free_port())
+    with pytest.raises(ConnectionError, match=r"^rank 0 \(SLURM_PROCID=0 SLURM_NTASKS=4 "):
+        ranks.start_ranks(timeout_s=2)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "ranks: SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0: this process is rank 0 of 4 and "
+        f"waits 2 s for the others at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}. srun starts one "
+        "process for each task; RANK=0 WORLD_SIZE=1 makes this process the only one.")
 
 
 def test_backend_that_does_not_connect_is_an_error_with_its_interfaces(environment):
@@ -347,7 +378,7 @@ def start_program(tmp_path):
 
     def start(program, rank=0, world=1, fd=None, **env):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port,
-               "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", "RNNT_STATUS_FILE": "status",
+               "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "", "RNNT_STATUS_FILE": "status",
                **env}
         if fd is not None:
             env["PMI_FD"] = str(fd)
@@ -432,7 +463,7 @@ def test_ranks_wait_for_rank_0_to_finish_writing(start_program, tmp_path):
         "if ranks.rank == 0:\n"
         "    time.sleep(2)\n"
         "    open('checkpoint', 'w').close()\n"
-        "leave(0, wait_s=60)\n"
+        "leave(0, wait_s=None)\n"
     )
     first, second = (start_program(program, rank, world=2) for rank in range(2))
     assert end_of(second) == (0, "", "")
@@ -468,3 +499,41 @@ def test_end_by_time_limit_or_signal_ends_no_other_rank(start_program, hydra, st
     program = f"from ranks import leave\nleave({status})\n"
     assert end_of(start_program(program, fd=hydra[1].fileno())) == (status, "", "")
     assert request_of(hydra[0]) == b""
+
+
+class LoadedMpi:
+    """libmpi.so.12 in a process that has called MPI_Init and MPI_Finalize, or not."""
+
+    def __init__(self, is_begun, is_ended):
+        self.is_begun, self.is_ended, self.num_ends = is_begun, is_ended, 0
+
+    def MPI_Initialized(self, flag):
+        flag._obj.value = self.is_begun
+
+    def MPI_Finalized(self, flag):
+        flag._obj.value = self.is_ended
+
+    def MPI_Finalize(self):
+        self.num_ends += 1
+
+
+@pytest.mark.parametrize(
+    ("is_begun", "is_ended", "num_ends"), [(0, 0, 0), (1, 0, 1), (1, 1, 0)]
+)
+def test_mpi_is_finalised_if_it_has_begun_and_not_ended(environment, is_begun, is_ended, num_ends):
+    mpi = LoadedMpi(is_begun, is_ended)
+
+    def load(name, mode):
+        if name != "libmpi.so.12":
+            raise OSError("not loaded")
+        return mpi
+
+    environment.setattr(ranks.ctypes, "CDLL", load)
+    environment.setattr(ranks.signal, "alarm", lambda seconds: None)
+    ranks.finalize_mpi()
+    assert mpi.num_ends == num_ends
+
+
+def test_process_without_mpi_has_none_to_finalise():
+    ranks.finalize_mpi()
+    assert "libmpi" not in Path("/proc/self/maps").read_text()

@@ -35,8 +35,8 @@ def step(number, epoch, **changes):
 
 def evaluation(number, epoch, wer):
     return {"step": number, "epoch": epoch, "epochs": number / 4, "hours": number / 100,
-            "loss": 7.0, "utts_per_s": 4.0, "wer": wer, "errors": 1, "words": 2, "labels": 3,
-            "rtf": 0.1, "seconds": 18.0}
+            "loss": 7.0, "utts_per_s": 4.0, "wer": wer, "cer": wer / 2, "errors": 1,
+            "words": 2, "labels": 3, "rtf": 0.1, "seconds": 18.0}
 
 
 LOG = [
@@ -184,6 +184,15 @@ def test_a_loss_that_is_flat_for_an_epoch_is_warned_of(monitor, warned):
         assert len(lines) == is_flat
         if is_flat:
             assert "the loss is flat, 99.10 after 100.00" in lines[0]
+
+
+def test_a_loss_that_rises_by_half_in_an_epoch_is_called_divergence(monitor, warned):
+    for loss in (10.0, 14.0, 22.0):
+        record = {"epoch": 1, "step": 4, "loss": loss, "utts_per_s": 4.0, "seconds": 9.0}
+        monitor.epoch(0.1, 0, **record)
+    (warning,) = warned()
+    assert warning.startswith("the loss rose from 14.00 to 22.00 in an epoch")
+    assert "--lr" in warning
 
 
 def test_waiting_for_data_above_a_third_is_warned_of(monitor, warned):

@@ -321,8 +321,16 @@ def test_a_directory_with_best_pt_alone_holds_a_run(run, tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="best.pt exists: give --resume"):
         run(tmp_path)
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    message = f"{tmp_path}: no readable checkpoint.* --init best.pt with another --out begins one"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, "--resume")
+
+
+def test_resume_without_a_run_says_how_to_begin_from_a_checkpoint(run, tmp_path, capsys):
+    assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (f"{tmp_path}: no run to resume, a new one begins; --init CHECKPOINT begins "
+                       "it from the weights of another")
 
 
 def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_path, capsys):
@@ -452,24 +460,30 @@ def test_without_a_readable_checkpoint_nothing_is_done(run, tmp_path):
 # ------------------------------------------------------------------------------------ full disks
 
 
-@pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(corpus, tmp_path):
-    """A limit on the size of files makes a write fail in the middle, as on a full disk."""
-    first = run_train(corpus, tmp_path, "--epochs", 1)
-    assert first.returncode == 0, first.stderr
-    size = (tmp_path / "checkpoint-00000004.pt").stat().st_size
-    before = (tmp_path / "checkpoint-00000004.pt").read_bytes()
+def test_a_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(run, tmp_path):
+    partial = tmp_path / "checkpoint-00000008.partial"
+    message = "checkpoint-00000008.pt could not be written: No space left on device$"
+    with pytest.raises(OSError, match=message):
+        run(tmp_path, at={6: lambda: partial.symlink_to("/dev/full")})
+    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]
+    assert not list(tmp_path.glob("*.partial"))
+    assert run(tmp_path, "--resume") == 0
+
+
+def test_a_quota_that_is_too_small_ends_the_run_before_its_first_step(corpus, tmp_path):
+    """A limit on the size of files stands for the quota."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
     command = [sys.executable, str(REPO / "train.py"), "--data", str(corpus), "--out",
-               str(tmp_path), *TINY, "--resume"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))  # noqa: E731
+               str(tmp_path), *TINY]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=300,
                           check=False)
     assert done.returncode == 1
-    assert "checkpoint-00000008.pt could not be written" in done.stderr
+    assert f"train.py: {tmp_path}: File too large: 4 more checkpoints of" in done.stderr
     assert "Traceback" not in done.stderr
-    assert checkpoints(tmp_path) == ["checkpoint-00000004.pt"]
-    assert (tmp_path / "checkpoint-00000004.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_a_vanished_run_directory_ends_the_run(run, tmp_path):

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launched import (
@@ -126,7 +127,7 @@ def test_steps_run_in_order_and_scoring_takes_every_core(project):
     assert transcribe.startswith(checkpoint)
 
 
-@pytest.mark.parametrize("kind", ["flac", "wav"])
+@pytest.mark.parametrize("kind", ["flac", "WAV", "opus"])
 def test_first_three_transcripts_stand_above_their_references(project, kind):
     chapter = project.write_dev_split(kind, count=4)
     (chapter / f"._7-9-0000.{kind}").touch()  # macOS keeps attributes there
@@ -139,6 +140,8 @@ def test_first_three_transcripts_stand_above_their_references(project, kind):
             f"  reference   SAID {n} SO\n"
             for n in range(3)
         )
+        + "try     .venv/bin/python decode.py --checkpoint out/demo/best.pt my.wav"
+        "  (a recording of your own)\n"
     )
 
 
@@ -177,6 +180,43 @@ def test_rank_that_a_batch_job_has_set_reaches_no_launcher(project, ranks, rank)
     job = {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
     assert project.run(RANKS=ranks, **job).returncode == 0
     assert project.calls()[1].endswith(f" rank={rank}")
+
+
+# ---- tasks of Slurm ---------------------------------------------------------------------------
+
+TASKS = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1",
+         "RANKS": "", "LAUNCHER": "auto"}
+
+
+@pytest.mark.parametrize(("task", "num_steps"), [("0", 4), ("1", 2)])
+def test_first_task_of_srun_scores_and_every_task_trains(project, task, num_steps):
+    result = project.run(**TASKS, SLURM_PROCID=task, SLURM_LOCALID=task)
+    assert result.returncode == 0, result.stderr
+    calls = project.calls()
+    assert len(calls) == num_steps
+    assert calls[1].startswith("train.py|")
+    assert calls[1].endswith(f" rank={task}")
+    assert (result.stdout == "") == (task == "1")
+
+
+def test_batch_script_of_the_cluster_page_requeues_a_job_whose_time_is_over(project):
+    page = (REPO / "docs/cluster.md").read_text()
+    (script,) = re.findall(r"^    #!/bin/bash\n(?:    .*\n)+", page, re.M)
+    for name, status in (("srun", 75), ("scontrol", 0)):
+        write_script(project.folder / "stand-ins" / name,
+                     f'#!/bin/sh\necho "{name} $*" >> calls\nexit {status}\n')
+    env = {**project.env, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(project.folder),
+           "SLURM_CPUS_PER_TASK": "32"}
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == 75
+    assert project.calls() == [
+        "srun --cpus-per-task=32 --wait=0 bash run.sh --time-limit-s 41000", "scontrol requeue 7"]
+
+
+def test_tasks_of_srun_set_up_once(project):
+    shutil.rmtree(project.folder / ".venv")
+    tasks = [project.start(**TASKS, SLURM_PROCID=task, SLURM_LOCALID=task) for task in "01"]
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0]
+    assert len(project.calls("-m|pip|install|")) == 1
 
 
 # ---- failures and signals ---------------------------------------------------------------------
@@ -258,6 +298,17 @@ def test_set_up_makes_the_environment_once(project):
         assert len(project.calls("-m|pip|install|")) == 1
 
 
+def test_python_that_is_too_old_is_named(project):
+    shutil.rmtree(project.folder / ".venv")
+    write_script(project.folder / "stand-ins/python3", f"""#!/bin/sh
+exec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); exec(sys.argv[1])" "$2"
+""")
+    result = project.run()
+    assert result.returncode == 2
+    assert result.stderr == ("run.sh: python3 is older than 3.10; make the environment with a "
+                             "newer one, for example python3.12 -m venv .venv\n")
+
+
 def test_changed_requirements_are_installed_into_the_same_environment(project):
     with (project.folder / "requirements.txt").open("a") as file:
         file.write("another-package\n")
@@ -280,6 +331,7 @@ def test_failed_installation_ends_the_run_and_is_repeated(project):
         ([], "-m|pytest|-m|not slow|"),
         (["--slow"], "-m|pytest|"),
         (["--slow", "-k", "a or b"], "-m|pytest|-k|a or b|"),
+        (["-x", "-k", "a b", "--slow", ""], "-m|pytest|-x|-k|a b||"),
     ],
 )
 def test_test_runs_pytest(project, flags, expected):
@@ -306,6 +358,17 @@ LAUNCHERS = ["torchrun", pytest.param("mpirun", marks=NEEDS_MPIRUN)]
 def run(tmp_path):
     yield Run(tmp_path)
     kill_processes(tmp_path)
+
+
+def events(path, kind):
+    return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
+
+
+def insert(run, name, marker, code):
+    """Inserts code behind a marker in a file of the run."""
+    source = (run.folder / name).read_text()
+    assert source.count(marker) == 1
+    (run.folder / name).write_text(source.replace(marker, marker + code))
 
 
 def names_rank(text, rank):
@@ -338,12 +401,9 @@ def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_raising_rank_ends_the_run(run, launcher):
-    source = (run.folder / "train.py").read_text()
-    marker = "    trainer.parallel.train()\n"
-    assert source.count(marker) == 1
-    fault = ("    if step == 3 and trainer.ranks.rank == 1:\n"
-             "        raise KeyError('deliberate')\n")
-    (run.folder / "train.py").write_text(source.replace(marker, fault + marker))
+    insert(run, "train.py", "    trainer.parallel.train()\n",
+           "    if step == 3 and trainer.ranks.rank == 1:\n"
+           "        raise KeyError('deliberate')\n")
     assert run.start(LAUNCHER=launcher).expect_end(300) not in (0, 2)
     assert "KeyError: 'deliberate'" in run.output()
     assert run.num_steps() == 2
@@ -379,6 +439,84 @@ def test_signal_leaves_no_process_and_no_status_file(run, launcher, number, stat
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_time_limit_ends_every_launcher_with_75(run, launcher):
     assert run.start("--time-limit-s", "1", LAUNCHER=launcher).expect_end(300) == 75, run.output()
+
+
+# Two processes with the variables that Slurm gives to two tasks of a step.
+SRUN = """
+export SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_NNODES=1
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+  tasks="$tasks $!"
+done
+status=0
+for task in $tasks; do wait "$task" || status=$?; done
+exit "$status"
+"""
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_train_together(run):
+    srun = ("bash", "-c", SRUN, "srun", "bash", "run.sh")
+    run.start("--epochs", "1", command=srun, RANKS="")
+    assert run.expect_end(300) == 0, run.output()
+    (start,) = events(run.log, "start")
+    assert start["ranks"] == 2
+    assert run.output().count("\ntry     ") == 1
+
+
+# ---- ranks that have called MPI_Init, as oneCCL does ------------------------------------------
+
+
+@pytest.fixture
+def mpi_run(run):
+    """A run whose ranks call MPI_Init of Intel MPI when they connect. Rank 0 ends 3 s after rank 1,
+    in which Hydra would kill it if rank 1 had not called MPI_Finalize."""
+    mpirun = shutil.which("mpirun", path=PATH)
+    library = mpirun and Path(mpirun).resolve().parent.parent / "lib/libmpi.so.12"
+    if not library or not library.exists():
+        pytest.skip("there is no Intel MPI; pip install impi-rt brings one")
+    insert(run, "ranks.py", "def start_group(backend: str, store: dist.Store, ranks: Ranks, "
+           "timeout_s: float) -> None:\n",
+           f"    assert ctypes.CDLL({str(library)!r}).MPI_Init(None, None) == 0\n")
+    insert(run, "ranks.py", "            finalize_mpi()\n    finally:\n",
+           "        time.sleep(3 * (read_ranks().rank == 0))\n")
+    run.env = {"LAUNCHER": "mpirun", "I_MPI_FABRICS": "shm"}
+    return run
+
+
+@pytest.mark.slow
+def test_ranks_that_use_mpi_end_with_status_0(mpi_run):
+    """Rank 1 has finished long before rank 0 has written best.pt."""
+    insert(mpi_run, "train.py", "        reason = run_and_log_end(run, state, stopper)\n",
+           "    if ranks.rank == 0:\n        time.sleep(8)\n        save(run, state, True)\n")
+    mpi_run.start("--epochs", "1", **mpi_run.env)
+    assert mpi_run.expect_end(300) == 0, mpi_run.output()
+    load_checkpoint(mpi_run.folder / "out/demo/best.pt")
+    assert "\ntry     " in mpi_run.output()
+
+
+@pytest.mark.slow
+def test_time_limit_ends_ranks_that_use_mpi_with_75(mpi_run):
+    mpi_run.start("--time-limit-s", "1", **mpi_run.env)
+    assert mpi_run.expect_end(300) == 75, mpi_run.output()
+
+
+@pytest.mark.slow
+def test_signal_ends_ranks_that_use_mpi_with_its_status(mpi_run):
+    mpi_run.start(**mpi_run.env).wait_for_steps(2)
+    mpi_run.child.terminate()
+    assert mpi_run.expect_end(60) == 143, mpi_run.output()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_one_rank_ends_all_that_use_mpi(mpi_run, rank):
+    insert(mpi_run, "train.py", "    trainer.parallel.train()\n",
+           f"    if step == 3 and trainer.ranks.rank == {rank}:\n"
+           "        raise ValueError('deliberate')\n")
+    assert mpi_run.start(**mpi_run.env).expect_end(60) == 1, mpi_run.output()
+    assert "train.py: deliberate" in mpi_run.output()
+    assert mpi_run.num_steps() == 2
 
 
 # ---- four hosts: network namespaces on a bridge, with an sshd in each -------------------------
@@ -431,10 +569,6 @@ def start_on_first_host(run, cluster, addresses, *flags):
     (run.folder / "hosts").write_text("".join(f"{address}\n" for address in addresses))
     return run.start(*flags, command=[*first, "bash", "run.sh"], PATH=SYSTEM, RANKS="",
                      SSH=str(ssh), I_MPI_HYDRA_IFACE="eth0")
-
-
-def events(path, kind):
-    return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
 
 
 @pytest.mark.slow

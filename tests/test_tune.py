@@ -211,35 +211,38 @@ def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
     case.config.write_text(CONFIG + "ppn: 2\nhosts:\n- localhost\n")
     tune.read_search(case.config)
     output = capsys.readouterr().out
-    assert f"{case.config}: ppn has no effect" in output
-    assert f"{case.config}: hosts has no effect" in output
+    assert f"{case.config}:13: ppn has no effect" in output
+    assert f"{case.config}:14: hosts has no effect" in output
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "line", "message"),
     [
-        ("learning_rate", "out", "out cannot be searched"),
-        ("    name: warmup_epochs", "    name: lr", "expected at least one, and each once"),
-        ("    type: int", "    type: integer", "integer: expected double or int or categorical"),
-        ("    type: int", "    typo: int", "expected a mapping with name, type"),
-        ("{min: 1, max: 10}", "{min: 1, max: ten}", "warmup_epochs: invalid literal for int()"),
-        ("{min: 1, max: 10}", "{min: 11, max: 10}", "got (low=11, high=10)"),
-        ("min: 1e-3", "min: 0", "`low > 0` must hold"),
-        ("transformation: log", "transformation: exp", "lr: exp: expected log"),
-        (LR, "  - {name: stack, type: int, grid: 46}", "stack: 46, expected a list"),
-        (LR, "  - {name: stack, type: int, grid: [4], bounds: {}}", "stack: expected bounds"),
-        ("  experiment: rnnt\n", "", "expected a mapping with project, experiment, parameters"),
-        ("name: WER", "name: CER", "CER: expected training_time or WER"),
-        ("name: WER", "name: training_time", "metrics: expected training_time and WER, each once"),
-        ("observation_budget: 6", "observation_budget: 0", "0, expected at least 1"),
-        ("observation_budget: 6", "observation_budget: [6]", "not 'list'"),
+        ("learning_rate", "out", 5, "out cannot be searched"),
+        ("    name: warmup_epochs", "    name: lr", 6, "lr stands twice"),
+        ("    type: int", "    type: integer", 6, "integer: expected double or int or categorical"),
+        ("    type: int", "    typo: int", 6, "expected a mapping with name, type"),
+        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "warmup_epochs: invalid literal for int()"),
+        ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
+        ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
+        ("transformation: log", "transformation: exp", 5, "lr: exp: expected log"),
+        (LR, "  - {name: stack, type: int, grid: 46}", 5, "stack: 46, expected a list"),
+        (LR, "  - {name: stack, type: int, grid: [4], bounds: {}}", 5, "stack: expected bounds"),
+        (LR, "  - stack", 4, "stack: expected a mapping with name, type"),
+        ("  experiment: rnnt\n", "", 1, "expected a mapping with project, experiment, parameters"),
+        ("name: WER", "name: CER", 11, "CER: expected training_time or WER"),
+        ("name: WER", "name: training_time", 11, "training_time stands twice"),
+        ("- {name: WER, objective: minimize, threshold: 0.25}\n", "", 9,
+         "metrics: expected both of training_time and WER"),
+        ("observation_budget: 6", "observation_budget: 0", 12, "0, expected at least 1"),
+        ("observation_budget: 6", "observation_budget: [6]", 12, "not 'list'"),
     ],
 )
-def test_a_wrong_value_is_an_error_that_shows_it(case, old, new, message):
+def test_a_wrong_value_is_an_error_that_shows_it_and_its_line(case, old, new, line, message):
     case.change(old, new)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tune.read_search(case.config)
-    assert str(error.value).startswith(f"{case.config}: ")
+    assert str(error.value).startswith(f"{case.config}:{line}: ")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,9 @@ def test_a_file_that_is_no_mapping_is_an_error_that_names_it(case, content, mess
 )
 def test_values_that_train_py_refuses_end_the_search_before_it_begins(case, parameter, message):
     case.change(LR, f"  - {parameter}")
-    assert message in case.run()[1]
+    _, error = case.run()
+    assert error.startswith(f"tune.py: {case.config}:5: ")
+    assert message in error
     assert not case.out.exists()
 
 
@@ -453,6 +458,7 @@ def test_an_ended_tuner_ends_its_trial_and_the_same_command_resumes_it(case, num
     tuner.send_signal(number)
     _, errors = tuner.communicate(timeout=30)
     if number == signal.SIGINT:
+        assert tuner.returncode == 130
         assert errors.endswith("tune.py: interrupted; the same command goes on\n")
     wait_for(lambda: not is_alive(trial), 10)
 
@@ -509,7 +515,6 @@ def test_two_tuners_share_one_study(case):
     assert sorted(map(int, ran[0] + ran[1])) == list(range(len(trials)))
     # Both waited for the last trial and report the same.
     assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
-
 
 
 # ---- with run.sh itself -----------------------------------------------------------------------

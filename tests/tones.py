@@ -94,9 +94,10 @@ def run_here(*argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         patch.setattr(train.signal, "signal", lambda *_: None)
-        status = train.main()
-    torch.set_flush_denormal(False)  # main turns it on for good
-    return status
+        try:
+            return train.main()
+        finally:
+            torch.set_flush_denormal(False)  # main turns it on for good
 
 
 def events(out, kind=None):

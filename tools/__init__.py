@@ -1,2 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools beside the recogniser, run from the project's root: python -m tools.<name>."""
+"""Tools beside the recogniser, run from the project's root: python -m tools.<name>.
+
+Every tool ends without a traceback at Ctrl-C, and when the reader of its output has ended, as in
+`| head`. Its status then is the one that shells report for the signals SIGINT and SIGPIPE.
+"""
+
+import io
+import os
+import sys
+from types import TracebackType
+
+QUIET = {KeyboardInterrupt: 130, BrokenPipeError: 141}  # exception: exit status
+
+
+def end_quietly(kind: type[BaseException], error: BaseException,
+                traceback: TracebackType | None) -> None:
+    """Exit with the status of an exception in QUIET; print the traceback of any other one."""
+    if kind not in QUIET:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if kind is BrokenPipeError:  # the interpreter flushes standard output once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(QUIET[kind])
+
+
+# A hook, unlike an `except` in every main function, also acts while libraries are imported.
+sys.excepthook = end_quietly
+if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
+    sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is noticed at the next line

@@ -2,12 +2,14 @@
 """Every performance figure of the documentation, one subcommand each; the last line is JSON.
 
     python -m tools.bench step [--data ROOT --split S] [flags of train.py]  # speed and its stages
-    python -m tools.bench loss  # joint network and loss, fused and plain
+    python -m tools.bench loss [--peers]  # joint network and loss, fused and plain; other libraries
     python -m tools.bench features [--data ROOT --split S]  # processor time of the front end
-    python -m tools.bench decode --checkpoint C --data ROOT --split S  # greedy search
+    python -m tools.bench decode [--peers] --checkpoint C --data ROOT --split S  # greedy search
+    python -m tools.bench start --checkpoint C AUDIO  # seconds until decode.py's first word
     python -m tools.bench curves RUN [RUN ...] --png FILE  # compares runs by their log.jsonl
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]  # gain of every idea: 50 minutes
     python -m tools.bench scaling [flags of train.py]  # ranks and hosts
+    python -m tools.bench neighbour [flags of train.py]  # training beside a busy process
 
 Without --data, step and features make audio with train-clean-100's distribution of lengths.
 """
@@ -16,12 +18,16 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,9 +44,10 @@ from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
-from tools import ladder
+from tools import ladder, peers
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
+ROOT = Path(__file__).resolve().parent.parent  # folder of run.sh and decode.py
 MOST_RECORDINGS = 512  # synthetic files; larger workloads repeat them
 
 
@@ -217,16 +224,14 @@ def loss_inputs(cfg: ModelConfig, batch: int) -> tuple:
     """Random `inputs` and `lattice` of plain_loss, with train-clean-100's lengths."""
     seconds, target_lens = (torch.tensor(x) for x in zip(*draw_shapes(batch), strict=True))
     enc_lens = torch.ceil(seconds.double() / DEFAULT.frame_s / cfg.reduction).long()
-    T, U, J, V = int(enc_lens.max()), int(target_lens.max()), cfg.joint_hidden, cfg.vocab_size
-    torch.manual_seed(1)
-    inputs = (torch.randn(batch, T, J), torch.randn(batch, U + 1, J),
-              torch.randn(V, J) / math.sqrt(J), torch.zeros(V))
-    targets = torch.randint(0, V - 1, (batch, U))
-    return tuple(x.requires_grad_() for x in inputs), (targets, enc_lens, target_lens)
+    return peers.random_inputs(enc_lens, target_lens, cfg.joint_hidden, cfg.vocab_size)
 
 
 def bench_loss(args: argparse.Namespace) -> None:
     """Forward and backward pass of the fused loss and of the plain one on the same batch."""
+    if args.peers:
+        peers.bench_losses(args)
+        return
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
     dtype = train.matrix_dtype(args.precision)
@@ -286,6 +291,9 @@ def bench_features(args: argparse.Namespace) -> None:
 
 def bench_decode(args: argparse.Namespace) -> None:
     """A whole split in batches, features included; some 50 utterances alone, to compare."""
+    if args.peers:
+        peers.bench_searches(args)
+        return
     torch.set_flush_denormal(True)
     model, tokenizer, features = decode.restore(load_checkpoint(args.checkpoint))
     utterances = data.read_split(args.data, args.split, features)
@@ -299,15 +307,124 @@ def bench_decode(args: argparse.Namespace) -> None:
     alone, _ = run([[i] for i in range(0, len(utterances), max(1, len(utterances) // 50))])
     texts, seconds = run(decode.evaluation_batches(utterances, args.batch_size))
     same = all(texts[k] == text for k, text in alone.items())
-    errors, words = decode.word_errors(
-        [texts[u.id] for u in utterances], [u.text for u in utterances]
-    )
+    pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{len(utterances)} utterances in {seconds:.1f} s, "
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
-    finish({"seconds": seconds, "rtf": rtf, "wer": decode.word_error_rate(errors, words),
+    finish({"seconds": seconds, "rtf": rtf,
+            "wer": decode.word_error_rate(*decode.word_errors(*pairs)),
+            "cer": decode.word_error_rate(*decode.char_errors(*pairs)),
             "same_as_alone": same, "peak_rss_gb": rss_gb()})
+
+
+# ------------------------------------------------------------------------------------------- start
+
+
+def first_line_s(command: Sequence[str]) -> float:
+    """Seconds from the start of a program in the project's folder to its first line of output."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - started
+        process.communicate()
+    if not line or process.returncode:
+        raise ValueError(f"{' '.join(command)}: status {process.returncode}, output {line!r}")
+    return seconds
+
+
+def bench_start(args: argparse.Namespace) -> None:
+    """Seconds until decode.py prints the text of one file, and of its imports alone, in turns."""
+    decoding = [sys.executable, "decode.py", "--checkpoint", str(args.checkpoint.resolve()),
+                str(args.audio.resolve())]
+    importing = [sys.executable, "-c", "import decode; print('done')"]
+    first_line_s(decoding)  # brings the files into memory
+    runs = [(first_line_s(decoding), first_line_s(importing)) for _ in range(args.turns)]
+    start_s, imports_s = (statistics.median(times) for times in zip(*runs, strict=True))
+    print(f"first line of decode.py after {start_s:.2f} s, of which imports take {imports_s:.2f} s")
+    finish({"start_s": start_s, "imports_s": imports_s, "starts_s": [run[0] for run in runs]})
+
+
+# --------------------------------------------------------------------------------------- neighbour
+
+# This program keeps a core busy until the process that started it ends.
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+@contextlib.contextmanager
+def neighbour() -> Iterator[int]:
+    """Keeps the last core of this process busy, as a program of another login session would.
+
+    Yields the id of the process that does so.
+    """
+    busy = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True)
+    try:
+        os.sched_setaffinity(busy.pid, {max(os.sched_getaffinity(0))})
+        yield busy.pid
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+class Launch(NamedTuple):
+    """Ranks of a run and their environment variables."""
+
+    ranks: int
+    variables: dict[str, str]
+
+
+def decide_launch(**knobs: str) -> Launch:
+    """The launch that run.sh decides on with the variables `knobs`."""
+    env = os.environ | {"VENV": sys.prefix, "DRY_RUN": "1"} | knobs
+    done = subprocess.run(["bash", "run.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"DRY_RUN=1 bash run.sh: status {done.returncode}")
+    ranks = re.search(r"^ranks +(\d+) on ", done.stdout, re.MULTILINE)[1]
+    variables = re.findall(r"^set +(\w+)=(.*?)  \(", done.stdout, re.MULTILINE)
+    return Launch(int(ranks), dict(variables))
+
+
+def make_launches() -> dict[str, Launch]:
+    """Name -> launch: run.sh's own, other ways to wait for OpenMP threads, a rank on each core."""
+    default = decide_launch()
+    if "iomp5" in default.variables.get("LD_PRELOAD", ""):
+        waits = [("KMP_BLOCKTIME", "0"), ("KMP_BLOCKTIME", "200")]
+    else:
+        waits = [("GOMP_SPINCOUNT", "0"), ("GOMP_SPINCOUNT", "3000"), ("GOMP_SPINCOUNT", "30000")]
+    launches = {"as launched": default} | {
+        f"{name}={value}": Launch(default.ranks, default.variables | {name: value})
+        for name, value in [("OMP_WAIT_POLICY", "passive"), *waits]
+    }
+    cores = default.ranks * int(default.variables["OMP_NUM_THREADS"])
+    launches["a rank on each core"] = decide_launch(
+        RANKS=str(cores), OMP_NUM_THREADS="1", LAUNCHER="torchrun", BACKEND="gloo")
+    return launches
+
+
+def bench_neighbour(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Training steps alone and beside a busy process, in turns, with every launch."""
+    launches = make_launches()
+    argv = ["--seconds", str(args.seconds), "--batch", str(args.batch_size), "--split", "noise",
+            "--preset", "mini", "--one-batch", "--loader-workers", "0", "--speed-min", "1",
+            "--speed-max", "1", *argv]
+    steps_s = {name: ([], []) for name in launches}  # alone, beside the busy process
+    with tempfile.TemporaryDirectory() as folder:
+        ladder.synthesize(Path(folder), draw_shapes(args.batch_size))
+        for _ in range(args.turns):
+            for name, (ranks, variables) in launches.items():
+                flags = [*argv, "--data", folder, "--batch-size", str(args.batch_size // ranks)]
+                for times, company in zip(steps_s[name], (contextlib.nullcontext, neighbour),
+                                          strict=True):
+                    with company():
+                        times += ladder.run_rung(flags, ranks, variables)["step_s"]
+    print(f"{'utterances/s':<24}{'alone':>8}{'beside':>8}{'ratio':>8}")
+    rows = {}
+    for name, times in steps_s.items():
+        alone, beside = (args.batch_size / statistics.median(t) for t in times)
+        rows[name] = {"alone": alone, "beside": beside, "ranks": launches[name].ranks,
+                      "variables": launches[name].variables}
+        print(f"{name:<24}{alone:>8.1f}{beside:>8.1f}{beside / alone:>8.2f}")
+    finish({"launches": rows, "batch": args.batch_size})
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -319,11 +436,12 @@ def bench_curves(args: argparse.Namespace) -> None:
     for name, (_, evals) in runs.items():
         if not evals:
             raise ValueError(f"{name}/log.jsonl: no evaluation yet")
-        print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'loss':>9}{'utts/s':>8}")
+        print(f"{name}\n{'epoch':>6}{'hours':>8}{'WER %':>9}{'CER %':>9}{'loss':>9}{'utts/s':>8}")
         for r in evals:
-            nats, rate = r.get("loss", math.nan), r.get("utts_per_s", math.nan)
-            print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{nats:>9.1f}"
-                  f"{rate:>8.1f}")
+            keys = ("cer", "loss", "utts_per_s")
+            cer, nats, rate = (math.nan if r.get(k) is None else r[k] for k in keys)
+            print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{100 * cer:>9.2f}"
+                  f"{nats:>9.1f}{rate:>8.1f}")
     report.draw_curves(runs, args.png)
     finish({name: {"best_wer": min(r["wer"] for r in evals), "hours": evals[-1]["hours"],
                    "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})
@@ -333,9 +451,9 @@ def bench_curves(args: argparse.Namespace) -> None:
 
 
 WITH_TRAIN_FLAGS = {"step": bench_step, "ladder": ladder.bench_ladder, "rung": ladder.bench_rung,
-                    "scaling": ladder.bench_scaling}
+                    "scaling": ladder.bench_scaling, "neighbour": bench_neighbour}
 WITHOUT = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
-           "curves": bench_curves}
+           "start": bench_start, "curves": bench_curves}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -351,6 +469,17 @@ def make_parser() -> argparse.ArgumentParser:
     commands["loss"].add_argument("--preset", choices=sorted(PRESETS), default="democratized")
     commands["loss"].add_argument("--batch-size", type=int, default=32)
     commands["loss"].add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    for name in ("loss", "decode"):
+        commands[name].add_argument("--peers", action="store_true",
+                                    help="compare with other libraries, see tools/peers.py")
+    for name, default in (("loss", 3), ("decode", 3), ("start", 5), ("neighbour", 2)):
+        commands[name].add_argument("--turns", type=int, default=default,
+                                    help="measurements of each case; loss and decode: of --peers")
+    commands["start"].add_argument("--checkpoint", required=True, type=Path)
+    commands["start"].add_argument("audio", type=Path, help="a short recording")
+    commands["neighbour"].add_argument("--batch-size", type=int, default=16, help="of all ranks")
+    commands["neighbour"].add_argument("--seconds", type=float, default=15,
+                                       help="least time of a measurement")
     commands["features"].add_argument("--count", type=int, default=100, help="recordings")
     commands["decode"].add_argument("--checkpoint", required=True)
     commands["decode"].add_argument("--batch-size", type=int, default=64)
@@ -380,6 +509,8 @@ def main() -> None:
             WITHOUT[args.command](args)
         else:
             WITH_TRAIN_FLAGS[args.command](args, argv)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError, FloatingPointError) as error:
         message = f"bench.py: {data.reason(error)}"
         if dist.is_initialized():

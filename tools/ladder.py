@@ -57,7 +57,7 @@ def add_flags(commands: dict[str, argparse.ArgumentParser]) -> None:
                       help=f"the logits of {PLAIN_ROWS} utterances exist at once")
     rung.add_argument("--passes", type=int, default=2,
                       help="least number of passes over all buckets")
-    rung.add_argument("--one-batch", action="store_true", 
+    rung.add_argument("--one-batch", action="store_true",
                       help="repeat the first batch, so that its features are made once")
     ladder.add_argument("--ranks", type=int, default=2, help="ranks of the last rung")
     ladder.add_argument("--shapes", type=Path, default=DOCS / "train-clean-100.json",

@@ -7,8 +7,8 @@
 
 The knobs of `run.sh` (RANKS, HOSTS ...) arrive as environment variables; the flags go to train.py.
 `decide` writes to FILE, with a zero byte after each: data folder, output folder, dev split, number
-of usable cores, "prepare" or nothing, and the launch command, word by word. A dry run may happen
-before the set-up, so this file needs only the standard library of Python 3.10.
+of usable cores, "prepare" or nothing, "score" or nothing, and the launch command, word by word. A
+dry run may happen before the set-up, so this file needs only the standard library of Python 3.10.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -47,6 +48,7 @@ BINDINGS = "oneccl_bindings_for_pytorch"
 STATUS_FILE = "RNNT_STATUS_FILE"  # this variable names the file for rank 0's exit status
 PASSED_ON = ("GLOO_", "CCL_", "FI_", "KMP_", "OMP_", "ONEDNN_", "DNNL_", "TORCH_")  # by Open MPI
 AS_SET = "as you set it"
+NO_ANSWER = 124  # status of a host that does not answer, as the program `timeout` returns it
 
 
 # ---- cores ---------------------------------------------------------------------------------------
@@ -120,24 +122,37 @@ def read_hosts(text: str, source: str) -> tuple[list[str], int | None]:
 
     A line holds `name`, `name slots=N` or `name:N`; the rest of a line from # on is a comment.
     """
-    slots: dict[str, str | None] = {}  # of each host
+    slots: dict[str, int | None] = {}  # of each host
     for number, line in enumerate(text.split("\n"), 1):
         line, where = line.split("#")[0].strip(), f"{source}:{number}"
         if not line:
             continue
-        found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)((\s+slots=|:)([1-9][0-9]*))?", line)
-        if not found:
-            raise ValueError(f"{where}: {line!r}, expected a host name or IPv4 address, alone or "
-                             "followed by slots=N")
-        if found[1] in slots:
-            raise ValueError(f"{where}: {found[1]} stands twice")
-        slots[found[1]] = found[4]
+        name, count = read_host(line, where)
+        if name in slots:
+            raise ValueError(f"{where}: {name} stands twice; {name} slots=2 runs two ranks on it")
+        slots[name] = count
         if len(set(slots.values())) > 1:
-            raise ValueError(f"{where}: {line!r}, but every host runs the same number of ranks")
+            raise ValueError(f"{where}: {line!r}, but every host runs the same number of ranks: "
+                             "give all lines the same slots")
     if not slots:
         raise ValueError(f"{source} names no host")
-    count = next(iter(slots.values()))
-    return list(slots), int(count) if count else None
+    return list(slots), next(iter(slots.values()))
+
+
+def read_host(line: str, where: str) -> tuple[str, int | None]:
+    """Name and number of ranks of a line that is not empty; `where` is its file and number."""
+    name, rest = re.fullmatch(r"([^\s:]*)(.*)", line).groups()
+    if name.startswith("[") or line.split()[0].count(":") > 1:
+        raise ValueError(f"{where}: {line!r} has an IPv6 address, but ranks connect over IPv4: "
+                         "give the host's name or its IPv4 address")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{where}: {name!r} is no host name: give one name or IPv4 address a "
+                         "line, without user; `scontrol show hostnames` expands Slurm's lists")
+    slots = re.fullmatch(r"(?:(?:\s+slots=|:)([1-9][0-9]*))?", rest)
+    if not slots:
+        raise ValueError(f"{where}: {rest.strip()!r} is no number of ranks: give {name} slots=N or "
+                         f"{name}:N with N of at least 1, or {name} alone")
+    return name, int(slots[1]) if slots[1] else None
 
 
 def read_hosts_file(path: str) -> tuple[list[str], int | None]:
@@ -171,16 +186,21 @@ def check_hosts(hosts: Sequence[str], ssh: str, python: str, data: str,
     wanted = f"test -x {shlex.quote(os.path.abspath(python))}"
     if os.path.isdir(data):  # the corpus is prepared, so every host has to see it
         wanted += f" && test -d {shlex.quote(os.path.abspath(data))}"
-    # In the foreground a signal to run.sh reaches ssh too.
-    command = ["timeout", "--foreground", str(timeout_s), ssh, "-o", "BatchMode=yes",
-               "-o", "ConnectTimeout=20"]
+    command = [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=20"]
     checks = {host: subprocess.Popen([*command, host, wanted], stdin=subprocess.DEVNULL)
               for host in hosts}
-    failed = [f"{host} (status {check.returncode})" for host, check in checks.items()
-              if check.wait()]
+    until, failed = time.monotonic() + timeout_s, []
+    for host, check in checks.items():
+        try:
+            status = check.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            check.kill()
+            status = NO_ANSWER
+        if status:
+            failed.append(f"{host} (status {status})")
     if failed:
         raise ValueError(f"{ssh} finds these hosts unusable: {', '.join(failed)}; status 1: "
-                         f"`{wanted}` fails, 124: no answer, 255: no login")
+                         f"`{wanted}` fails, {NO_ANSWER}: no answer, 255: no login")
 
 
 # ---- corpus and output ---------------------------------------------------------------------------
@@ -284,34 +304,80 @@ def find_preload(folders: Sequence[str | None]) -> str:
     return ":".join(filter(None, (find(OPENMP), next(allocators, ""))))
 
 
+def check_addresses(names: Iterable[str], source: str) -> None:
+    """Raises ValueError if a name leads to a loopback address, as Debian's /etc/hosts does for a
+    machine's own name."""
+    for name in names:
+        if (found := resolve(name)).startswith("127."):
+            raise ValueError(f"{source}: {name} is {found} here, where no other host reaches it; "
+                             "give its address")
+
+
 class Group(NamedTuple):
     """The ranks of one run and what they may use of each host."""
 
     hosts: list[str]
-    ranks: int  # on each host
+    ranks: int  # that share the cores of a host
+    world: int  # all ranks
     is_single: bool  # all ranks are on this machine
     address: str  # of rank 0
+    port: int  # where rank 0 listens
     usable: int  # cores of each host
-
-    @property
-    def world(self) -> int:
-        return self.ranks * len(self.hosts)
+    summary: str  # number of ranks and hosts, for the reader
+    place: dict[str, str]  # variables of the rank that this process becomes, if it is only one
 
 
 def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
     """Hosts and ranks by the knobs and the hosts file; address of rank 0."""
     hosts, slots = read_hosts_file(env["HOSTS"])
     ranks = int(env["RANKS"] or 0) or slots or default_ranks(machine.cores)
+    summary = f"{ranks} on {', '.join(hosts)}"
+    if slots not in (None, ranks):
+        summary += f" (RANKS={ranks} wins over slots={slots} in {env['HOSTS']})"
     # A quota limits how many cores the ranks may use, but does not say which.
     usable = min(machine.quota or len(machine.cores), len(machine.cores))
     is_single = len(hosts) == 1 and is_this_machine(hosts[0])
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
-    for name in () if is_single else (address, *hosts[1:]):
-        # Debian's /etc/hosts leads a machine's own name to a loopback address.
-        if (found := resolve(name)).startswith("127."):
-            raise ValueError(f"{env['HOSTS']}: {name} is {found} here, where no other host "
-                             "reaches it; give its address")
-    return Group(hosts, ranks, is_single, address, usable)
+    if not is_single:
+        check_addresses((address, *hosts[1:]), env["HOSTS"])
+    world = ranks * len(hosts)
+    # The variables of a batch job of several tasks would make a single process one of several.
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if world == 1 else {}
+    return Group(hosts, ranks, world, is_single, address, machine.port, usable, summary, place)
+
+
+def count_tasks(env: Mapping[str, str]) -> int:
+    """Number of tasks of the Slurm step that this process belongs to; 1 outside of a step.
+
+    A batch script knows the number of its job's tasks, but runs once: it belongs to no step.
+    """
+    if "SLURM_STEP_ID" not in env:
+        return 1
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+
+
+def choose_slurm_ranks(env: Mapping[str, str], machine: Machine) -> Group:
+    """`srun bash run.sh` has started this process in each of its tasks: each task is a rank."""
+    tasks = count_tasks(env)
+    for name, default in (("LAUNCHER", "auto"), ("RANKS", "")):
+        if env[name] != default:
+            raise ValueError(f"{name}={env[name]}, but srun started {tasks} tasks, each of which "
+                             f"is a rank: leave {name} unset, or start run.sh as one task")
+    # Slurm writes lists such as node[01-03,07]-ib,other.
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
+    first = "".join(re.match(r"([^,\[]+)(?:\[(\d+)[^]]*\]([^,\[]*))?", nodes).groups(default=""))
+    is_single = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1) == 1
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else first)
+    if not is_single:
+        check_addresses([address], "MASTER_ADDR")
+    # All tasks have to find the same port.
+    port = 20000 + (31 * int(env.get("SLURM_JOB_ID") or 0) + int(env["SLURM_STEP_ID"])) % 10000
+    # Slurm need not bind a task to its CPUs.
+    limits = (machine.quota, int(env.get("SLURM_CPUS_PER_TASK") or 0), len(machine.cores))
+    place = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(tasks),
+             "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
+    return Group([nodes], 1, tasks, is_single, address, port, min(filter(None, limits)),
+                 f"{tasks} on {nodes}", place)
 
 
 def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str, str]:
@@ -338,6 +404,17 @@ def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str
     raise ValueError("mpirun is neither Intel MPI nor Open MPI nor MPICH")
 
 
+def choose_backend(env: Mapping[str, str], machine: Machine, launcher: str) -> tuple[str, str]:
+    """Backend of torch.distributed and reason."""
+    if env["BACKEND"] != "auto":
+        return env["BACKEND"], AS_SET
+    if launcher == "srun":
+        return "gloo", "oneCCL needs an mpirun"
+    if machine.has_bindings:
+        return "ccl", f"{BINDINGS} is usable in {env['VENV']}"
+    return "gloo", f"{BINDINGS} is not usable in {env['VENV']}"
+
+
 # ---- the launch ----------------------------------------------------------------------------------
 
 
@@ -360,7 +437,9 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     # few cores for that computes on all of them.
     reserved = workers if workers < len(own[0]) else 0
     computing = [cpus[reserved:] for cpus in own]
-    masks = [hex(sum(1 << cpu for cpu in cpus)) + "," for cpus in computing]
+    masks = "".join(hex(sum(1 << cpu for cpu in cpus)) + "," for cpus in computing)
+    if not is_bound or launcher == "srun":  # which gives each task CPUs of its own
+        masks = ""
     # Only Intel's OpenMP reads KMP_*; Intel's launcher sets the same values. A waiting thread goes
     # to sleep after 1 ms, because other threads need its core.
     variables = [
@@ -373,9 +452,9 @@ def rank_variables(env: Mapping[str, str], machine: Machine, group: Group, launc
     if group.world > 1:
         variables += [
             # Intel MPI binds each rank to its mask; ranks.py does so under other launchers.
-            ("I_MPI_PIN_DOMAIN", f"[{''.join(masks)}]" if is_bound else "", "cores of each rank"),
+            ("I_MPI_PIN_DOMAIN", masks and f"[{masks}]", "cores of each rank"),
             ("MASTER_ADDR", group.address, "host of rank 0"),
-            ("MASTER_PORT", machine.port, "drawn at random"),
+            ("MASTER_PORT", group.port, "where rank 0 listens"),
         ]
     if workers:
         cpus = ",".join(str(cpu) for cpus in own for cpu in (cpus * workers)[:workers])
@@ -424,6 +503,7 @@ class Plan(NamedTuple):
     run: Run
     group: Group
     command: list[str]  # the launch with its environment, for run.sh to start
+    is_first: bool  # False for the tasks of srun that neither print nor score
 
 
 def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Plan:
@@ -432,17 +512,18 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     Raises ValueError if the knobs ask for something that cannot be.
     """
     check_knobs(env)
-    group = choose_ranks(env, machine)
     run = choose_run(env, argv)
-    backend, why_backend = env["BACKEND"], AS_SET
-    if backend == "auto":
-        backend, verb = ("ccl", "is") if machine.has_bindings else ("gloo", "is not")
-        why_backend = f"{BINDINGS} {verb} usable in {env['VENV']}"
-    launcher, why_launcher = choose_launcher(env["LAUNCHER"], group, machine)
+    if count_tasks(env) > 1:
+        group = choose_slurm_ranks(env, machine)
+        launcher, why_launcher = "srun", f"each of its tasks is a rank; {env['HOSTS']} is not read"
+    else:
+        group = choose_ranks(env, machine)
+        launcher, why_launcher = choose_launcher(env["LAUNCHER"], group, machine)
+    backend, why_backend = choose_backend(env, machine, launcher)
     rows = rank_variables(env, machine, group, launcher, backend)
     variables = {name: value for name, value, _ in rows}
 
-    port = env.get("MASTER_PORT") or str(machine.port)
+    port = env.get("MASTER_PORT") or str(group.port)
     launch = start_command(launcher, env, group, port, variables) + ["train.py", *run.arguments]
     if group.world > 1:
         launch += ["--ranks", str(group.world)]
@@ -458,20 +539,18 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
              f"output  {run.out} ({run.state})",
              f"cores   {len(machine.cores)} physical in {num_nodes} NUMA nodes behind "
              f"{machine.num_cpus} usable CPUs{granted}",
-             f"ranks   {group.ranks} on {', '.join(group.hosts)}, by {launcher} ({why_launcher})",
+             f"ranks   {group.summary}, by {launcher} ({why_launcher})",
              *([f"backend {backend} ({why_backend})"] if group.world > 1 else []),
              *(f"set     {name}={value}  ({reason})" for name, value, reason in rows),
              f"launch  {shlex.join(launch)}"]
 
-    if group.world == 1:
-        # The variables of a batch job of several tasks would make this process one of several.
-        variables |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    variables |= group.place
     # A batch job may set one rank for all processes that it starts.
     command = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK",
                *(f"{name}={value}" for name, value in variables.items()), *launch]
-    if launcher != "python":
+    if launcher not in ("python", "srun"):  # these return the status of training
         command = [f"{env['VENV']}/bin/python", "-m", "tools.launch", "run", *command]
-    return Plan(lines, run, group, command)
+    return Plan(lines, run, group, command, group.place.get("RANK", "0") == "0")
 
 
 def run_command(command: Sequence[str]) -> int:
@@ -517,14 +596,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     path, *flags = rest
     plan = decide(env, flags, read_machine(env))
-    print("\n".join(plan.lines), flush=True)
+    if plan.is_first:
+        print("\n".join(plan.lines), flush=True)
     # A batch system may start processes on hosts that ssh may not reach.
-    is_ssh = env.get("I_MPI_HYDRA_BOOTSTRAP", "ssh") == "ssh"
+    is_ssh = env.get("I_MPI_HYDRA_BOOTSTRAP", "ssh") == "ssh" and count_tasks(env) == 1
     if env["DRY_RUN"] == "0" and is_ssh and not plan.group.is_single:
         check_hosts(plan.group.hosts, env["SSH"], f"{env['VENV']}/bin/python", plan.run.data)
     run = plan.run
     fields = [run.data, run.out, run.dev_split, str(plan.group.usable),
-              "prepare" if run.needs_corpus else "", *plan.command]
+              "prepare" if run.needs_corpus else "", "score" if plan.is_first else "",
+              *plan.command]
     Path(path).write_bytes(b"".join(os.fsencode(field) + b"\0" for field in fields))
     return 0
 
@@ -532,6 +613,8 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError) as error:
         print(f"run.sh: {error}", file=sys.stderr)
         sys.exit(2)

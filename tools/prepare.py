@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares corpora: speaks the demo corpus, downloads LibriSpeech, checks any corpus.
+"""Prepares corpora: speaks the demo, downloads LibriSpeech, imports other forms, checks any corpus.
 
     python -m tools.prepare demo ROOT                 # splits train-demo and dev-demo, by espeak-ng
     python -m tools.prepare mini-librispeech ROOT     # or librispeech-100, librispeech-960
+    python -m tools.prepare import SOURCE ROOT SPLIT  # NeMo's, Common Voice's or Kaldi's form
     python -m tools.prepare check ROOT [SPLIT ...]    # exit status 1 if there is an error
 
 After an interruption the same command continues. From a mirror, or without internet:
@@ -23,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -40,7 +42,16 @@ import soxr
 import urllib3
 from tqdm import tqdm
 
-from data import describe, is_audio, is_transcript, read_transcripts, scan_split, separate
+from data import (
+    describe,
+    describe_layout,
+    is_audio,
+    is_transcript,
+    read_transcripts,
+    scan_split,
+    separate,
+)
+from tools import corpora
 
 # -------------------------------------------------------------------------------- demo: sentences
 
@@ -200,6 +211,19 @@ NOISE_DB = (-40.0, -20.0)  # level (RMS) of the noise, relative to that of the s
 PAUSE_S = (0.10, 0.20)  # before the first word and after the last
 
 
+@contextmanager
+def late_interrupts() -> Iterator[None]:
+    """Handle Ctrl-C after the body: ctypes prints and drops an exception of a callback from C."""
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pending and callable(handler):  # a number stands for a signal that is ignored
+        handler(signal.SIGINT, None)
+
+
 class Espeak:
     """The synthesiser libespeak-ng, through the C interface in its `speak_lib.h`.
 
@@ -261,8 +285,9 @@ class Espeak:
             self._lib.espeak_SetParameter(parameter, value, 0)
         self._chunks.clear()
         small_letters = text.lower().encode()  # espeak-ng stresses words in capitals
-        status = self._lib.espeak_Synth(small_letters, len(small_letters) + 1, 0,
-                                        self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
+        with late_interrupts():
+            status = self._lib.espeak_Synth(small_letters, len(small_letters) + 1, 0,
+                                            self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
         if status != 0 or not self._chunks:
             raise RuntimeError(f"espeak_Synth failed with status {status}: {voice.name}: {text}")
         return np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 2**15
@@ -408,13 +433,22 @@ LONGEST_WAIT_S = 60  # before the next request; the wait doubles from 2 s
 LOG_INTERVAL_S = 30
 
 
+class LogLines:
+    """A file for tqdm that makes a line of stderr of every state of a bar."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():  # tqdm begins with a carriage return
+            print(state, file=sys.stderr, flush=True)
+
+
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
              start: int = 0) -> AbstractContextManager[BinaryIO]:
     """Wrap a stream so that a tqdm bar counts, from `start`, the bytes that its "read" or "write"
-    moves. A log shows the bar every LOG_INTERVAL_S."""
+    moves. A log, unlike a terminal, gets a line every LOG_INTERVAL_S."""
+    is_log = not sys.stderr.isatty()
     return tqdm.wrapattr(stream, method, num_bytes, bytes=False, desc=label, initial=start,
-                         unit="B", unit_scale=True,
-                         mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S)
+                         unit="B", unit_scale=True, file=LogLines() if is_log else sys.stderr,
+                         mininterval=LOG_INTERVAL_S if is_log else 0.1, maxinterval=LOG_INTERVAL_S)
 
 
 def request_rest(url: str, path: Path, num_bytes: int) -> None:
@@ -632,7 +666,8 @@ def check(root: Path, splits: Sequence[str]) -> bool:
     """Print size and problems of the splits, or of all in `root`; returns True without errors."""
     splits = splits or find_splits(root)
     if not splits:
-        raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac")
+        raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac; "
+                                f"{describe_layout(root)}")
     num_errors = 0
     for split in splits:
         utterances, problems = separate(scan_split(root, split, decode=True))
@@ -665,6 +700,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         source.add_argument("--mirror", metavar="URL", default=OPENSLR, help="%(default)s")
         source.add_argument("--archive", metavar="FILE", type=Path, nargs="+", default=[],
                             help="local files <split>.tar.gz of all splits, instead of downloading")
+    imports = commands.add_parser("import", help="bring a corpus of another form into the tree",
+                                  allow_abbrev=False)
+    imports.add_argument("source", metavar="SOURCE", type=Path,
+                         help="NeMo's JSON lines, Common Voice's .tsv or Kaldi's data folder")
+    imports.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
+    imports.add_argument("split", metavar="SPLIT", help="name of the new split")
+    imports.add_argument("--keep-case", action="store_true", help="do not write in capitals")
+    imports.add_argument("--keep-punctuation", action="store_true",
+                         help="do not turn punctuation and symbols into spaces")
     checks = commands.add_parser("check", help="list the problems of a corpus", allow_abbrev=False)
     checks.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
     checks.add_argument("splits", metavar="SPLIT", nargs="*", help="default: all splits in ROOT")
@@ -679,10 +723,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "check":
             return 0 if check(args.root, args.splits) else 1
+        if args.command == "import":
+            rule = corpora.TextRule(args.keep_case, args.keep_punctuation)
+            args.root.mkdir(parents=True, exist_ok=True)
+            with locked(args.root):
+                is_whole = corpora.import_split(args.source, args.root, args.split, rule)
+            return 0 if is_whole else 1
         if args.command == "demo":
             make_demo(args.root)
         else:
             make_librispeech(args.root, args.command, args.mirror, args.archive)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"tools.prepare: {error}", file=sys.stderr)
         return 1

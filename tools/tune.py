@@ -71,6 +71,37 @@ CONVERT = {"double": float, "int": int, "categorical": str}
 MACHINE = ("save_path", "ppn", "train_batch_size", "eval_batch_size", "iface", "hosts")
 
 
+class Entry(dict):
+    """A mapping of the file; `lines` has the line of each key."""
+
+
+class Loader(yaml.BaseLoader):
+    """Keeps every value as the text in the file, because YAML takes 1e-3 for a string."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Entry:
+        entry = Entry(super().construct_mapping(node, deep))
+        entry.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        return entry
+
+
+@contextlib.contextmanager
+def errors_at(path: Path, line: int) -> Iterator[None]:
+    """Errors in the block become ValueErrors that begin with file and line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}:{line}: {error}") from None
+
+
+def entries(path: Path, parent: Entry, key: str) -> list[tuple[object, int]]:
+    """The entries of a list in the file, each with its line."""
+    values, line = parent[key], parent.lines[key]
+    with errors_at(path, line):
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{key}: {values}, expected a list with at least one entry")
+    return [(value, min(getattr(value, "lines", {}).values(), default=line)) for value in values]
+
+
 def mapping(value: object, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """Returns `value` if it is a mapping with all required keys and no unknown ones."""
     if not isinstance(value, dict) or not set(required) <= value.keys() <= {*required, *optional}:
@@ -110,41 +141,61 @@ def read_parameter(entry: object) -> tuple[str, BaseDistribution]:
         raise ValueError(f"{name}: {error}") from None
 
 
+def read_thresholds(path: Path, top: Entry) -> list[float]:
+    """The largest feasible value of each of METRICS, or infinity."""
+    thresholds: dict[str, float] = {}
+    for entry, line in entries(path, top, "metrics"):
+        with errors_at(path, line):
+            metric = mapping(entry, ("name", "objective"), ("threshold",))
+            name = choice(metric["name"], METRICS)
+            choice(metric["objective"], ("minimize",))
+            if name in thresholds:
+                raise ValueError(f"{name} stands twice")
+            thresholds[name] = float(metric.get("threshold", "inf"))
+    with errors_at(path, top.lines["metrics"]):
+        if len(thresholds) < len(METRICS):
+            raise ValueError(f"metrics: expected both of {' and '.join(METRICS)}")
+    return [thresholds[name] for name in METRICS]
+
+
 class Search(NamedTuple):
     """The contents of the file."""
 
     name: str
     space: dict[str, BaseDistribution]  # by names of train.py's fields
-    thresholds: list[float]  # largest feasible value of each of METRICS, or infinity
+    where: dict[str, str]  # file and line of each of these parameters
+    thresholds: list[float]  # see read_thresholds
     budget: int  # trials
 
 
 def read_search(path: Path) -> Search:
-    """Reads the file; ValueError names what is wrong in it."""
+    """Reads the file; ValueError names the line and what is wrong in it."""
     try:
         with path.open("rb") as file:
-            # Every value stays the text as written, because YAML takes 1e-3 for a string.
-            top = yaml.load(file, yaml.BaseLoader)
-        top = mapping(top, ("model_parameter", "metrics", "observation_budget"), MACHINE)
-        model = mapping(top["model_parameter"], ("project", "experiment", "parameters"))
-        space = [read_parameter(entry) for entry in model["parameters"]]
-        metrics = [mapping(entry, ("name", "objective"), ("threshold",))
-                   for entry in top["metrics"]]
-        thresholds = {choice(metric["name"], METRICS): float(metric.get("threshold", "inf"))
-                      for metric in metrics if choice(metric["objective"], ("minimize",))}
+            top = yaml.load(file, Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    with errors_at(path, 1):
+        mapping(top, ("model_parameter", "metrics", "observation_budget"), MACHINE)
+    model = top["model_parameter"]
+    with errors_at(path, top.lines["model_parameter"]):
+        mapping(model, ("project", "experiment", "parameters"))
+    space, where = {}, {}
+    for entry, line in entries(path, model, "parameters"):
+        with errors_at(path, line):
+            name, distribution = read_parameter(entry)
+            if name in space:
+                raise ValueError(f"{name} stands twice")
+        space[name], where[name] = distribution, f"{path}:{line}"
+    thresholds = read_thresholds(path, top)
+    with errors_at(path, top.lines["observation_budget"]):
         budget = int(top["observation_budget"])
-        if not space or len(dict(space)) < len(space):
-            raise ValueError("parameters: expected at least one, and each once")
-        if len(metrics) > len(thresholds) or len(thresholds) < len(METRICS):
-            raise ValueError(f"metrics: expected {' and '.join(METRICS)}, each once")
         if budget < 1:
             raise ValueError(f"observation_budget: {budget}, expected at least 1")
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
     for key in (key for key in MACHINE if key in top):
-        print(f"{path}: {key} has no effect: run.sh and flags of train.py decide it")
-    return Search(f"{model['project']}/{model['experiment']}", dict(space),
-                  [thresholds[name] for name in METRICS], budget)
+        print(f"{path}:{top.lines[key]}: {key} has no effect: run.sh and flags of train.py "
+              "decide it")
+    return Search(f"{model['project']}/{model['experiment']}", space, where, thresholds, budget)
 
 
 # ------------------------------------------------------------------------------------ the values
@@ -173,6 +224,15 @@ def parse(argv: Sequence[str]) -> dict:
     return {name: value for config in configs for name, value in asdict(config).items()}
 
 
+def refusal(argv: Sequence[str]) -> str:
+    """The message with which train.py's parser refuses arguments, or ""."""
+    try:
+        parse(argv)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def check_values(search: Search, command: Sequence[str]) -> dict:
     """Asks run.sh for its launch command and train.py's parser about the values to be searched.
 
@@ -194,11 +254,11 @@ def check_values(search: Search, command: Sequence[str]) -> dict:
     ends = {name: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
             for name, d in search.space.items()}
     for i in range(max(map(len, ends.values()))):
-        argv_i = flags({name: values[min(i, len(values) - 1)] for name, values in ends.items()})
-        try:
-            parse([*argv, *argv_i])
-        except ValueError as error:
-            raise ValueError(f"{shlex.join(argv_i)}: {error}") from None
+        tried = {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
+        if message := refusal([*argv, *flags(tried)]):
+            lines = [search.where[name] for name, value in tried.items()
+                     if refusal([*argv, *flags({name: value})])]
+            raise ValueError(": ".join([*lines[:1], shlex.join(flags(tried)), message]))
     return defaults
 
 
@@ -460,12 +520,15 @@ def main() -> None:
             study = open_study(out, search, defaults, env)
         tune(study, search, out, defaults["epochs"], command)
         show_results(study, out, command)
+    except BrokenPipeError:
+        raise  # tools/__init__.py ends the process
     except (OSError, ValueError) as error:
         sys.exit(f"tune.py: {error}")
     except (OptunaError, SQLAlchemyError) as error:
         sys.exit(f"tune.py: {out}/study.db: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("tune.py: interrupted; the same command goes on")
+        print("tune.py: interrupted; the same command goes on", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--init begins a new run from the averaged weights of another.
+
+    python -m pytest tests/test_init.py
+
+A run on tones is the origin. Runs that begin from it are looked at before their first step, where
+the weights are still those that they began with.
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from tones import REPO, TINY, events, run_here, tiny_corpus
+
+import train
+from checkpoint import load_checkpoint
+from features import FeatureConfig
+from model import ModelConfig
+
+# The flags of a short run without those of the model, which the checkpoint of --init has.
+SHORT = [
+    "--train-splits", "train", "--dev-split", "dev", "--precision", "fp32", "--batch-size", "2",
+    "--eval-batch-size", "2", "--epochs", "2", "--lr", "0.01", "--max-utterance-s", "1.0",
+    "--loader-workers", "0",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def origin(corpus, tmp_path_factory):
+    """The best.pt of a run of one epoch, whose average differs from its last weights."""
+    out = tmp_path_factory.mktemp("origin") / "run"
+    assert run_here("--data", corpus, "--out", out, *TINY, "--epochs", 1) == 0
+    return out / "best.pt"
+
+
+@pytest.fixture
+def other_letters(tmp_path):
+    """The corpus of the origin, with a letter that its tokenizer does not have."""
+    root = tiny_corpus(tmp_path / "other")
+    for transcript in root.rglob("*.trans.txt"):
+        text = transcript.read_text(encoding="utf-8").replace("O", "\u00d6")
+        transcript.write_text(text, encoding="utf-8")
+    return root
+
+
+class Begun(BaseException):
+    """Ends a run before its first step; `trainer` is in the state of its beginning."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+
+@pytest.fixture
+def begin(corpus, origin, tmp_path, monkeypatch):
+    """begin(flags) -> the trainer of a run from `origin` before its first step."""
+
+    def start(*argv, root=corpus, init=origin):
+        def stop(trainer, *_):
+            raise Begun(trainer)
+
+        monkeypatch.setattr(train, "train_step", stop)
+        with pytest.raises(Begun) as begun:
+            run_here("--data", root, "--out", tmp_path / "run", "--init", init, *SHORT, *argv)
+        return begun.value.trainer
+
+    return start
+
+
+def tensors_that_differ(weights, stored):
+    return {name for name, x in weights.items()
+            if name not in stored or not torch.equal(x, stored[name])}
+
+
+CLASSES = {"predictor.embed.weight", "joint_network.output.weight", "joint_network.output.bias"}
+HEAD = {"ctc_head.weight", "ctc_head.bias"}
+
+
+# ------------------------------------------------------------------------------------- what comes
+
+
+def test_a_run_begins_with_averaged_weights_and_statistics(begin, origin):
+    trainer, stored = begin(), load_checkpoint(origin)
+    assert tensors_that_differ(stored["ema"], stored["model"])  # the last weights are others
+    for model in (trainer.model, trainer.ema):
+        assert not tensors_that_differ(model.state_dict(), stored["ema"])
+    assert not torch.equal(trainer.ema.encoder.feature_norm.running_mean, torch.zeros(256))
+    assert not trainer.optimizer.state
+
+
+def test_the_weights_are_evaluated_before_the_first_step(begin, origin, tmp_path, capsys):
+    begin()
+    (first,) = events(tmp_path / "run", "eval")
+    (before,) = events(origin.parent, "eval")
+    assert (first["step"], first["epoch"], first["epochs"], first["loss"]) == (0, 0, 0, None)
+    for name in ("errors", "words", "cer", "labels"):
+        assert first[name] == before[name]
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["state"]["step"] == 0
+    assert (f"init: averaged weights of {origin}, step 4; layers that start anew: none\n"
+            in capsys.readouterr().out)
+
+
+def test_schedule_dropout_augmentation_and_batch_are_the_runs_own(begin):
+    trainer = begin("--lr", "0.003", "--batch-size", "4", "--enc-dropout", "0.4",
+                    "--freq-mask-max", "5", "--num-buckets", "1")
+    assert (trainer.cfg.lr, trainer.cfg.batch_size, trainer.cfg.preset) == (0.003, 4, "demo")
+    assert trainer.model.cfg.enc_hidden == 16  # of the origin; the preset has 160
+    assert trainer.model.encoder.post.dropout.p == 0.4
+
+
+def test_a_preset_is_a_recipe_for_another_model(begin):
+    trainer = begin("--preset", "mini")
+    assert trainer.cfg.weight_decay == train.RECIPES["mini"]["weight_decay"]
+    assert (trainer.model.cfg.enc_hidden, trainer.model.cfg.pred_dropout) == (16, 0.3)
+    assert trainer.model.predictor.rnn.dropout.p == 0.3
+
+
+@pytest.mark.parametrize(("argv", "epochs"), [([], (0, 0)), (["--ctc-epochs", "1"], (1, 0))])
+def test_the_recipes_start_for_random_weights_is_left_out(begin, argv, epochs):
+    cfg = begin("--preset", "mini", *argv).cfg
+    assert train.RECIPES["mini"]["ctc_epochs"] > 1
+    assert (cfg.ctc_epochs, cfg.ramp_begin) == epochs
+
+
+def test_texts_that_the_tokenizer_cannot_spell_give_a_new_one(
+    begin, origin, other_letters, tmp_path, capsys
+):
+    trainer, stored = begin(root=other_letters), load_checkpoint(origin)
+    assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == CLASSES
+    said = capsys.readouterr().out
+    assert "init: a new tokenizer, because the checkpoint's cannot spell" in said
+    assert "no piece for" in said
+    assert "layers that start anew: joint_network.output, predictor.embed\n" in said
+    assert events(tmp_path / "run", "eval") == []  # random classes recognise no word
+
+
+def test_a_vocabulary_size_gives_a_new_tokenizer(begin, origin):
+    trainer, stored = begin("--vocab-size", "12"), load_checkpoint(origin)
+    assert trainer.model.cfg.vocab_size == 12 != stored["model_config"]["vocab_size"]
+    assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == CLASSES
+
+
+def test_a_ctc_head_that_the_checkpoint_does_not_have_starts_anew(begin, origin, capsys):
+    trainer, stored = begin("--ctc-weight", "0.5"), load_checkpoint(origin)
+    assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == HEAD
+    assert "layers that start anew: ctc_head\n" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--enc-hidden", "24"], "enc_hidden: 24, but the checkpoint of --init has 16"),
+    (["--hop", "80"], "hop: 80, but the checkpoint of --init has 160"),
+])
+def test_a_flag_that_contradicts_the_checkpoint_names_both_values(
+    corpus, origin, tmp_path, capsys, argv, message
+):
+    with pytest.raises(SystemExit, match="^2$"):
+        run_here("--data", corpus, "--out", tmp_path, "--init", origin, *SHORT, *argv)
+    assert f"error: {message}\n" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
+        run_here("--data", corpus, "--out", tmp_path / "run", "--init", "none.pt", *SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_fields_are_fields_of_model_or_front_end():
+    assert {f.name for config in (ModelConfig, FeatureConfig) for f in fields(config)} >= (
+        train.FREE_FIELDS
+    )
+
+
+# ------------------------------------------------------------------------------------- restarts
+
+
+def test_a_run_goes_on_without_the_file_that_it_began_from(corpus, origin, tmp_path):
+    copy = shutil.copy(origin, tmp_path / "copy.pt")
+    run = ["--data", corpus, "--out", tmp_path / "run", *SHORT]
+    assert run_here(*run, "--init", copy, "--time-limit-s", "1e-6") == 75
+    (tmp_path / "copy.pt").unlink()
+    assert run_here(*run, "--init", copy, "--resume", "--time-limit-s", "1e-6") == 75
+    assert run_here(*run, "--resume") == 0
+    assert [e["step"] for e in events(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [e["step"] for e in events(tmp_path / "run", "eval")] == [0, 1, 2, 4, 8]
+    with pytest.raises(ValueError, match="its run did not begin with --init other.pt"):
+        run_here(*run, "--init", "other.pt", "--resume")
+
+
+def test_a_run_from_random_weights_is_not_resumed_with_init(corpus, origin, tmp_path):
+    run = ["--data", corpus, "--out", tmp_path, *TINY]
+    assert run_here(*run, "--time-limit-s", "1e-6") == 75
+    with pytest.raises(ValueError, match=f"did not begin with --init {origin}; give another --out"):
+        run_here(*run, "--init", origin, "--resume")
+
+
+@pytest.mark.slow
+def test_two_ranks_begin_with_the_same_weights(corpus, origin, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", REPO / "train.py", "--data", corpus, "--out", tmp_path / "run", "--init",
+               origin, *SHORT, "--batch-size", "1", "--epochs", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    first, _ = events(tmp_path / "run", "eval")
+    (before,) = events(origin.parent, "eval")
+    assert first["errors"] == before["errors"]
