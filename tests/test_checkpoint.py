@@ -9,6 +9,7 @@ import random
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -216,22 +217,24 @@ def test_a_new_run_deletes_every_file_of_training_and_no_other(out):
     assert names(out) == sorted(USERS_FILES)
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Files may have 1,000 bytes."""
+    """Files may have 1,000 bytes within the block, pytest's own output included."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("existing", "count"), [([], 4), (["best.pt"], 3)])
-def test_space_for_the_checkpoints_to_come_is_tried(tmp_path, small_files, existing, count):
+def test_space_for_the_checkpoints_to_come_is_tried(tmp_path, existing, count):
     for name in existing:
         (tmp_path / name).write_text("x")
     checkpoint.try_space(tmp_path, 1000)
     message = f"^{tmp_path}: File too large: {count} more checkpoints of 2 MB have to fit$"
-    with pytest.raises(OSError, match=message):
+    with small_files(), pytest.raises(OSError, match=message):
         checkpoint.try_space(tmp_path, 2_000_000)
     assert names(tmp_path) == existing
 
