@@ -48,8 +48,8 @@ def test_ctrl_c_ends_a_tool_with_status_130(tmp_path, tool, argv, message):
     )
     writer = open_for_writing(fifo, process)
     process.send_signal(signal.SIGINT)
+    os.close(writer)  # ends a read that begins just after the signal
     output = process.communicate(timeout=60)
-    os.close(writer)
     assert (process.returncode, *output) == (130, "", message)
 
 
