@@ -102,7 +102,7 @@ def split_words(words: Sequence[Word]) -> list[Sequence[Word]]:
     """Splits words at the widest gaps until no part lasts longer than CUE_S."""
     if len(words) < 2 or words[-1].end_s - words[0].start_s <= CUE_S:
         return [words]
-    # Of equally wide gaps take the one nearest to the middle.
+    # The gap nearest to the middle wins among equally wide ones.
     gaps = [(round(words[i].start_s - words[i - 1].end_s, 3), min(i, len(words) - i), i)
             for i in range(1, len(words))]
     *_, i = max(gaps)
