@@ -177,13 +177,15 @@ def plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int, 
 
 def plain_joint_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                      targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
-                     dropout: float, reduction: str) -> Tensor:
+                     dropout: float, reduction: str, band: Tensor | None = None) -> Tensor:
     """Costs (B,) like loss.joint_transducer_loss, by plain_loss on PLAIN_ROWS utterances at a time.
 
     The gradient is right only where all costs have the same weight, as in train_step: it is
     computed at once for some utterances, so that their graph can be freed, and attached to the
     cost by a term of value 0.
     """
+    if band is not None:
+        raise ValueError("--plain-loss computes whole lattices, expected --lattice-band 0")
     assert reduction == "none", reduction
     costs = []
     for rows in torch.arange(len(targets)).split(PLAIN_ROWS):
