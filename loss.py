@@ -27,10 +27,6 @@ from torch.profiler import record_function
 LOG_ZERO = -1e30
 
 
-# Nodes that the CTC head's alignments visit less often are not in the band around them.
-LEAST_VISIT = 1e-3
-
-
 # --------------------------------------------------------------------------------- the lattice
 
 
@@ -268,6 +264,10 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
     return costs, target_lens + repeats <= logit_lens
 
 
+# Nodes that the CTC head's alignments visit less often are not in the band around them.
+LEAST_VISIT = 1e-3
+
+
 @torch.no_grad()
 def ctc_band(logits: Tensor, targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
              split: int, frames: int, labels: int = 2) -> Tensor:
@@ -418,9 +418,9 @@ MOST_BORDER_VISITS = 0.02
 def widen(band: Tensor, inside: Tensor, lattice: Lattice) -> bool:
     """Makes the band whole, in place, for utterances whose paths come too near to its border.
 
-    All are (B, T, U+1). A path can only leave the band from a node at its border, so the
-    probability of visiting those nodes tells how much lies outside. Returns whether any band
-    was widened.
+    All are (B, T, U+1). A path can only leave the band from a node at its border, so paths that
+    seldom visit the border seldom go beyond it. This is an estimate and no bound: it knows the
+    arcs inside alone. Returns whether any band was widened.
     """
     missing = inside & ~band
     leads_out = F.pad(missing[:, 1:], (0, 0, 0, 1)) | F.pad(missing[:, :, 1:], (0, 1))
