@@ -412,6 +412,9 @@ def describe_corpus(utterances: Iterable[Utterance]) -> str:
 # --------------------------------------------------------------------------------------- tokenizer
 
 
+SPACE = "\u2581"  # sentencepiece's sign for the space before a word
+
+
 class Tokenizer:
     """Sentencepiece unigram model (arXiv:1808.06226) with one more class, the last, for blank.
 
@@ -434,11 +437,15 @@ class Tokenizer:
             raise ValueError(f"{text!r}: the tokenizer has no piece for {''.join(unknown)!r}")
         return ids
 
+    def encode_characters(self, text: str) -> list[int]:
+        """One label for every character, and one for the space before every word."""
+        return [self.pieces.piece_to_id(c) for word in text.split() for c in SPACE + word]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.pieces.decode(list(ids))
 
     def starts_word(self, id_: int) -> bool:
-        return self.pieces.id_to_piece(id_).startswith("\u2581")  # sentencepiece's space
+        return self.pieces.id_to_piece(id_).startswith(SPACE)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -495,6 +502,8 @@ class Batch(NamedTuple):
     feat_lens: Tensor  # (B,)
     targets: Tensor  # (B, U)
     target_lens: Tensor  # (B,)
+    chars: Tensor  # (B, C) the same texts, a label for every character
+    char_lens: Tensor  # (B,)
     ids: list[str]
     audio_s: float  # summed duration, as recorded
     num_requested: int  # utterances of the batch before `skip_bad` left any out
@@ -555,8 +564,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         return [layout.speed * u.duration_s + layout.before_s + layout.after_s
                 for u, layout in zip(self.utterances, layouts, strict=True)]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[int], Utterance] | None:
-        """With `skip_bad`, a file that cannot be read gives a warning and None."""
+    def labels(self, index: int) -> tuple[list[int], list[int]]:
+        """Label ids of the pieces and of the characters of an utterance's text."""
+        tokenizer, text = self.tokenizer, self.utterances[index].text
+        if tokenizer is None or self.layout(index).is_empty:
+            return [], []
+        return tokenizer.encode(text), tokenizer.encode_characters(text)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int], list[int], Utterance] | None:
+        """Features, labels and utterance; None for a file that `skip_bad` leaves out."""
         utterance = self.utterances[index]
         try:
             samples = load_audio(utterance.path, self.cfg)
@@ -566,9 +582,15 @@ class SpeechDataset(torch.utils.data.Dataset):
                 raise
             warnings.warn(f"left out: {error}", stacklevel=1)
             return None
-        has_labels = self.tokenizer is not None and not self.layout(index).is_empty
-        labels = self.tokenizer.encode(utterance.text) if has_labels else []
-        return feats, labels, utterance
+        return feats, *self.labels(index), utterance
+
+
+def pad_labels(labels: Sequence[list[int]], cfg: FeatureConfig) -> tuple[Tensor, Tensor]:
+    """B lists of label ids -> (B, U) padded, (B,) their lengths."""
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in labels]
+    padded = pad_sequence(rows, batch_first=True)
+    padded = F.pad(padded, (0, -padded.shape[1] % cfg.round_labels))
+    return padded, torch.tensor([len(ids) for ids in labels])
 
 
 def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batch:
@@ -576,16 +598,12 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     good = [item for item in items if item is not None]
     if not good:
         raise ValueError("none of the utterances of a batch can be read")
-    feats, labels, utterances = zip(*good, strict=True)
+    feats, labels, chars, utterances = zip(*good, strict=True)
     feat_lens = torch.tensor([len(f) for f in feats])
-    target_lens = torch.tensor([len(ids) for ids in labels])
     padded = pad_sequence(feats, batch_first=True)
     padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % cfg.round_frames))
-    targets = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in labels],
-                           batch_first=True)
-    targets = F.pad(targets, (0, -targets.shape[1] % cfg.round_labels))
-    return Batch(padded, feat_lens, targets, target_lens, [u.id for u in utterances],
-                 sum(u.duration_s for u in utterances), num_requested=len(items))
+    return Batch(padded, feat_lens, *pad_labels(labels, cfg), *pad_labels(chars, cfg),
+                 [u.id for u in utterances], sum(u.duration_s for u in utterances), len(items))
 
 
 # ------------------------------------------------------------------------------- worker processes

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
-# The frame before each convolution's input, then the states before and after StackTime.
-EncoderState = tuple[list[Tensor], LstmState | None, LstmState]
+# The frame before each convolution's input and the state of the LSTMs before StackTime.
+LowerState = tuple[list[Tensor], LstmState | None]
+EncoderState = tuple[LowerState, LstmState]  # before and after StackTime
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ModelConfig:
     conv_channels: int = 32  # of the first two convolutions; later ones have twice as many
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
+    char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
     orthogonal_init: bool = False  # LSTM weights: orthogonal and Xavier instead of uniform
     forget_gate_bias: float = 1.0  # of bias_ih, before weights_init_scale
     weights_init_scale: float = 0.5  # multiplies LSTM weights and biases at the start
@@ -92,8 +94,8 @@ PRESETS = {
     "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True),
     # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
-        feature_size=80, vocab_size=128, conv_layers=3, enc_hidden=384, pre_layers=0, stack=1,
-        post_layers=4, pred_hidden=128, pred_layers=1, joint_hidden=256,
+        feature_size=80, vocab_size=128, conv_layers=2, enc_hidden=384, pre_layers=2, stack=2,
+        post_layers=2, pred_hidden=128, pred_layers=1, joint_hidden=256,
         enc_dropout=0.3, pred_dropout=0.3, joint_dropout=0.2, normalization=True, residual=True,
         orthogonal_init=True, weights_init_scale=1.0,
     ),
@@ -358,12 +360,21 @@ class Encoder(nn.Module):
         if cfg.pre_layers:
             self.pre, width = LstmStack(width, H, cfg.pre_layers, cfg.enc_dropout, cfg), H
         self.stack_time = StackTime(cfg.stack)
+        self.lower_size = width  # of a frame before StackTime
         self.post = LstmStack(cfg.stack * width, H, cfg.post_layers, cfg.enc_dropout, cfg)
 
     def forward(self, feats: Tensor, feat_lens: Tensor,
                 state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
         """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding."""
-        conv_state, pre_state, post_state = ([], None, None) if state is None else state
+        lower_state, upper_state = (None, None) if state is None else state
+        x, _, lower_state = self.lower(feats, feat_lens, lower_state)  # (B, T_low, H)
+        x, upper_state = self.upper(x, upper_state)  # (B, T, H)
+        return x, (lower_state, upper_state)
+
+    def lower(self, feats: Tensor, feat_lens: Tensor,
+              state: LowerState | None = None) -> tuple[Tensor, Tensor, LowerState]:
+        """All before StackTime: (B, T_in, D), (B,), state -> (B, T_low, H), (B,), state."""
+        conv_state, pre_state = ([], None) if state is None else state
         x, lens = feats, feat_lens
         if self.feature_norm is not None:
             x = self.feature_norm(x, lens)  # (B, T_in, D)
@@ -374,9 +385,11 @@ class Encoder(nn.Module):
         # StackTime may put padding frames beside the last valid ones. They must hold zeros, as
         # for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
-        x = self.stack_time(x)  # (B, T, stack*H)
-        x, post_state = self.post(x, post_state)  # (B, T, H)
-        return x, (conv_state, pre_state, post_state)
+        return x, lens, (conv_state, pre_state)
+
+    def upper(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """StackTime and the LSTMs behind it: (B, T_low, H), state -> (B, T, H), state."""
+        return self.post(self.stack_time(x), state)
 
 
 class Predictor(nn.Module):
@@ -425,12 +438,14 @@ class Joint(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Outputs of both networks in the joint space, and of the CTC head if there is one."""
+    """Outputs of both networks in the joint space, and of the CTC heads if there are any."""
 
     encoded: Tensor | None  # (B, T, J)
     enc_lens: Tensor  # (B,)
     predicted: Tensor | None  # (B, U+1, J)
     ctc_logits: Tensor | None  # (B, T*split, V)
+    char_logits: Tensor | None  # (B, T_low, V), of the CTC head before StackTime
+    char_lens: Tensor  # (B,) frames before StackTime
 
 
 class Transducer(nn.Module):
@@ -446,10 +461,12 @@ class Transducer(nn.Module):
         self.encoder = Encoder(cfg)
         self.predictor = Predictor(cfg)
         self.joint_network = Joint(cfg)
-        # The head has parameters of its own, which recognition does not use.
-        self.ctc_head = None
+        # The heads have parameters of their own, which recognition does not use.
+        self.ctc_head = self.char_head = None
         if cfg.ctc_split:
             self.ctc_head = nn.Linear(cfg.enc_hidden, cfg.ctc_split * cfg.vocab_size)
+        if cfg.char_head:
+            self.char_head = nn.Linear(self.encoder.lower_size, cfg.vocab_size)
 
     def scale_dropout(self, strength: float) -> None:
         """Sets every dropout probability to `strength` times that of the configuration."""
@@ -507,11 +524,13 @@ class Transducer(nn.Module):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, targets: Tensor,
                 ctc_alone: bool = False) -> Outputs:
-        """Everything that the losses need; with `ctc_alone` only the CTC head's logits."""
-        x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
+        """Everything that the losses need; with `ctc_alone` only the CTC heads' logits."""
+        low, low_lens, _ = self.encoder.lower(feats, feat_lens)  # (B, T_low, H), (B,)
+        x, _ = self.encoder.upper(low)  # (B, T, H)
+        heads = (None if self.ctc_head is None else self.split_positions(x),
+                 None if self.char_head is None else self.char_head(low), low_lens)
         enc_lens = self.num_frames(feat_lens)
-        ctc_logits = None if self.ctc_head is None else self.split_positions(x)
         if ctc_alone:
-            return Outputs(None, enc_lens, None, ctc_logits)
+            return Outputs(None, enc_lens, None, *heads)
         encoded = self.joint_network.encoder_projection(x)  # (B, T, J)
-        return Outputs(encoded, enc_lens, self.predict(targets), ctc_logits)
+        return Outputs(encoded, enc_lens, self.predict(targets), *heads)

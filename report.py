@@ -82,9 +82,10 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
         for row, key in enumerate(("loss", "wer", "lr", "utts_per_s")):
             style = {"label": name, "marker": "." if key == "wer" else ""}
             plot_means(axes[row], scores if key == "wer" else parts, key, f"C{number}", style)
-        if any("ctc_loss" in r for r in steps):
-            style = {"label": f"{name}: CTC", "linestyle": "--"}
-            plot_means(axes[0], parts, "ctc_loss", f"C{number}", style)
+        for key, part, line in (("ctc_loss", "CTC", "--"), ("char_loss", "characters", ":")):
+            if any(key in r for r in steps):
+                style = {"label": f"{name}: {part}", "linestyle": line}
+                plot_means(axes[0], parts, key, f"C{number}", style)
     for row, label in zip(axes, panels.values(), strict=True):
         row[0].set(ylabel=label, ylim=(0, None))
         for ax in row:
@@ -347,10 +348,11 @@ class Monitor:
         """Writes a step's record; `batch` counts the steps of the epoch."""
         self.log.write("step", **record)
         if batch % self.log_every == 1 or self.log_every == 1:
-            ctc = f"ctc loss {record['ctc_loss']:.2f} | " if "ctc_loss" in record else ""
+            parts = "".join(f"{part} loss {record[f'{part}_loss']:.2f} | "
+                            for part in ("ctc", "char") if f"{part}_loss" in record)
             self.log.say(
                 f"epoch {record['epoch']} | iter {batch}/{self.steps_per_epoch} | "
-                f"loss {record['loss']:.2f} | {ctc}utts/s {record['utts_per_s']:.1f} | "
+                f"loss {record['loss']:.2f} | {parts}utts/s {record['utts_per_s']:.1f} | "
                 f"took {record['step_s']:.2f} s | lrate {record['lr']:.2e} | "
                 f"grad norm {record['grad_norm']:.2f} | data wait {record['data_s']:.2f} s"
             )

@@ -88,6 +88,7 @@ class TrainConfig:
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
+    char_weight: float = 0.0  # of a CTC loss of characters before StackTime, relative to CTC's
     lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
     ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
@@ -101,6 +102,7 @@ class TrainConfig:
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
+    eval_epochs: int = 1  # epochs from one evaluation to the next; the last one has its own
     resume: bool = False  # continue the run in the run directory
     init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory
@@ -127,12 +129,14 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {choices}")
         check_ranges(self, (
-            (("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"),
+            (("epochs", "batch_size", "accumulation", "eval_batch_size", "eval_epochs",
+              "log_every"),
              lambda x: x >= 1, "at least 1"),
             (("lr", "eps", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
             (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
               "time_limit_s", "checkpoint_every_s", "seed", "loader_workers", "ctc_epochs",
-              "ctc_weight", "lattice_band", "ramp_begin", "ramp_epochs"),
+              "ctc_weight", "char_weight", "lattice_band", "ramp_begin",
+              "ramp_epochs"),
              lambda x: x >= 0, "at least 0"),
             (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
             (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
@@ -141,6 +145,9 @@ class TrainConfig:
         ), may_be_infinite="clip_norm")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
+        if self.char_weight and not self.has_ctc:
+            raise ValueError(f"char_weight: {self.char_weight}, expected 0 without ctc_epochs and "
+                             "ctc_weight, which it is relative to")
         if self.lattice_band and self.ctc_weight == 0:
             raise ValueError(f"lattice_band: {self.lattice_band}, expected 0 without ctc_weight, "
                              "whose CTC head finds the band")
@@ -150,6 +157,10 @@ class TrainConfig:
     def global_batch(self, ranks: int) -> int:
         """Utterances of a step."""
         return self.batch_size * self.accumulation * ranks
+
+    def is_scored(self, epoch: int) -> bool:
+        """True if the dev split is evaluated after an epoch; 0 stands for the start."""
+        return epoch % self.eval_epochs == 0 or epoch >= self.epochs
 
     def is_target(self, wer: float) -> bool:
         return self.target_wer > 0 and wer <= self.target_wer
@@ -176,11 +187,11 @@ RECIPES = {
     # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
     # fewer frames than labels, so the CTC head needs several positions per frame.
     "democratized": dict(num_buckets=12, ctc_split=4),
-    "mini": dict(epochs=47, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
+    "mini": dict(epochs=40, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
                  hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.998,
-                 ctc_epochs=5, ctc_weight=0.3, ctc_split=1, lattice_band=4, ramp_begin=5,
-                 ramp_epochs=12, num_buckets=12, splice=1, align=16, freq_mask_max=20,
-                 time_mask_max=0.05, mel_warp=0.1, round_frames=96),
+                 ctc_epochs=3, ctc_weight=0.3, ctc_split=1, char_weight=0.5, lattice_band=4,
+                 eval_epochs=4, ramp_begin=5, ramp_epochs=12, num_buckets=12, splice=1, align=16,
+                 freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96),
     "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
                  ema_decay=0.99, num_buckets=12, ctc_split=2),
 }
@@ -188,7 +199,7 @@ RECIPES = {
 # The fields of model and front end that a run with --init chooses for itself. All others are those
 # of its checkpoint.
 FREE_FIELDS = {
-    "vocab_size", "ctc_split", "enc_dropout", "pred_dropout", "joint_dropout",
+    "vocab_size", "ctc_split", "char_head", "enc_dropout", "pred_dropout", "joint_dropout",
     "speed_min", "speed_max", "band_prob", "pad_max_s", "empty_prob", "noise_prob", "snr_min_db",
     "snr_max_db", "gain_db", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
     "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
@@ -210,7 +221,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     source = inspect.getsource(config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(config):
-        if field.name == "feature_size":  # follows from the front end
+        if field.name in ("feature_size", "char_head"):  # follow from other flags
             continue
         options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
         default = RECIPES[TrainConfig.preset].get(field.name, getattr(defaults, field.name, ""))
@@ -271,7 +282,7 @@ def make_configs(given: dict,
         if origin is not None:
             features = replace(features, **architecture(origin["feature_config"], given))
             model = replace(model, **architecture(origin["model_config"], given))
-        model = replace(model, feature_size=features.feature_size)
+        model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it
         elif not model.ctc_split:
@@ -457,7 +468,7 @@ def begin_epoch(trainer: Trainer, epoch: int) -> Trainer:
     is_alone = cfg.is_ctc_alone(epoch)
     changed = trainer.parallel is model
     for name, parameter in model.named_parameters():
-        is_trained = not is_alone or name.startswith(("encoder.", "ctc_head."))
+        is_trained = not is_alone or name.startswith(("encoder.", "ctc_head.", "char_head."))
         changed |= is_trained != parameter.requires_grad
         parameter.requires_grad_(is_trained)
     if trainer.ranks.world == 1 or not changed:
@@ -483,24 +494,31 @@ def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
 class Losses(NamedTuple):
     """Negative log-likelihoods of the utterances of a micro-batch, in nats, (B,) each."""
 
-    loss: Tensor  # the weighted sum of both, which training minimises
-    transducer: Tensor  # 0 while the CTC head is trained alone
-    ctc: Tensor  # 0 without a CTC head and where no alignment exists
-    has_no_alignment: Tensor
+    loss: Tensor  # the weighted sum of all, which training minimises
+    transducer: Tensor  # 0 while the CTC heads are trained alone
+    ctc: Tensor  # of pieces; 0 without a CTC head and where no alignment exists
+    char: Tensor  # of characters; likewise
+    has_no_alignment: Tensor  # of pieces
     share_of_nodes: Tensor  # of the lattice that were computed
 
 
 def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
     model, cfg = trainer.model, trainer.cfg
     zero = torch.zeros(len(batch.ids))
-    loss, transducer, ctc, has_alignment, share = zero, zero, zero, zero == 0, zero + 1
+    loss, transducer, ctc, char, has_alignment, share = *[zero] * 4, zero == 0, zero + 1
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
         if outputs.ctc_logits is not None:
             positions = model.cfg.ctc_split * outputs.enc_lens
             ctc, has_alignment = ctc_loss(outputs.ctc_logits, batch.targets, positions,
                                           batch.target_lens, model.cfg.blank)
-            loss = ctc if ctc_alone else cfg.ctc_weight * ctc
+            loss = ctc
+            if outputs.char_logits is not None:
+                char, _ = ctc_loss(outputs.char_logits, batch.chars, outputs.char_lens,
+                                   batch.char_lens, model.cfg.blank)
+                loss = ctc + cfg.char_weight * char
+            if not ctc_alone:
+                loss = cfg.ctc_weight * loss
         if not ctc_alone:
             band = None
             if cfg.lattice_band:
@@ -516,11 +534,11 @@ def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
             if band is not None:
                 share = band.sum((1, 2)) / (outputs.enc_lens * (batch.target_lens + 1))
             loss = transducer if outputs.ctc_logits is None else loss + transducer
-    return Losses(loss, transducer, ctc, ~has_alignment, share)
+    return Losses(loss, transducer, ctc, char, ~has_alignment, share)
 
 
 def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
-    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (6,).
+    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (7,).
 
     Raises:
         FloatingPointError: a loss on any rank is not finite; every rank raises it.
@@ -544,6 +562,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     transducer_loss: float
     ctc_loss: float
+    char_loss: float
     num_unaligned: int  # utterances with more labels than the CTC head has positions
     share_of_nodes: float  # of the lattices that were computed
     num_left_out: int  # utterances that could not be read
@@ -567,7 +586,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
     if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
         moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
         norm.begin_step(all_sum(moments, ranks))
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
@@ -584,9 +603,9 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
     trainer.optimizer.step()
     # The average of the first steps would lag: its decay warms up.
     update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
-    loss, transducer, ctc, num_unaligned, share, count = sums.tolist()
-    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, int(num_unaligned),
-                      share / count, num_requested * ranks.world - int(count))
+    loss, transducer, ctc, char, num_unaligned, share, count = sums.tolist()
+    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, char / count,
+                      int(num_unaligned), share / count, num_requested * ranks.world - int(count))
 
 
 def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
@@ -814,9 +833,10 @@ def begin_from(run: Run, origin: dict) -> State:
     """
     trainer, weights = run.trainer, run.trainer.model.state_dict()
     same_classes = stored_tokenizer(origin).model == run.tokenizer.model
-    same_split = trainer.model.cfg.ctc_split == origin["model_config"]["ctc_split"]
     anew = () if same_classes else ("predictor.embed", "joint_network.output")
-    anew += () if same_classes and same_split else ("ctc_head",)
+    for head, field in (("ctc_head", "ctc_split"), ("char_head", "char_head")):
+        is_same = getattr(trainer.model.cfg, field) == origin["model_config"].get(field, 0)
+        anew += () if same_classes and is_same else (head,)
     kept = {name: origin["ema"][name] for name in weights if not name.startswith(anew)}
     for model in (trainer.model, trainer.ema):
         model.load_state_dict(weights | kept)
@@ -970,6 +990,8 @@ def loss_fields(run: Run, result: StepResult) -> dict:
     record = {"loss": result.loss}
     if run.trainer.model.cfg.ctc_split:
         record |= {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
+    if run.trainer.model.cfg.char_head:
+        record |= {"char_loss": result.char_loss}
     if run.trainer.cfg.lattice_band:
         record |= {"share_of_nodes": result.share_of_nodes}
     return record
@@ -990,8 +1012,9 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
 
 
 def evaluate_and_save(run: Run, state: State) -> None:
-    """Scores the dev split unless that is done, writes result and checkpoint, draws the curves."""
-    if state.evaluated == state.step:
+    """Scores the dev split unless that is done or not due, writes all results, draws the curves."""
+    is_due = state.batch > 0 or run.trainer.cfg.is_scored(state.epoch - 1)
+    if state.evaluated == state.step or not is_due:
         return
     if state.step == 0:
         save(run, state)  # best.pt alone could not be resumed

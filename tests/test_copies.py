@@ -55,8 +55,8 @@ MODEL = """
 import torch
 from model import ModelConfig, Transducer
 model = Transducer(ModelConfig(8, 5, 6, 1, 2, 1, 4, 1, 3, normalization=True))
-encoded, enc_lens, predicted, _ = model(torch.randn(2, 7, 8), torch.tensor([7, 4]),
-                                     torch.tensor([[1, 2, 3], [2, 0, 0]]))
+encoded, enc_lens, predicted, *_ = model(torch.randn(2, 7, 8), torch.tensor([7, 4]),
+                                      torch.tensor([[1, 2, 3], [2, 0, 0]]))
 print(*model.joint(encoded, predicted).shape, *enc_lens.tolist())
 """
 

@@ -34,11 +34,11 @@ from train import TrainConfig, lr_at
 
 MODEL = ModelConfig(
     feature_size=6, vocab_size=5, enc_hidden=8, pre_layers=1, stack=3, post_layers=1,
-    pred_hidden=4, pred_layers=1, joint_hidden=6, normalization=True, ctc_split=2,
+    pred_hidden=4, pred_layers=1, joint_hidden=6, normalization=True, ctc_split=2, char_head=True,
 )
-CTC = ["--ctc-epochs", "1", "--ctc-weight", "0.5", "--ctc-split", "4", "--epochs", "4",
-       "--stack", "2", "--ramp-begin", "1", "--ramp-epochs", "2", "--hold-share", "0.5",
-       "--weight-decay", "0", "--lr", "0.01"]
+CTC = ["--ctc-epochs", "1", "--ctc-weight", "0.5", "--ctc-split", "4", "--char-weight", "0.25",
+       "--epochs", "4", "--stack", "2", "--ramp-begin", "1", "--ramp-epochs", "2",
+       "--hold-share", "0.5", "--weight-decay", "0", "--lr", "0.01"]
 ALONE = Ranks(0, 1, 0)
 
 # --------------------------------------------------------------------------------------- the loss
@@ -115,6 +115,24 @@ def test_the_head_is_the_only_difference_in_parameters():
     without = {name for name, _ in Transducer(replace(MODEL, ctc_split=0)).named_parameters()}
     assert names - without == {"ctc_head.weight", "ctc_head.bias"}
     assert without < names
+    without = {name for name, _ in Transducer(replace(MODEL, char_head=False)).named_parameters()}
+    assert names - without == {"char_head.weight", "char_head.bias"}
+
+
+def test_the_head_of_characters_sees_the_frames_before_stack_time():
+    model = Transducer(MODEL).eval()
+    feats, lens = torch.randn(2, 7, 6), torch.tensor([7, 4])
+    outputs = model(feats, lens, torch.zeros(2, 1, dtype=torch.int64))
+    assert outputs.char_logits.shape == (2, 7, 5)
+    assert outputs.char_lens.tolist() == [7, 4]
+    alone = model(feats[1:, :4], lens[1:], torch.zeros(1, 1, dtype=torch.int64))
+    torch.testing.assert_close(outputs.char_logits[1:, :4], alone.char_logits)
+    with torch.no_grad():
+        for parameter in model.encoder.post.parameters():
+            parameter.zero_()
+    changed = model(feats, lens, torch.zeros(2, 1, dtype=torch.int64))
+    assert torch.equal(changed.char_logits, outputs.char_logits)
+    assert not torch.equal(changed.ctc_logits, outputs.ctc_logits)
 
 
 def test_ctc_greedy_decode_collapses_repeats_and_drops_blanks(monkeypatch):
@@ -171,6 +189,7 @@ def test_strength_grows_between_the_ends_of_the_ramp():
 @pytest.mark.parametrize("words", [
     ["--ctc-weight", "-1"], ["--ctc-epochs", "-1"], ["--hold-share", "1"],
     ["--ramp-begin", "-1"], ["--ctc-weight", "1", "--ctc-split", "0"],
+    ["--char-weight", "0.5"],
 ])
 def test_a_wrong_value_ends_with_status_2(words, capsys):
     needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
@@ -242,12 +261,13 @@ def make_batch(*numbers):
         targets[row, : target_lens[row]] = torch.randint(0, 4, (int(target_lens[row]),),
                                                          generator=generator)
     ids = [f"u{n}" for n in numbers]
-    return Batch(feats, feat_lens, targets, target_lens, ids, 1.0, len(numbers))
+    return Batch(feats, feat_lens, targets, target_lens, targets, target_lens, ids, 1.0,
+                 len(numbers))
 
 
 def make_trainer(ranks=ALONE, **changes):
-    cfg = config(precision="fp32", ctc_epochs=1, ctc_weight=0.5, epochs=4, weight_decay=0.0,
-                 batch_size=2, **changes)
+    cfg = config(precision="fp32", ctc_epochs=1, ctc_weight=0.5, char_weight=0.25, epochs=4,
+                 weight_decay=0.0, batch_size=2, **changes)
     return train.make_trainer(cfg, replace(MODEL, enc_dropout=0.0, pred_dropout=0.0,
                                            joint_dropout=0.0), ranks)
 
@@ -275,20 +295,20 @@ def assert_same(ours, expected):
 def test_the_loss_is_the_weighted_sum(float64):
     trainer = train.begin_epoch(make_trainer(), 2)
     result = train.train_step(trainer, [make_batch(1, 2)], 1, 0.0)
-    assert result.loss == pytest.approx(result.transducer_loss + 0.5 * result.ctc_loss, rel=1e-12)
-    assert result.transducer_loss > 0
-    assert result.ctc_loss > 0
+    ctc = result.ctc_loss + 0.25 * result.char_loss
+    assert result.loss == pytest.approx(result.transducer_loss + 0.5 * ctc, rel=1e-12)
+    assert min(result.transducer_loss, result.ctc_loss, result.char_loss) > 0
 
 
-def test_the_ctc_head_alone_moves_the_encoder_and_itself_alone(float64):
+def test_the_ctc_heads_alone_move_the_encoder_and_themselves_alone(float64):
     trainer = make_trainer()
     before = weights_of(trainer)
     result = train.train_step(trainer, [make_batch(1, 2)], 1, 0.02, ctc_alone=True)
-    assert result.loss == result.ctc_loss
+    assert result.loss == pytest.approx(result.ctc_loss + 0.25 * result.char_loss, rel=1e-12)
     assert result.transducer_loss == 0
     moved = {name.split(".")[0] for name, x in weights_of(trainer).items()
              if not torch.equal(x, before[name])}
-    assert moved == {"encoder", "ctc_head"}
+    assert moved == {"encoder", "ctc_head", "char_head"}
 
 
 def test_all_parameters_move_once_the_transducer_is_trained(float64):
@@ -380,9 +400,10 @@ def finished(corpus, tmp_path_factory):
 
 def test_both_losses_stand_in_the_log(finished):
     first, *_, last = events(finished, "step")
-    assert first["loss"] == first["ctc_loss"]
+    first_ctc, last_ctc = (e["ctc_loss"] + 0.25 * e["char_loss"] for e in (first, last))
+    assert first["loss"] == pytest.approx(first_ctc, rel=1e-6)
     assert first["transducer_loss"] == 0
-    assert last["loss"] == pytest.approx(last["transducer_loss"] + 0.5 * last["ctc_loss"], rel=1e-6)
+    assert last["loss"] == pytest.approx(last["transducer_loss"] + 0.5 * last_ctc, rel=1e-6)
 
 
 def test_the_search_of_an_evaluation_stands_in_the_log(finished):
@@ -411,7 +432,7 @@ def test_a_run_that_stops_resumes_bit_for_bit(stop_after, corpus, finished, tmp_
         with pytest.raises(KeyboardInterrupt):
             run_here(*words)
     assert run_here(*words, "--resume") == 0
-    for field in ("loss", "ctc_loss", "lr", "grad_norm"):
+    for field in ("loss", "ctc_loss", "char_loss", "lr", "grad_norm"):
         ours, expected = ([e[field] for e in events(out, "step")] for out in (tmp_path, finished))
         assert ours == expected, field
     ours, expected = (load_checkpoint(out / "checkpoint-00000016.pt")
@@ -430,4 +451,5 @@ def test_the_console_shows_the_ctc_loss(corpus, tmp_path):
     done = run_train(corpus, tmp_path, *CTC, "--log-every", "1")
     assert done.returncode == 0, done.stderr
     assert "| ctc loss " in done.stdout
+    assert "| char loss " in done.stdout
     assert "dev ema ctc wer" in done.stdout

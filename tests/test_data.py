@@ -616,10 +616,19 @@ def tokenizer() -> data.Tokenizer:
 def test_decode_is_the_inverse_of_encode_in_any_script(text):
     tokenizer = data.Tokenizer(data.train_tokenizer([text, "ABC"], 64))
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode_characters(text)) == text
 
 
 def test_pieces_are_longer_than_characters(tokenizer):
     assert 0 == len(tokenizer.encode("")) < len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])
+
+
+def test_characters_spell_the_text_one_by_one(tokenizer):
+    ids = tokenizer.encode_characters("IT'S A DOG")
+    pieces = [tokenizer.pieces.id_to_piece(i) for i in ids]
+    assert pieces == list("\u2581IT'S\u2581A\u2581DOG")
+    assert tokenizer.decode(ids) == "IT'S A DOG"
+    assert tokenizer.encode_characters("") == []
 
 
 def test_blank_is_the_last_class_and_no_piece(tokenizer):
@@ -743,9 +752,9 @@ def test_share_of_a_rank_obeys_the_same_rules():
 
 
 def items(*sizes: tuple[int, int]) -> list[tuple]:
-    """Items as of SpeechDataset, from (frames, labels); no value is 0."""
+    """Items as of SpeechDataset, from (frames, labels); no value is 0, labels have two letters."""
     return [
-        (torch.full((frames, 256), i + 1.0), [i + 1] * labels,
+        (torch.full((frames, 256), i + 1.0), [i + 1] * labels, [i + 5] * 2 * labels,
          Utterance(f"id{i}", f"{i}.flac", frames * 0.03, "TEXT"))
         for i, (frames, labels) in enumerate(sizes)
     ]
@@ -780,12 +789,15 @@ def test_collate_keeps_values_and_pads_with_zeros():
         assert not batch.feats[b, frames:].any()
         assert (batch.targets[b, :labels] == b + 1).all()
         assert not batch.targets[b, labels:].any()
+        assert (batch.chars[b, : 2 * labels] == b + 5).all()
+        assert not batch.chars[b, 2 * labels :].any()
+    assert batch.char_lens.tolist() == [18, 6]
 
 
 def test_collate_types_and_names():
     batch = data.collate([*items((10, 2), (20, 3)), None])
     assert batch.feats.dtype == torch.float32
-    for x in (batch.feat_lens, batch.targets, batch.target_lens):
+    for x in (batch.feat_lens, batch.targets, batch.target_lens, batch.chars, batch.char_lens):
         assert x.dtype == torch.int64
     assert batch.ids == ["id0", "id1"]
     assert batch.audio_s == pytest.approx(0.9)
@@ -813,14 +825,14 @@ def dataset(utterances, tokenizer) -> data.SpeechDataset:
 def test_dataset_has_features_labels_and_utterance(utterances, tokenizer):
     dataset = data.SpeechDataset(utterances, tokenizer, features.DEFAULT)
     assert len(dataset) == 6
-    feats, labels, utterance = dataset[2]
+    feats, labels, chars, utterance = dataset[2]
     assert torch.equal(feats, features.features(features.load_audio(utterances[2].path)))
-    assert tokenizer.decode(labels) == TEXTS[2]
+    assert tokenizer.decode(labels) == tokenizer.decode(chars) == TEXTS[2]
     assert utterance == utterances[2]
 
 
 def test_dataset_without_tokenizer_has_no_labels(utterances):
-    assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1] == []
+    assert data.SpeechDataset(utterances, None, features.DEFAULT)[2][1:3] == ([], [])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -866,6 +878,7 @@ def test_recordings_that_become_empty_have_no_labels(utterances, tokenizer):
     for i in range(20):
         expected = [] if is_empty[i] else tokenizer.encode(utterances[i % 6].text)
         assert dataset[i][1] == expected
+        assert len(dataset[i][2]) == (0 if is_empty[i] else len(utterances[i % 6].text) + 1)
 
 
 def test_evaluation_has_no_empty_recordings(utterances, tokenizer):

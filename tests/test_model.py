@@ -152,7 +152,7 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
         output = model.joint_network.output
         for rows, T_in, U in batches:
             labels = targets[rows, :U]
-            encoded, enc_lens, predicted, _ = model(feats[rows, :T_in], feat_lens[rows], labels)
+            encoded, enc_lens, predicted, *_ = model(feats[rows, :T_in], feat_lens[rows], labels)
             joint_transducer_loss(
                 encoded, predicted, output.weight, output.bias, labels, enc_lens, target_lens[rows],
                 cfg.blank, reduction="sum",
@@ -509,7 +509,7 @@ def test_gradient_reaches_every_parameter(preset):
     torch.manual_seed(0)
     feats, lens = torch.randn(2, 20, 6), torch.tensor([20, 11])
     targets, target_lens = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])
-    encoded, enc_lens, predicted, _ = model(feats, lens, targets)
+    encoded, enc_lens, predicted, *_ = model(feats, lens, targets)
     output = model.joint_network.output
     joint_transducer_loss(
         encoded, predicted, output.weight, output.bias, targets, enc_lens, target_lens,

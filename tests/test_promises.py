@@ -75,9 +75,10 @@ def test_readme_has_the_sizes_of_every_preset():
     for name, cfg in PRESETS.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Transducer(cfg).parameters())
-        first = f"conv {cfg.conv_layers}" if cfg.conv_layers else str(cfg.pre_layers)
+        convolutions = f"conv {cfg.conv_layers} + " if cfg.conv_layers else ""
         expected[name] = [
-            f"{first} + {cfg.post_layers} x {cfg.enc_hidden}", str(cfg.stack),
+            f"{convolutions}{cfg.pre_layers} + {cfg.post_layers} x {cfg.enc_hidden}",
+            str(cfg.stack),
             f"{cfg.pred_layers} x {cfg.pred_hidden}", str(cfg.joint_hidden), str(cfg.vocab_size),
             f"{parameters:,}",
         ]

@@ -282,7 +282,8 @@ def make_item(number):
     labels = rng.integers(0, 4, rng.integers(1, 5)).tolist()
     frames = np.repeat(np.eye(6)[labels] * 3, rng.integers(3, 7), axis=0)
     feats = torch.tensor(frames + 0.3 * rng.standard_normal(frames.shape))
-    return feats.to(torch.get_default_dtype()), labels, data.Utterance(f"u{number}", "", 1.0, "")
+    utterance = data.Utterance(f"u{number}", "", 1.0, "")
+    return feats.to(torch.get_default_dtype()), labels, [x for x in labels for _ in "ab"], utterance
 
 
 def make_batch(*numbers):
@@ -333,7 +334,7 @@ def test_twenty_steps_drive_the_loss_down():
 def test_steps_of_recordings_without_words_drive_the_loss_down(lattice_band):
     trainer = make_trainer(replace(SMALL, ctc_split=2), eps=1e-9, ctc_weight=0.5,
                            lattice_band=lattice_band)
-    items = [(feats, [], utterance) for feats, _, utterance in map(make_item, range(4))]
+    items = [(item[0], [], [], item[3]) for item in map(make_item, range(4))]
     batch = data.collate(items, FRONT_END)
     assert batch.targets.shape == (4, 0)
     for ctc_alone in (True, False):
@@ -346,7 +347,7 @@ def test_steps_of_recordings_without_words_drive_the_loss_down(lattice_band):
 def test_a_step_returns_the_mean_cost_and_the_norm_of_its_gradient(float64):
     trainer, batch = make_trainer(), make_batch(0, 1, 2)
     model = make_trainer().model.train()  # the same weights
-    encoded, enc_lens, predicted, _ = model(batch.feats, batch.feat_lens, batch.targets)
+    encoded, enc_lens, predicted, *_ = model(batch.feats, batch.feat_lens, batch.targets)
     cost = transducer_loss(model.joint(encoded, predicted), batch.targets, enc_lens,
                            batch.target_lens, model.cfg.blank)
     grads = torch.autograd.grad(cost, list(model.parameters()))
@@ -386,7 +387,7 @@ def test_the_average_starts_as_the_model_and_is_evaluated():
 @torch.no_grad()
 def cost_of(model, batch):
     model.eval()
-    encoded, enc_lens, predicted, _ = model(batch.feats, batch.feat_lens, batch.targets)
+    encoded, enc_lens, predicted, *_ = model(batch.feats, batch.feat_lens, batch.targets)
     return transducer_loss(model.joint(encoded, predicted), batch.targets, enc_lens,
                            batch.target_lens, model.cfg.blank).item()
 
@@ -601,15 +602,15 @@ def test_every_field_is_a_flag(config):
     for field in fields(config):
         if field.name in ("data", "train_splits", "dev_split", "out"):
             continue  # REQUIRED has them
-        if field.name == "feature_size":  # follows from FeatureConfig
+        flag = "--" + field.name.replace("_", "-")
+        if field.name in ("feature_size", "char_head"):  # follow from other flags
             with pytest.raises(SystemExit):
-                parse("--feature-size", "256")
+                parse(flag, "256")
             continue
         old = getattr(defaults, field.name)
         value = names.get(field.name) or another(old)
-        flag = "--" + field.name.replace("_", "-")
         argv = [flag, str(value)]
-        if field.name in ("ctc_split", "lattice_band"):  # without a CTC loss they are 0
+        if field.name in ("ctc_split", "char_weight", "lattice_band"):  # a CTC loss allows them
             argv += ["--ctc-weight", "0.1"]
         if isinstance(value, bool):
             argv = [flag if value else flag.replace("--", "--no-")]
@@ -645,7 +646,8 @@ def test_a_preset_brings_its_model_and_recipe(preset):
     names = {field.name for field in fields(FeatureConfig)} & set(recipe)
     assert features == FeatureConfig(**{name: recipe.pop(name) for name in names})
     assert asdict(cfg) == asdict(TrainConfig(**required, preset=preset, **recipe))
-    assert model_cfg == replace(PRESETS[preset], ctc_split=ctc_split if cfg.has_ctc else 0)
+    assert model_cfg == replace(PRESETS[preset], ctc_split=ctc_split if cfg.has_ctc else 0,
+                                char_head=cfg.char_weight > 0)
 
 
 @pytest.mark.parametrize("argv", [
@@ -822,6 +824,15 @@ def test_the_first_evaluation_that_reaches_the_target_ends_the_run(finished, cor
     assert [e["wer"] for e in logged if e["event"] == "eval"] == wers[: wers.index(min(wers)) + 1]
     assert logged[-1]["event"] == "end"
     assert logged[-1]["reason"] == "target wer"
+
+
+def test_evaluations_may_be_some_epochs_apart(finished, corpus, tmp_path):
+    done = run_train(corpus, tmp_path / "run", "--eval-epochs", 2)
+    assert done.returncode == 0, done.stderr
+    every = events(finished[0], "eval")
+    assert [e["epoch"] for e in every] == [1, 2, 3]
+    some = events(tmp_path / "run", "eval")
+    assert [(e["epoch"], e["wer"]) for e in some] == [(e["epoch"], e["wer"]) for e in every[1:]]
 
 
 def test_two_ranks_train_and_score_together_and_one_writes(corpus, tmp_path):

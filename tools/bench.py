@@ -5,6 +5,7 @@
     python -m tools.bench loss [--peers]  # joint network and loss, fused and plain; other libraries
     python -m tools.bench features [--data ROOT --split S]  # processor time of the front end
     python -m tools.bench decode [--peers] --checkpoint C --data ROOT --split S  # greedy search
+    python -m tools.bench conditions --checkpoint C --data ROOT --split S  # WER in noise, silence
     python -m tools.bench start --checkpoint C AUDIO  # seconds until decode.py's first word
     python -m tools.bench curves RUN [RUN ...] --png FILE  # compares runs by their log.jsonl
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]  # gain of every idea: 50 minutes
@@ -44,7 +45,7 @@ from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
-from tools import ladder, peers
+from tools import conditions, ladder, peers
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
 ROOT = Path(__file__).resolve().parent.parent  # folder of run.sh and decode.py
@@ -104,6 +105,8 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
     if cfg.pre_layers:
         flops += frames * lstm(size, He, cfg.pre_layers)
         size = He
+    if model.char_head is not None:
+        flops += frames * 2 * model.char_head.weight.numel()
     flops += T * (lstm(cfg.stack * size, He, cfg.post_layers) + 2 * He * J)
     if model.ctc_head is not None:
         flops += T * 2 * model.ctc_head.weight.numel()
@@ -453,7 +456,8 @@ def bench_curves(args: argparse.Namespace) -> None:
 WITH_TRAIN_FLAGS = {"step": bench_step, "ladder": ladder.bench_ladder, "rung": ladder.bench_rung,
                     "scaling": ladder.bench_scaling, "neighbour": bench_neighbour}
 WITHOUT = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
-           "start": bench_start, "curves": bench_curves}
+           "start": bench_start, "curves": bench_curves,
+           "conditions": conditions.bench_conditions}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -481,13 +485,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands["neighbour"].add_argument("--seconds", type=float, default=15,
                                        help="least time of a measurement")
     commands["features"].add_argument("--count", type=int, default=100, help="recordings")
-    commands["decode"].add_argument("--checkpoint", required=True)
-    commands["decode"].add_argument("--batch-size", type=int, default=64)
+    for name in ("decode", "conditions"):
+        commands[name].add_argument("--checkpoint", required=True)
+        commands[name].add_argument("--batch-size", type=int, default=64)
     commands["curves"].add_argument("runs", nargs="+", type=Path, help="run directories")
     commands["curves"].add_argument("--png", required=True, type=Path)
     ladder.add_flags(commands)
-    for name in ("step", "features", "decode", "rung"):
-        required = name in ("decode", "rung")
+    for name in ("step", "features", "decode", "conditions", "rung"):
+        required = name in ("decode", "conditions", "rung")
         commands[name].add_argument("--data", required=required, help="corpus root")
         commands[name].add_argument("--split", required=required, help="folder below it")
     return parser

@@ -125,7 +125,7 @@ def draw_shapes(count: int) -> list[tuple[float, int]]:
 
 
 class LabelCount:
-    """A tokenizer that returns one random label for each word of a text."""
+    """A tokenizer that returns one random label for each word of a text, and two characters."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -133,6 +133,9 @@ class LabelCount:
     def encode(self, text: str) -> list[int]:
         count = len(text.split())
         return np.random.default_rng(count).integers(0, self.vocab_size - 1, count).tolist()
+
+    def encode_characters(self, text: str) -> list[int]:
+        return [label for label in self.encode(text) for _ in range(2)]
 
 
 def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
