@@ -103,7 +103,8 @@ PRESETS = {
     "demo": ModelConfig(
         vocab_size=64, enc_hidden=160, pre_layers=1, stack=4, post_layers=1,
         pred_hidden=96, pred_layers=1, joint_hidden=128,
-        pred_dropout=0.1, joint_dropout=0.1, normalization=True,
+        pred_dropout=0.1, joint_dropout=0.1, normalization=True, residual=True,
+        orthogonal_init=True, weights_init_scale=1.0,
     ),
 }
 

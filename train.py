@@ -187,13 +187,17 @@ RECIPES = {
     # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
     # fewer frames than labels, so the CTC head needs several positions per frame.
     "democratized": dict(num_buckets=12, ctc_split=4),
-    "mini": dict(epochs=40, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
+    "mini": dict(epochs=44, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
                  hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.998,
                  ctc_epochs=3, ctc_weight=0.3, ctc_split=1, char_weight=0.5, lattice_band=4,
                  eval_epochs=4, ramp_begin=5, ramp_epochs=12, num_buckets=12, splice=1, align=16,
                  freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96),
-    "demo": dict(epochs=18, batch_size=32, warmup_epochs=2, hold_epochs=8, lr_gamma=0.7,
-                 ema_decay=0.99, num_buckets=12, ctc_split=2),
+    # The demo's own recordings are clean and close: noise, silence and telephones are added.
+    "demo": dict(epochs=12, batch_size=16, lr=0.004, lr_min=1e-6, warmup_epochs=0.5,
+                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.99,
+                 ctc_epochs=2, ctc_weight=0.3, ctc_split=2, char_weight=0.5, eval_epochs=3,
+                 ramp_begin=2, ramp_epochs=6, num_buckets=12, noise_prob=0.5, pad_max_s=1.0,
+                 empty_prob=0.03, gain_db=20.0, band_prob=0.2),
 }
 
 # The fields of model and front end that a run with --init chooses for itself. All others are those

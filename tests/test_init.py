@@ -25,7 +25,8 @@ from model import ModelConfig
 SHORT = [
     "--train-splits", "train", "--dev-split", "dev", "--precision", "fp32", "--batch-size", "2",
     "--eval-batch-size", "2", "--epochs", "2", "--lr", "0.01", "--max-utterance-s", "1.0",
-    "--loader-workers", "0",
+    "--loader-workers", "0", "--ctc-weight", "0", "--char-weight", "0", "--lattice-band", "0",
+    "--eval-epochs", "1",
 ]
 
 

@@ -130,8 +130,8 @@ def test_settings_are_those_of_the_configs(opened):
         "opt_base_learning_rate": 0.2, "opt_learning_rate_warmup_epochs": 1,
         "model_eval_ema_factor": 0.7,
         "data_train_num_buckets": 2, "data_train_max_duration": 1.0, "global_batch_size": 2,
-        "opt_lamb_learning_rate_decay_poly_power": train.RECIPES["demo"]["lr_gamma"],
-        "opt_lamb_learning_rate_hold_epochs": train.RECIPES["demo"]["hold_epochs"],
+        "opt_lamb_learning_rate_decay_poly_power": 0.7,
+        "opt_lamb_learning_rate_hold_epochs": 8,
         "train_samples": 8, "eval_samples": 3, "eval_accuracy": 0.2,
         "submission_division": "open",
     }

@@ -334,7 +334,6 @@ def test_resume_without_a_run_says_how_to_begin_from_a_checkpoint(run, tmp_path,
 
 
 def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_path, capsys):
-    recipe = train.RECIPES["demo"]
     run(tmp_path, at={6: send(signal.SIGTERM)})  # two steps into the second epoch
     capsys.readouterr()
     assert run(tmp_path, "--resume", "--batch-size", 4) == 0
@@ -344,8 +343,8 @@ def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_pat
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
     # The schedule counts steps of the new size, two an epoch: these are its fifth and sixth.
     assert [e["lr"] for e in steps[-2:]] == [
-        train.lr_at(step, 3, lr=0.2, warmup_epochs=1, hold_epochs=recipe["hold_epochs"],
-                    steps_per_epoch=2, gamma=recipe["lr_gamma"], lr_min=1e-5)
+        train.lr_at(step, 3, lr=0.2, warmup_epochs=1, hold_epochs=8,
+                    steps_per_epoch=2, gamma=0.7, lr_min=1e-6)
         for step in (5, 6)
     ]
     assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3]

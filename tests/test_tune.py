@@ -71,7 +71,7 @@ model_parameter:
   parameters:
   - {name: learning_rate, transformation: log, type: double, bounds: {min: 1e-3, max: 1.0e-2}}
   - bounds: {min: 1, max: 10}
-    name: warmup_epochs
+    name: ctc_epochs
     type: int
 metrics:
 - {name: training_time, objective: minimize, threshold: 43200}
@@ -185,7 +185,7 @@ def test_the_file_of_the_original(case):
     assert search.name == "sda/rnnt"
     assert search.space == {
         "lr": optuna.distributions.FloatDistribution(1e-3, 1e-2, log=True),
-        "warmup_epochs": optuna.distributions.IntDistribution(1, 10),
+        "ctc_epochs": optuna.distributions.IntDistribution(1, 10),
     }
     assert search.thresholds == [43200, 0.25]
     assert search.budget == 6
@@ -219,10 +219,10 @@ def test_settings_of_the_machine_are_named_as_without_effect(case, capsys):
     ("old", "new", "line", "message"),
     [
         ("learning_rate", "out", 5, "out cannot be searched"),
-        ("    name: warmup_epochs", "    name: lr", 6, "lr stands twice"),
+        ("    name: ctc_epochs", "    name: lr", 6, "lr stands twice"),
         ("    type: int", "    type: integer", 6, "integer: expected double or int or categorical"),
         ("    type: int", "    typo: int", 6, "expected a mapping with name, type"),
-        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "warmup_epochs: invalid literal for int()"),
+        ("{min: 1, max: 10}", "{min: 1, max: ten}", 6, "ctc_epochs: invalid literal for int()"),
         ("{min: 1, max: 10}", "{min: 11, max: 10}", 6, "got (low=11, high=10)"),
         ("min: 1e-3", "min: 0", 5, "`low > 0` must hold"),
         ("transformation: log", "transformation: exp", 5, "lr: exp: expected log"),
@@ -298,17 +298,17 @@ def test_a_search_from_beginning_to_end(case):
     trials = case.trials()
     assert len(trials) == 6
     # The demo preset's own values come first.
-    assert trials[0].params == {"lr": 0.004, "warmup_epochs": 2}
+    assert trials[0].params == {"lr": 0.004, "ctc_epochs": 2}
     assert trials[0].values == [30.0, pytest.approx(0.1)]
     for t in trials:
         assert 1e-3 <= t.params["lr"] <= 1e-2
-        expected = f"--epochs 3 --lr {t.params['lr']} --warmup-epochs {t.params['warmup_epochs']}"
+        expected = f"--epochs 3 --lr {t.params['lr']} --ctc-epochs {t.params['ctc_epochs']}"
         folder = case.out / f"trial-{t.number:04d}"
         assert (folder / "argv").read_text() == f"{expected} --out {folder}\n"
     lines = output.splitlines()
     assert lines[-1] == (
         f"env RANKS=1 OMP_NUM_THREADS=1 {sys.executable} {case.stand_in} --epochs 3 --lr 0.004"
-        f" --warmup-epochs 2 --out {case.out}/best"
+        f" --ctc-epochs 2 --out {case.out}/best"
     )
     assert lines[-2] == "best: trial 0, WER 10.00 % after 30 s"
     header = next(i for i, line in enumerate(lines) if line.startswith("trial  state"))
@@ -332,7 +332,7 @@ def test_a_default_that_is_not_searched_leaves_the_others_in_the_first_trial(cas
                 + "metrics:\n")
     output = case.complete()
     trial = case.trials()[0]
-    assert (trial.params["lr"], trial.params["warmup_epochs"]) == (0.004, 2)
+    assert (trial.params["lr"], trial.params["ctc_epochs"]) == (0.004, 2)
     assert trial.params["train_splits"] == "t"
     assert trial.params["precision"] in ("bf16", "fp32")
     assert "precision: auto, which train.py would take, is not searched" in output
@@ -414,7 +414,7 @@ def test_trials_that_a_time_limit_ends_with_status_75_are_complete(case):
 
 
 def test_values_that_need_each_other_can_be_searched_together(case):
-    case.change("  - bounds: {min: 1, max: 10}\n    name: warmup_epochs\n    type: int\n",
+    case.change("  - bounds: {min: 1, max: 10}\n    name: ctc_epochs\n    type: int\n",
                 "  - {name: speed_min, type: double, bounds: {min: 0.8, max: 1.2}}\n"
                 "  - {name: speed_max, type: double, bounds: {min: 1.2, max: 1.4}}\n")
     search = tune.read_search(case.config)
@@ -526,5 +526,5 @@ def test_run_sh_shows_its_launch(case):
     defaults = tune.check_values(search, ["env", "CORPUS=demo", "bash", "run.sh", "--epochs", "5"])
     assert defaults["epochs"] == 5
     assert defaults["preset"] == "demo"
-    assert defaults["warmup_epochs"] == train.RECIPES["demo"]["warmup_epochs"]
+    assert defaults["ctc_epochs"] == train.RECIPES["demo"]["ctc_epochs"]
     tune.check_values(tune.read_search(REPO / "docs/tune-demo.yaml"), ["bash", "run.sh"])

@@ -31,6 +31,12 @@ TINY = [
     "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "3", "--warmup-epochs", "1",
     "--lr", "0.2", "--ema-decay", "0.7", "--num-buckets", "2", "--max-utterance-s", "1.0",
     "--loader-workers", "0",
+    # Without the preset's CTC heads and noise; a test that needs them turns them on.
+    "--eval-epochs", "1", "--ctc-epochs", "0", "--ctc-weight", "0", "--char-weight", "0",
+    "--hold-share", "0", "--hold-epochs", "8", "--lr-gamma", "0.7", "--weight-decay", "0.001",
+    "--clip-norm", "1", "--beta2", "0.999", "--noise-prob", "0", "--pad-max-s", "0",
+    "--empty-prob", "0", "--gain-db", "0", "--band-prob", "0", "--ramp-begin", "0",
+    "--ramp-epochs", "0",
 ]
 
 
