@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import soxr
 from test_mllog import judge, read
-from tones import run_script
+from tones import SIMPLE, run_script
 
 from tools import prepare
 
@@ -25,7 +25,8 @@ RATE_HZ = prepare.SAMPLE_RATE_HZ
 WORDS = ("ONE", "TWO", "THREE", "SEVEN", "MONDAY", "KITCHEN", "OFFICE", "RADIO", "MARCH", "EVENING")
 VOICE = prepare.Voice(1, "gmw/en+m3", 165, 50, 50)
 SPOKEN = [
-    "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", "--vocab-size", "32",
+    "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", *SIMPLE,
+    "--vocab-size", "32",
     "--enc-dropout", "0", "--pred-dropout", "0", "--joint-dropout", "0", "--batch-size", "16",
     "--warmup-epochs", "1", "--hold-epochs", "8", "--epochs", "12", "--lr", "0.006",
     "--ema-decay", "0.95", "--precision", "fp32",

@@ -28,7 +28,7 @@ from test_features import masks, noise
 from test_loss import Problem, assert_close, both, costs_and_grad
 from test_mllog import CLOSED, judge, one, read, run_main, write_links
 from test_train import CONSTANTS, as_parameters, parse, rates_by_epoch
-from tones import TINY, run_script, tiny_corpus
+from tones import SIMPLE, TINY, run_script, tiny_corpus
 from torch import Tensor
 
 import data
@@ -746,6 +746,7 @@ SMOKE, SPLIT = LIBRISPEECH / "smoke", "dev-clean-2"
 BY_HEART = [
     # The split is read eight times per epoch, so that there are eight times fewer evaluations.
     "--data", SMOKE, "--train-splits", *[SPLIT] * 8, "--dev-split", SPLIT, "--preset", "demo",
+    *SIMPLE,
     # The longest recording has 31.7 s and 438 letters. 72 classes make some 285 tokens of them, 64
     # would make 302, and decoding ends at 300.
     "--max-utterance-s", "40", "--vocab-size", "72", "--enc-hidden", "192",

@@ -23,6 +23,17 @@ TRAIN_TEXTS = ["ONE TWO", "TWO", "THREE ONE TWO", "ONE", "TWO THREE", "THREE", "
                "THREE THREE TWO ONE"]
 TRAIN_SECONDS = [0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 1.20]
 DEV_TEXTS, DEV_SECONDS = ["TWO ONE THREE", "ONE", "THREE TWO"], [0.40, 0.30, 0.50]
+# The preset's recipe without its CTC heads and noise; a test that needs them turns them on.
+PLAIN = [
+    "--eval-epochs", "1", "--ctc-epochs", "0", "--ctc-weight", "0", "--char-weight", "0",
+    "--hold-share", "0", "--hold-epochs", "8", "--lr-gamma", "0.7", "--weight-decay", "0.001",
+    "--clip-norm", "1", "--beta2", "0.999", "--noise-prob", "0", "--pad-max-s", "0",
+    "--empty-prob", "0", "--gain-db", "0", "--band-prob", "0", "--ramp-begin", "0",
+    "--ramp-epochs", "0",
+]
+# And without residuals and orthogonal weights: it learns few recordings in few steps.
+SIMPLE = [*PLAIN, "--no-residual", "--no-orthogonal-init", "--weights-init-scale", "0.5",
+          "--lr-min", "1e-5"]
 # Two utterances a step, four steps an epoch: the longest of the nine is too long. The learning
 # rate is so high that the hypotheses change from epoch to epoch.
 TINY = [
@@ -31,12 +42,7 @@ TINY = [
     "--batch-size", "2", "--eval-batch-size", "2", "--epochs", "3", "--warmup-epochs", "1",
     "--lr", "0.2", "--ema-decay", "0.7", "--num-buckets", "2", "--max-utterance-s", "1.0",
     "--loader-workers", "0",
-    # Without the preset's CTC heads and noise; a test that needs them turns them on.
-    "--eval-epochs", "1", "--ctc-epochs", "0", "--ctc-weight", "0", "--char-weight", "0",
-    "--hold-share", "0", "--hold-epochs", "8", "--lr-gamma", "0.7", "--weight-decay", "0.001",
-    "--clip-norm", "1", "--beta2", "0.999", "--noise-prob", "0", "--pad-max-s", "0",
-    "--empty-prob", "0", "--gain-db", "0", "--band-prob", "0", "--ramp-begin", "0",
-    "--ramp-epochs", "0",
+    *PLAIN,
 ]
 
 
