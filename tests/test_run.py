@@ -31,7 +31,7 @@ from launched import (
     made_hosts,
     write_script,
 )
-from tones import REPO
+from tones import REPO, SIMPLE
 
 from checkpoint import load_checkpoint
 from tools import launch
@@ -574,8 +574,8 @@ def start_on_first_host(run, cluster, addresses, *flags):
 @pytest.mark.slow
 def test_four_hosts_compute_what_one_process_computes(cluster, run):
     # Dropout depends on the rank, and bfloat16 rounds too much for a comparison.
-    flags = ["--epochs", "1", "--precision", "fp32", "--enc-dropout", "0", "--pred-dropout", "0",
-             "--joint-dropout", "0"]
+    flags = [*SIMPLE, "--epochs", "1", "--precision", "fp32", "--enc-dropout", "0",
+             "--pred-dropout", "0", "--joint-dropout", "0"]
     addresses = [ADDRESS.format(i + 1) for i in range(HOSTS)]
     start_on_first_host(run, cluster, addresses, *flags, "--batch-size", "2")
     assert run.expect_end(600) == 0, run.output()
