@@ -102,7 +102,7 @@ class TrainConfig:
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
-    eval_epochs: int = 1  # epochs from one evaluation to the next; the last one has its own
+    eval_epochs: int = 1  # epochs from one evaluation to the next; the last is always evaluated
     resume: bool = False  # continue the run in the run directory
     init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory

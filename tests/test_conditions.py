@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recordings of `bench conditions` go through, measured on a tone.
+"""Each condition of `bench conditions` does to a tone what its name says.
 
     python -m pytest tests/test_conditions.py
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WER of a checkpoint on one split as it is and after what recordings go through.
+"""WER of a checkpoint on one split, as it is and in noise, silence and other file formats.
 
     python -m tools.bench conditions --checkpoint C --data ROOT --split S
 
@@ -29,7 +29,7 @@ NUM_EMPTY = 40  # recordings without speech
 
 
 class Condition(NamedTuple):
-    """What a recording goes through: a change of its samples, then a file format."""
+    """A condition changes the samples of a recording and writes them in a file format."""
 
     change: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     suffix: str = ".wav"
