@@ -153,6 +153,10 @@ def test_a_ctc_head_that_the_checkpoint_does_not_have_starts_anew(begin, origin,
     trainer, stored = begin("--ctc-weight", "0.5"), load_checkpoint(origin)
     assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == HEAD
     assert "layers that start anew: ctc_head\n" in capsys.readouterr().out
+    trainer = begin("--ctc-weight", "0.5", "--char-weight", "0.5", "--restart")
+    both = HEAD | {"char_head.weight", "char_head.bias"}
+    assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == both
+    assert "layers that start anew: char_head, ctc_head\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- what is refused
