@@ -10,7 +10,8 @@ import soundfile
 import torch
 from test_bench import run_here, write_model
 
-from features import load_audio
+from data import Utterance
+from features import DEFAULT, load_audio
 from tools import conditions
 from tools.conditions import CONDITIONS
 
@@ -68,8 +69,26 @@ def test_noise_has_its_distance_from_the_recording(recorded, tone, snr_db):
     assert level_db(tone) - level_db(noise) == pytest.approx(snr_db, abs=0.2)
 
 
-def test_quieter_recordings_lose_30_db(recorded, tone):
-    assert level_db(tone) - level_db(recorded("30 dB quieter")) == pytest.approx(30, abs=1e-3)
+@pytest.mark.parametrize(("name", "gain_db"), [
+    ("20 dB quieter", -20), ("20 dB louder, not clipped", 20)])
+def test_the_level_changes_by_20_db(recorded, tone, name, gain_db):
+    assert level_db(recorded(name)) - level_db(tone) == pytest.approx(gain_db, abs=1e-3)
+
+
+def test_utterances_are_joined_with_pauses_between(tone, tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "JOINED_S", 4.0)
+    soundfile.write(tmp_path / "a.wav", tone, 16000, subtype="FLOAT")
+    utterances = [Utterance(f"{i}", str(tmp_path / "a.wav"), 1.0, f"TEXT {i}") for i in range(5)]
+    joined = conditions.join(utterances, DEFAULT, tmp_path)
+    assert " ".join(u.text for u in joined) == "TEXT 0 TEXT 1 TEXT 2 TEXT 3 TEXT 4"
+    assert len(joined) >= 2
+    for utterance in joined:
+        samples = load_audio(utterance.path)
+        assert len(samples) == 16000 * utterance.duration_s
+        # Energy is that of whole tones: the pauses are quiet.
+        tones = np.sum(samples**2) / np.sum(tone**2)
+        assert tones == pytest.approx(len(utterance.text.split()) / 2, abs=0.01)
+    assert all(u.duration_s >= 4 for u in joined[:-1])
 
 
 @pytest.mark.parametrize("name", ["8 kHz", "A-law, 8 kHz", "8 bits", "MP3"])
@@ -94,7 +113,7 @@ def test_recordings_without_speech_are_silence_and_noise():
 def test_every_condition_has_a_line_and_a_figure(monkeypatch, capsys, tmp_path):
     lines, result = run_here(monkeypatch, capsys, "conditions", *write_model(tmp_path))
     torch.set_flush_denormal(False)
-    assert list(result["wer"]) == list(CONDITIONS)
-    for name, line in zip(CONDITIONS, lines, strict=False):
+    assert list(result["wer"]) == [*CONDITIONS, "joined to 10 minutes"]
+    for name, line in zip(result["wer"], lines, strict=False):
         assert line == f"{name:30} {100 * result['wer'][name]:6.2f} %"
     assert lines[-1].startswith(f"{result['empty_with_words']} of 40 recordings without speech")

@@ -286,6 +286,19 @@ def test_capitals_are_spoken_like_small_letters(spoken, tmp_path):
                           say(tmp_path / "small", text.lower(), voice))
 
 
+def test_words_start_where_their_sound_starts(spoken, tmp_path):
+    """The pause before a comma is silent, and the word behind it starts at its end."""
+    espeak = prepare.Espeak(tmp_path)
+    voice = prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50)
+    espeak.say("CALL ANNA, PETER, ON THE FIRST", voice, seed=1)
+    speech = np.abs(espeak.say("CALL ANNA, PETER", voice, seed=1))
+    assert list(espeak.word_starts) == [0, 1, 2]
+    starts = list(espeak.word_starts.values())
+    assert starts == sorted(starts)
+    assert starts[0] == 0
+    assert speech[starts[2] - 1000 : starts[2]].max() < 0.01 < speech[starts[2] :][:4000].max()
+
+
 def test_voices_below_a_long_path_are_found(spoken, tmp_path, monkeypatch):
     import espeakng_loader
 

@@ -6,6 +6,7 @@
     python -m tools.bench features [--data ROOT --split S]  # processor time of the front end
     python -m tools.bench decode [--peers] --checkpoint C --data ROOT --split S  # greedy search
     python -m tools.bench conditions --checkpoint C --data ROOT --split S  # WER in noise, silence
+    python -m tools.bench stream --checkpoint C  # real-time factor and delay of a stream
     python -m tools.bench start --checkpoint C AUDIO  # seconds until decode.py's first word
     python -m tools.bench curves RUN [RUN ...] --png FILE  # compares runs by their log.jsonl
     python -m tools.bench ladder [--ranks 2] [--runs RUN ...]  # gain of every idea: 50 minutes
@@ -45,7 +46,7 @@ from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
-from tools import conditions, ladder, peers
+from tools import conditions, ladder, peers, streaming
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
 ROOT = Path(__file__).resolve().parent.parent  # folder of run.sh and decode.py
@@ -457,7 +458,7 @@ WITH_TRAIN_FLAGS = {"step": bench_step, "ladder": ladder.bench_ladder, "rung": l
                     "scaling": ladder.bench_scaling, "neighbour": bench_neighbour}
 WITHOUT = {"loss": bench_loss, "features": bench_features, "decode": bench_decode,
            "start": bench_start, "curves": bench_curves,
-           "conditions": conditions.bench_conditions}
+           "conditions": conditions.bench_conditions, "stream": streaming.bench_stream}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -485,8 +486,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands["neighbour"].add_argument("--seconds", type=float, default=15,
                                        help="least time of a measurement")
     commands["features"].add_argument("--count", type=int, default=100, help="recordings")
-    for name in ("decode", "conditions"):
+    for name in ("decode", "conditions", "stream"):
         commands[name].add_argument("--checkpoint", required=True)
+    commands["stream"].add_argument("--count", type=int, default=50, help="sentences")
+    for name in ("decode", "conditions"):
         commands[name].add_argument("--batch-size", type=int, default=64)
     commands["curves"].add_argument("runs", nargs="+", type=Path, help="run directories")
     commands["curves"].add_argument("--png", required=True, type=Path)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WER of a checkpoint on one split, as it is and in noise, silence and other file formats.
+"""WER of a checkpoint on one split, as it is, in noise, silence, other file formats, and joined.
 
     python -m tools.bench conditions --checkpoint C --data ROOT --split S
 
 Every condition is applied to all recordings of the split. Digital silence comes from editors and
 muted microphones, quiet noise from a room before and after the sentence, 8 kHz and A-law from
-telephones. The last row counts recordings without any speech that give words nevertheless.
+telephones. The utterances are also joined to recordings of ten minutes, which decode.py has to cut
+at pauses. The last row counts recordings without any speech that give words nevertheless.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from features import FeatureConfig, load_audio, resample
 from tools.ladder import finish
 
 NUM_EMPTY = 40  # recordings without speech
+JOINED_S = 600.0  # least length of joined recordings
 
 
 class Condition(NamedTuple):
@@ -78,7 +81,8 @@ CONDITIONS = {
     "0.5 s of -80 dB noise around": Condition(surround),
     "white noise, SNR 20 dB": Condition(add_noise(20)),
     "white noise, SNR 10 dB": Condition(add_noise(10)),
-    "30 dB quieter": Condition(scale(-30)),
+    "20 dB quieter": Condition(scale(-20)),
+    "20 dB louder, not clipped": Condition(scale(20)),
     "8 kHz": Condition(unchanged, rate_hz=8000),
     "A-law, 8 kHz": Condition(unchanged, ".wav", "ALAW", 8000),
     "8 bits": Condition(unchanged, ".wav", "PCM_U8"),
@@ -93,6 +97,27 @@ def record(path: Path, samples: np.ndarray, condition: Condition,
     if condition.rate_hz != 16000:
         samples = resample(samples, 16000, condition.rate_hz)
     soundfile.write(path, samples, condition.rate_hz, subtype=condition.subtype)
+
+
+def join(utterances: Sequence[Utterance], cfg: FeatureConfig,
+         folder: Path) -> list[Utterance]:
+    """Recordings of JOINED_S or more out of neighbours; the last one may be shorter.
+
+    White noise of -70 dB of full scale lasts for 0.5 to 1.5 s before each utterance.
+    """
+    rng, joined, parts, texts = np.random.default_rng(3), [], [], []
+    for i, utterance in enumerate(utterances, 1):
+        pause = rng.standard_normal(int(rng.uniform(0.5, 1.5) * cfg.sample_rate_hz))
+        parts += [10 ** (-70 / 20) * pause, load_audio(utterance.path, cfg)]
+        texts.append(utterance.text)
+        length_s = sum(map(len, parts)) / cfg.sample_rate_hz
+        if length_s >= JOINED_S or i == len(utterances):
+            path = folder / f"joined{len(joined)}.wav"
+            samples = np.concatenate(parts).astype(np.float32)
+            soundfile.write(path, samples, cfg.sample_rate_hz, subtype="FLOAT")
+            joined.append(Utterance(path.stem, str(path), length_s, " ".join(texts)))
+            parts, texts = [], []
+    return joined
 
 
 def empty_recordings() -> list[np.ndarray]:
@@ -120,7 +145,11 @@ def bench_conditions(args: argparse.Namespace) -> None:
         batches = decode.evaluation_batches(recorded, args.batch_size)
         return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))
 
-    results = {}
+    def score(name: str, texts: Sequence[str], references: Sequence[str]) -> None:
+        results[name] = decode.word_error_rate(*decode.word_errors(texts, references))
+        print(f"{name:30} {100 * results[name]:6.2f} %", flush=True)
+
+    results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, condition in CONDITIONS.items():
             recorded = []
@@ -129,9 +158,12 @@ def bench_conditions(args: argparse.Namespace) -> None:
                 record(path, load_audio(utterance.path, cfg), condition, np.random.default_rng(i))
                 recorded.append(utterance._replace(path=str(path)))
             texts = recognise(recorded, cfg)
-            pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
-            results[name] = decode.word_error_rate(*decode.word_errors(*pairs))
-            print(f"{name:30} {100 * results[name]:6.2f} %", flush=True)
+            score(name, [texts[u.id] for u in utterances], [u.text for u in utterances])
+        joined = join(utterances, cfg, Path(folder))
+        pieces = partial(decode.decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg)
+        transcribed = decode.transcribe_files([u.path for u in joined], cfg, args.batch_size,
+                                              pieces)
+        score("joined to 10 minutes", [t.text for t in transcribed], [u.text for u in joined])
         empty = []
         for i, samples in enumerate(empty_recordings()):
             path = Path(folder, f"empty{i}.wav")

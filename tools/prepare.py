@@ -224,8 +224,21 @@ def late_interrupts() -> Iterator[None]:
         handler(signal.SIGINT, None)
 
 
+class EspeakEvent(ctypes.Structure):
+    """The espeak_EVENT of `speak_lib.h`."""
+
+    _fields_ = [
+        ("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int), ("audio_ms", ctypes.c_int), ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p), ("name", ctypes.c_char * 8),
+    ]
+
+
 class Espeak:
     """The synthesiser libespeak-ng, through the C interface in its `speak_lib.h`.
+
+    `word_starts` has the first sample of each word of the last text, by the word's place in it.
+    The library tells no place for a word that it speaks together with the one before.
 
     Args:
         scratch: an empty folder that outlives this object. It holds a copy of the library, because
@@ -241,6 +254,7 @@ class Espeak:
     SYNCHRONOUS, DONT_EXIT = 2, 0x8000  # espeak_Synth returns when it has spoken the whole text
     RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
     POS_CHARACTER, CHARS_UTF8 = 1, 1
+    LIST_END, WORD = 0, 1  # types of events
     HALF_VOLUME = 50  # at the default of 100 some variants clip
 
     def __init__(self, scratch: Path) -> None:
@@ -261,15 +275,24 @@ class Espeak:
         if self.sample_rate_hz <= 0:
             raise RuntimeError(f"{library}: espeak_Initialize found no voices in {voices}")
         self._chunks: list[bytes] = []
+        self._words: list[tuple[int, int]] = []  # position in the text from 1 on, first sample
+        self.word_starts: dict[int, int] = {}
         callback_type = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         # The library keeps only a pointer: without this reference Python would free the callback.
         self._callback = callback_type(self._collect)
         self._lib.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, address: int | None, count: int, _events: int | None) -> int:
+    def _collect(self, address: int | None, num_samples: int, events: int) -> int:
         if address is not None:  # a null pointer ends the utterance
-            self._chunks.append(ctypes.string_at(address, count * np.dtype(np.int16).itemsize))
+            num_bytes = num_samples * np.dtype(np.int16).itemsize
+            self._chunks.append(ctypes.string_at(address, num_bytes))
+        event = ctypes.cast(events, ctypes.POINTER(EspeakEvent))
+        number = 0
+        while event[number].type != self.LIST_END:
+            if event[number].type == self.WORD:
+                self._words.append((event[number].text_position, event[number].sample))
+            number += 1
         return 0  # 1 would stop the synthesis
 
     def say(self, text: str, voice: Voice, seed: int) -> np.ndarray:
@@ -284,12 +307,15 @@ class Espeak:
                                  (self.PITCH, voice.pitch), (self.RANGE, voice.pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
         self._chunks.clear()
+        self._words.clear()
         small_letters = text.lower().encode()  # espeak-ng stresses words in capitals
         with late_interrupts():
             status = self._lib.espeak_Synth(small_letters, len(small_letters) + 1, 0,
                                             self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
         if status != 0 or not self._chunks:
             raise RuntimeError(f"espeak_Synth failed with status {status}: {voice.name}: {text}")
+        self.word_starts = {text[: position - 1].count(" "): sample
+                            for position, sample in self._words}
         return np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 2**15
 
 
