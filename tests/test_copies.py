@@ -77,6 +77,17 @@ from ranks import Ranks, all_sum, read_ranks
 print(*read_ranks(), *all_sum(torch.ones(2), Ranks(0, 1, 0)).tolist())
 """
 
+OPTIMIZER = """
+import torch
+from optimizer import Lamb, lr_at
+x = torch.nn.Parameter(torch.ones(3))
+lamb = Lamb([x], lr=lr_at(1, 1, lr=0.5, warmup_epochs=0, hold_epochs=1, steps_per_epoch=1,
+                          gamma=0.9, lr_min=0))
+x.sum().backward()
+lamb.step()
+print([round(v, 4) for v in x.tolist()])
+"""
+
 CHECKPOINT = """
 from pathlib import Path
 import torch
@@ -101,6 +112,7 @@ print(len(samples), feats.shape[1], bool(feats.isfinite().all()))
     [
         ("model.py", ["torch"], MODEL, "2 4 4 5 4 2"),
         ("loss.py", ["torch"], LOSS, "True"),
+        ("optimizer.py", ["torch"], OPTIMIZER, "[0.5, 0.5, 0.5]"),
         ("ranks.py", ["torch"], RANKS, "0 1 0 1.0 1.0"),
         ("checkpoint.py", ["torch"], CHECKPOINT, "0 1 2"),
         ("features.py", ["numpy", "torch", "soundfile", "soxr"], FEATURES, "16000 256 True"),

@@ -29,8 +29,9 @@ from data import Batch
 from features import FeatureConfig, features, spec_augment, warp_mels
 from loss import ctc_loss
 from model import ModelConfig, Transducer
+from optimizer import lr_at
 from ranks import Ranks, start_ranks
-from train import TrainConfig, lr_at
+from recipe import TrainConfig, parse_configs
 
 MODEL = ModelConfig(
     feature_size=6, vocab_size=5, enc_hidden=8, pre_layers=1, stack=3, post_layers=1,
@@ -194,7 +195,7 @@ def test_strength_grows_between_the_ends_of_the_ramp():
 def test_a_wrong_value_ends_with_status_2(words, capsys):
     needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
     with pytest.raises(SystemExit) as end:
-        train.parse_configs([*needed, "--preset", "baseline", *words])
+        parse_configs([*needed, "--preset", "baseline", *words])
     assert end.value.code == 2
     assert words[-2].strip("-").replace("-", "_") in capsys.readouterr().err
 
@@ -202,7 +203,7 @@ def test_a_wrong_value_ends_with_status_2(words, capsys):
 def test_without_ctc_flags_there_is_no_head():
     needed = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
     for words, has_head in ([], False), (["--ctc-weight", "0.1"], True):
-        cfg, model_cfg, _ = train.parse_configs([*needed, "--preset", "baseline", *words])
+        cfg, model_cfg, _ = parse_configs([*needed, "--preset", "baseline", *words])
         trainer = train.make_trainer(cfg, replace(model_cfg, enc_hidden=8), ALONE)
         assert (trainer.model.ctc_head is not None) == has_head
 

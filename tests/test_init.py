@@ -16,6 +16,7 @@ import pytest
 import torch
 from tones import REPO, TINY, events, run_here, tiny_corpus
 
+import recipe
 import train
 from checkpoint import load_checkpoint
 from features import FeatureConfig
@@ -119,7 +120,7 @@ def test_schedule_dropout_augmentation_and_batch_are_the_runs_own(begin):
 
 def test_a_preset_is_a_recipe_for_another_model(begin):
     trainer = begin("--preset", "mini")
-    assert trainer.cfg.weight_decay == train.RECIPES["mini"]["weight_decay"]
+    assert trainer.cfg.weight_decay == recipe.RECIPES["mini"]["weight_decay"]
     assert (trainer.model.cfg.enc_hidden, trainer.model.cfg.pred_dropout) == (16, 0.3)
     assert trainer.model.predictor.rnn.dropout.p == 0.3
 
@@ -127,7 +128,7 @@ def test_a_preset_is_a_recipe_for_another_model(begin):
 @pytest.mark.parametrize(("argv", "epochs"), [([], (0, 0)), (["--ctc-epochs", "1"], (1, 0))])
 def test_the_recipes_start_for_random_weights_is_left_out(begin, argv, epochs):
     cfg = begin("--preset", "mini", *argv).cfg
-    assert train.RECIPES["mini"]["ctc_epochs"] > 1
+    assert recipe.RECIPES["mini"]["ctc_epochs"] > 1
     assert (cfg.ctc_epochs, cfg.ramp_begin) == epochs
 
 
@@ -182,7 +183,7 @@ def test_a_missing_checkpoint_is_named(corpus, tmp_path):
 
 def test_free_fields_are_fields_of_model_or_front_end():
     assert {f.name for config in (ModelConfig, FeatureConfig) for f in fields(config)} >= (
-        train.FREE_FIELDS
+        recipe.FREE_FIELDS
     )
 
 

@@ -27,19 +27,19 @@ from test_data import check_order, draw_order, durations
 from test_features import masks, noise
 from test_loss import Problem, assert_close, both, costs_and_grad
 from test_mllog import CLOSED, judge, one, read, run_main, write_links
-from test_train import CONSTANTS, as_parameters, parse, rates_by_epoch
+from test_optimizer import as_parameters, rates_by_epoch
+from test_recipe import CONSTANTS, parse
 from tones import SIMPLE, TINY, run_script, tiny_corpus
 from torch import Tensor
 
 import data
 import decode
 import features
-import train
 from features import FeatureConfig
 from loss import joint_transducer_loss, transducer_loss
 from model import StackTime, Transducer
+from optimizer import Lamb, clip_gradients, lr_at
 from tools import ladder
-from train import lr_at
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ORACLES, LIBRISPEECH = SHARED / "oracles", SHARED / "librispeech"
@@ -564,12 +564,12 @@ def lamb_run():
     """The recorded run, our parameters after each of its five steps, and the gradient norms."""
     golden = oracle("optim/optim_oracles.json")["lamb"]
     hyper, params = golden["hyper"], as_parameters(golden["initial_params"])
-    optimizer = train.Lamb(params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"])
+    optimizer = Lamb(params, 1.0, (hyper["b1"], hyper["b2"]), hyper["eps"], hyper["wd"])
     seen, norms = [], []
     for grads, lr in zip(golden["grads_by_step"], hyper["lr"], strict=True):
         for param, grad in zip(params, grads, strict=True):
             param.grad = torch.tensor(grad, dtype=torch.float64)
-        norms.append(train.clip_gradients(params, hyper["clip"]))
+        norms.append(clip_gradients(params, hyper["clip"]))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         seen.append([p.detach().clone() for p in params])

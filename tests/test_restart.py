@@ -28,7 +28,9 @@ import train
 from checkpoint import digest, load_checkpoint, save_checkpoint
 from features import FeatureConfig
 from model import PRESETS
+from optimizer import lr_at
 from ranks import Ranks
+from recipe import TrainConfig
 
 LAST = "checkpoint-00000012.pt"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -343,7 +345,7 @@ def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_pat
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
     # The schedule counts steps of the new size, two an epoch: these are its fifth and sixth.
     assert [e["lr"] for e in steps[-2:]] == [
-        train.lr_at(step, 3, lr=0.2, warmup_epochs=1, hold_epochs=8,
+        lr_at(step, 3, lr=0.2, warmup_epochs=1, hold_epochs=8,
                     steps_per_epoch=2, gamma=0.7, lr_min=1e-6)
         for step in (5, 6)
     ]
@@ -389,7 +391,7 @@ def test_a_run_directory_with_a_checkpoint_is_refused_without_resume(run, tmp_pa
 
 
 def test_another_model_cannot_resume_and_the_field_is_named(tmp_path):
-    cfg = train.TrainConfig("", (), "", str(tmp_path), preset="demo")
+    cfg = TrainConfig("", (), "", str(tmp_path), preset="demo")
     model_cfg, features = PRESETS["demo"], FeatureConfig()
 
     def facts(cfg=cfg, model_cfg=model_cfg, features=features):

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train.py: schedule, LAMB, averaged weights, steps, ranks, flags, and whole runs on tones.
+"""train.py: steps, averaged weights, ranks, and whole runs on tones.
 
     python -m pytest tests/test_train.py
 
-Optimiser and schedule are compared with values typed in here; recorded runs are in
-test_oracles.py. Steps run in float64, so that accumulation and two ranks repeat one big batch to
-the rounding.
+Steps run in float64, so that accumulation and two ranks repeat one big batch to the rounding.
 """
 
 import math
@@ -14,12 +12,13 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_optimizer import lamb_by_the_formula
 from tones import (
     DEV_SECONDS,
     DEV_TEXTS,
@@ -30,7 +29,6 @@ from tones import (
     run_train,
     tiny_corpus,
 )
-from torch import nn
 
 import data
 import decode
@@ -39,222 +37,10 @@ import train
 from checkpoint import load_checkpoint
 from features import FeatureConfig
 from loss import transducer_loss
-from model import PRESETS, ModelConfig
+from model import ModelConfig
+from optimizer import lr_at
 from ranks import Ranks, start_ranks
-from train import TrainConfig, lr_at
-
-# --------------------------------------------------------------------------- learning-rate schedule
-
-DEMO = dict(lr=0.007, warmup_epochs=10, hold_epochs=33, steps_per_epoch=3, gamma=0.939, lr_min=1e-5)
-
-
-def rates_by_epoch(schedule, epochs):
-    """Epoch -> learning rates of its steps."""
-    per_epoch = schedule["steps_per_epoch"]
-    return {
-        e: [lr_at((e - 1) * per_epoch + i, e, **schedule) for i in range(1, per_epoch + 1)]
-        for e in range(1, epochs + 1)
-    }
-
-
-def test_first_rates_are_those_that_the_originals_demo_prints():
-    # Cell output of demo/AIDK_RNNT_DEMO.ipynb, intel/e2eAIOK ea9889d3: 3 steps an epoch.
-    printed = [f"{lr_at(step, (step + 2) // 3, **DEMO):.2e}" for step in range(1, 7)]
-    assert printed == ["4.52e-04", "6.77e-04", "9.03e-04", "1.13e-03", "1.35e-03", "1.58e-03"]
-
-
-def test_rate_warms_up_holds_and_decays_once_an_epoch():
-    schedule = dict(lr=1.0, warmup_epochs=1, hold_epochs=1, steps_per_epoch=3, gamma=0.5, lr_min=0)
-    rates = rates_by_epoch(schedule, 4)
-    assert rates == {1: [0.5, 0.75, 1.0], 2: [1.0] * 3, 3: [0.5] * 3, 4: [0.25] * 3}
-
-
-def test_rate_has_a_floor_in_warm_up_and_decay():
-    schedule = dict(lr=1.0, warmup_epochs=1, hold_epochs=0, steps_per_epoch=9, gamma=0.1,
-                    lr_min=0.3)
-    rates = rates_by_epoch(schedule, 3)
-    assert rates[1][:3] == [0.3, 0.3, 0.4]
-    assert rates[3] == [0.3] * 9
-
-
-@pytest.mark.parametrize("warmup_epochs", [0, 0.5])
-def test_rate_without_a_whole_epoch_of_warm_up(warmup_epochs):
-    schedule = dict(lr=1.0, hold_epochs=1, steps_per_epoch=4, gamma=0.5, lr_min=0)
-    first = rates_by_epoch({**schedule, "warmup_epochs": warmup_epochs}, 1)[1]
-    assert first == ([1.0] * 4 if warmup_epochs == 0 else [2 / 3, 1.0, 1.0, 1.0])
-
-
-# ------------------------------------------------------------------------------ published recipes
-
-# MLPerf's name -> the value that every closed RNN-T run logs, and our default.
-CONSTANTS = {
-    "opt_base_learning_rate": (0.004, TrainConfig.lr),
-    "opt_learning_rate_warmup_epochs": (6, TrainConfig.warmup_epochs),
-    "opt_lamb_learning_rate_hold_epochs": (40, TrainConfig.hold_epochs),
-    "opt_lamb_learning_rate_decay_poly_power": (0.935, TrainConfig.lr_gamma),
-    "opt_lamb_learning_rate_min": (1e-5, TrainConfig.lr_min),
-    "opt_lamb_epsilon": (1e-9, TrainConfig.eps),
-    "opt_lamb_beta_1": (0.9, TrainConfig.beta1),
-    "opt_lamb_beta_2": (0.999, TrainConfig.beta2),
-    "opt_weight_decay": (1e-3, TrainConfig.weight_decay),
-    "opt_gradient_clip_norm": (1, TrainConfig.clip_norm),
-    "opt_name": ("lamb", train.Lamb.__name__.lower()),
-    "gradient_accumulation_steps": (1, TrainConfig.accumulation),
-    "model_eval_ema_factor": (0.999, TrainConfig.ema_decay),
-    "model_weights_initialization_scale": (0.5, ModelConfig.weights_init_scale),
-    "eval_max_prediction_symbols": (300, decode.MAX_SYMBOLS),
-    "data_train_max_duration": (16.7, FeatureConfig.max_utterance_s),
-    "data_train_num_buckets": (6, FeatureConfig.num_buckets),
-    "data_speed_perturbaton_min": (0.85, FeatureConfig.speed_min),  # spelt so in the logs
-    "data_speed_perturbaton_max": (1.15, FeatureConfig.speed_max),
-    "data_spec_augment_freq_n": (2, FeatureConfig.freq_masks),
-    "data_spec_augment_freq_max": (20, FeatureConfig.freq_mask_max),
-    "data_spec_augment_time_n": (10, FeatureConfig.time_masks),
-    "data_spec_augment_time_max": (0.03, FeatureConfig.time_mask_max),
-}
-
-REQUIRED = ["--data", "corpus", "--train-splits", "train", "--dev-split", "dev", "--out", "run"]
-
-
-def parse(*argv):
-    return train.parse_configs([*REQUIRED, *argv])
-
-
-@pytest.mark.parametrize("key", sorted(CONSTANTS))
-def test_default_is_mlperfs(key):
-    published, ours = CONSTANTS[key]
-    assert ours == published
-
-
-# -------------------------------------------------------------------------------------- optimiser
-
-
-def as_parameters(values):
-    return [nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in values]
-
-
-def lamb_by_the_formula(param, grads, lr, betas, eps, weight_decay):
-    """You et al. (2019), algorithm 2 with bias correction, one tensor after another."""
-    mean, square = torch.zeros_like(param), torch.zeros_like(param)
-    for t, grad in enumerate(grads, 1):
-        mean = betas[0] * mean + (1 - betas[0]) * grad
-        square = betas[1] * square + (1 - betas[1]) * grad**2
-        update = mean / (1 - betas[0] ** t)
-        update = update / ((square / (1 - betas[1] ** t)).sqrt() + eps)
-        update = update + weight_decay * param
-        norms = param.norm(), update.norm()
-        ratio = norms[0] / norms[1] if norms[0] > 0 and norms[1] > 0 else 1.0
-        param = param - lr * ratio * update
-    return param
-
-
-LAMB = dict(betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
-
-
-def random_problem():
-    """Tensors, the second of which starts at zero, and the gradients of six steps for each."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4), (5,), (2, 2, 2)]
-    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    values[1].zero_()
-    grads = [[torch.randn(s, generator=generator, dtype=torch.float64) for _ in range(6)]
-             for s in shapes]
-    return values, grads
-
-
-def test_lamb_has_the_defaults_of_torchs_adam():
-    (param,) = as_parameters([[1.0]])
-    ours, torchs = (o([param]).defaults for o in (train.Lamb, torch.optim.Adam))
-    for name in ("lr", "betas", "eps", "weight_decay"):
-        assert ours[name] == torchs[name]
-
-
-def run_lamb(optimizer, params, grads, steps):
-    for t in steps:
-        for param, param_grads in zip(params, grads, strict=True):
-            param.grad = param_grads[t].clone()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("part", [5, train.Lamb.PART])  # tensors of 12, 5 and 8 values
-def test_lamb_follows_the_formula(monkeypatch, part):
-    monkeypatch.setattr(train.Lamb, "PART", part)
-    values, grads = random_problem()
-    params = [nn.Parameter(v.clone()) for v in values]
-    run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
-    for param, value, param_grads in zip(params, values, grads, strict=True):
-        expected = lamb_by_the_formula(value, param_grads, 0.02, **LAMB)
-        # The order of operations differs, in float64.
-        torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-14)
-
-
-def test_lamb_moves_a_tensor_without_gradient_by_its_weight_decay_alone():
-    (param,) = as_parameters([[3.0, -4.0]])
-    param.grad = torch.zeros_like(param)
-    train.Lamb([param], lr=0.1, weight_decay=0.01).step()
-    # The update is 0.01 * param, the ratio 100: the step is lr * param.
-    assert param.tolist() == pytest.approx([2.7, -3.6], rel=1e-12)
-
-
-def test_lamb_leaves_zeros_without_gradient_and_unused_parameters_alone():
-    zeros, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
-    zeros.grad = torch.zeros(3)
-    train.Lamb([zeros, unused], lr=0.1, weight_decay=0.01).step()
-    assert torch.equal(zeros, torch.zeros(3))
-    assert torch.equal(unused, torch.ones(3))
-
-
-def test_lamb_goes_on_from_its_state_with_gradients_of_any_strides():
-    values, grads = random_problem()
-    params = [nn.Parameter(v.clone()) for v in values]
-    run_lamb(train.Lamb(params, 0.02, **LAMB), params, grads, range(6))
-
-    others = [nn.Parameter(v.clone()) for v in values]
-    first = train.Lamb(others, 0.02, **LAMB)
-    run_lamb(first, others, grads, range(3))
-    second = train.Lamb(others, 0.5, betas=(0.1, 0.1), eps=1.0)
-    second.load_state_dict(first.state_dict())
-    strided = [[g.transpose(0, -1).contiguous().transpose(0, -1) for g in of] for of in grads]
-    assert not strided[0][0].is_contiguous()
-    run_lamb(second, others, strided, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
-
-
-def clip(grads, max_norm):
-    params = as_parameters([[0.0] * len(g) for g in grads])
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = torch.tensor(grad, dtype=torch.float64)
-    norm = train.clip_gradients(iter(params), max_norm)
-    return norm, [p.grad.tolist() for p in params]
-
-
-def test_clipping_scales_all_gradients_to_the_common_norm():
-    norm, clipped = clip([[3.0, 0.0], [0.0, 0.0, -4.0]], 1.0)
-    assert norm == 5.0  # as it was
-    assert clipped == [[3 / 5, 0.0], [0.0, 0.0, -4 / 5]]
-
-
-@pytest.mark.parametrize("max_norm", [5.0, 7.0, math.inf])
-def test_clipping_leaves_small_gradients_alone(max_norm):
-    assert clip([[3.0], [-4.0]], max_norm) == (5.0, [[3.0], [-4.0]])
-
-
-def test_ema_follows_the_formula_for_parameters_and_buffers():
-    # optim_oracles.json, ema: decay 0.999, start at 1.
-    model, ema = nn.BatchNorm1d(2).double(), nn.BatchNorm1d(2).double()
-    del model.num_batches_tracked, ema.num_batches_tracked
-    for x in [*model.state_dict().values(), *ema.state_dict().values()]:
-        x.fill_(1.0)
-    steps = ((2.0, 1.001), (3.0, 1.002999), (0.5, 1.002496001), (-1.0, 1.000493504999))
-    for weight, expected in steps:
-        for x in model.state_dict().values():
-            x.fill_(weight)
-        train.update_ema(ema, model, 0.999)
-        assert len(ema.state_dict()) == 4  # weight, bias, running mean and variance
-        for x in ema.state_dict().values():
-            assert x.tolist() == pytest.approx([expected] * 2, rel=1e-15)
-        assert all(x.eq(weight).all() for x in model.state_dict().values())
-
+from recipe import TrainConfig, parse_configs
 
 # ------------------------------------------------------------------------------------- one step
 
@@ -584,112 +370,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
     assert all(results["unchanged"] and results["no gradient"] for results in two_ranks)
 
 
-# -------------------------------------------------------------------------------------------- flags
-
-
-def another(value):
-    """A legal value for a numeric or boolean field whose default is `value`."""
-    if isinstance(value, bool):
-        return not value
-    return value + 1 if isinstance(value, int) else 0.9 * value + 0.001
-
-
-@pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
-def test_every_field_is_a_flag(config):
-    names = {"preset": "baseline", "precision": "bf16", "backend": "mpi", "init": "best.pt",
-             "submission_division": "closed", "submission_org": "Ours", "normalize": "none"}
-    defaults = next(c for c in parse() if isinstance(c, config))
-    for field in fields(config):
-        if field.name in ("data", "train_splits", "dev_split", "out"):
-            continue  # REQUIRED has them
-        flag = "--" + field.name.replace("_", "-")
-        if field.name in ("feature_size", "char_head"):  # follow from other flags
-            with pytest.raises(SystemExit):
-                parse(flag, "256")
-            continue
-        old = getattr(defaults, field.name)
-        value = names.get(field.name) or another(old)
-        argv = [flag, str(value)]
-        if field.name in ("ctc_split", "char_weight", "lattice_band"):  # a CTC loss allows them
-            argv += ["--ctc-weight", "0.1"]
-        if isinstance(value, bool):
-            argv = [flag if value else flag.replace("--", "--no-")]
-        changed = next(c for c in parse(*argv) if isinstance(c, config))
-        assert getattr(changed, field.name) == value != old, flag
-
-
-def test_help_tells_what_every_flag_does_and_its_default(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_configs(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "factor per epoch after warm-up and hold (0.935)" in said
-    assert "--stack STACK frames that StackTime concatenates (8)" in said  # of the default preset
-    assert "of the utterance's own length (0.03)" in said
-    assert re.search(r"--num-buckets NUM_BUCKETS [^-]*\(12\)", said)
-
-
-def test_the_models_input_size_follows_the_front_end():
-    _, model_cfg, features = parse("--num-mels", "20", "--splice", "5", "--align", "16")
-    assert model_cfg.feature_size == features.feature_size == 112
-
-
-def test_train_splits_may_be_many():
-    assert parse("--train-splits", "a", "b", "c")[0].train_splits == ("a", "b", "c")
-
-
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_preset_brings_its_model_and_recipe(preset):
-    cfg, model_cfg, features = parse("--preset", preset)
-    recipe = dict(train.RECIPES.get(preset, {}))
-    required = dict(data="corpus", train_splits=("train",), dev_split="dev", out="run")
-    ctc_split = recipe.pop("ctc_split")
-    names = {field.name for field in fields(FeatureConfig)} & set(recipe)
-    assert features == FeatureConfig(**{name: recipe.pop(name) for name in names})
-    assert asdict(cfg) == asdict(TrainConfig(**required, preset=preset, **recipe))
-    assert model_cfg == replace(PRESETS[preset], ctc_split=ctc_split if cfg.has_ctc else 0,
-                                char_head=cfg.char_weight > 0)
-
-
-@pytest.mark.parametrize("argv", [
-    ["--preset", "demo", "--epochs", "3", "--stack", "2"],
-    ["--stack", "2", "--epochs", "3", "--preset", "demo"],
-])
-def test_flags_win_over_the_preset_wherever_they_stand(argv):
-    cfg, model_cfg, _ = parse(*argv)
-    assert train.RECIPES["demo"]["epochs"] != 3
-    assert cfg.epochs == 3
-    assert cfg.ema_decay == train.RECIPES["demo"]["ema_decay"] != TrainConfig.ema_decay
-    assert model_cfg == replace(PRESETS["demo"], stack=2, ctc_split=2, char_head=True)
-
-
-WRONG_FLAGS = """
-    --learning-rate 0.1; --epoch 3; --epochs 2.5; --epochs 0; --epochs many; --batch-size -4;
-    --accumulation 0; --lr 0; --lr nan; --lr inf; --lr-min 0.5; --lr-gamma 1.01; --clip-norm -1;
-    --beta1 1.0; --ema-decay 1.5; --target-wer 25; --time-limit-s nan; --seed -1; --preset huge;
-    --precision fp16; --backend nccl; --submission-division shut; --enc-dropout 1.25; --stack 0;
-    --weights-init-scale nan; --speed-max 0.75; --speed-max inf; --dither inf; --hop -1;
-    --time-mask-max 1.5; --freq-mask-max 81; --fft-size 256; --trim-db 3; --trim-db nan;
-    --unknown 1
-"""
-
-
-@pytest.mark.parametrize("argv", [flag.split() for flag in WRONG_FLAGS.split(";")], ids=" ".join)
-def test_a_wrong_flag_ends_with_status_2_and_is_named(argv, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        parse(*argv)
-    message = capsys.readouterr().err.rpartition("error:")[2]
-    assert argv[0].strip("-").replace("-", "_") in message.replace("-", "_")
-    assert argv[1] in message
-
-
-@pytest.mark.parametrize("flag", ["--data", "--train-splits", "--dev-split", "--out"])
-def test_the_corpus_and_the_run_directory_must_be_given(flag, capsys):
-    i = REQUIRED.index(flag)
-    with pytest.raises(SystemExit, match="^2$"):
-        train.parse_configs(REQUIRED[:i] + REQUIRED[i + 2 :])
-    assert flag in capsys.readouterr().err
-
-
 # --------------------------------------------------------------------------------------- whole runs
 
 
@@ -866,7 +546,7 @@ def test_a_corpus_with_errors_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def epoch_ids(corpus):
     """epoch_ids(...) -> ids of the utterances of every step of an epoch of the tiny corpus."""
-    cfg, model_cfg, features = train.parse_configs(["--data", str(corpus), "--out", "", *TINY])
+    cfg, model_cfg, features = parse_configs(["--data", str(corpus), "--out", "", *TINY])
     utterances = data.read_split(corpus, "train", features)[:8]
     tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, model_cfg.vocab_size))
 
@@ -922,7 +602,7 @@ def test_batches_hold_utterances_that_are_equally_long_after_speed_perturbation(
 
 
 def test_augmentation_changes_from_epoch_to_epoch(corpus):
-    cfg, _, features = train.parse_configs(["--data", str(corpus), "--out", "", *TINY])
+    cfg, _, features = parse_configs(["--data", str(corpus), "--out", "", *TINY])
     utterances = data.read_split(corpus, "train", features)
     tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
     feats = {}
@@ -938,7 +618,7 @@ def test_augmentation_changes_from_epoch_to_epoch(corpus):
 
 
 def test_evaluation_scores_the_averaged_weights(corpus):
-    cfg, model_cfg, features = train.parse_configs(["--data", str(corpus), "--out", "", *TINY])
+    cfg, model_cfg, features = parse_configs(["--data", str(corpus), "--out", "", *TINY])
     tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, model_cfg.vocab_size))
     trainer = train.make_trainer(cfg, replace(model_cfg, vocab_size=tokenizer.vocab_size), ALONE)
     with torch.no_grad():

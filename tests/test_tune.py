@@ -22,7 +22,7 @@ import pytest
 from optuna.trial import TrialState
 from tones import REPO
 
-import train
+from recipe import RECIPES
 from tools import tune
 
 # Three epochs of 10 s by its log. The last WER is 0.1 plus 100 times the distance of lr from 0.004.
@@ -526,5 +526,5 @@ def test_run_sh_shows_its_launch(case):
     defaults = tune.check_values(search, ["env", "CORPUS=demo", "bash", "run.sh", "--epochs", "5"])
     assert defaults["epochs"] == 5
     assert defaults["preset"] == "demo"
-    assert defaults["ctc_epochs"] == train.RECIPES["demo"]["ctc_epochs"]
+    assert defaults["ctc_epochs"] == RECIPES["demo"]["ctc_epochs"]
     tune.check_values(tune.read_search(REPO / "docs/tune-demo.yaml"), ["bash", "run.sh"])

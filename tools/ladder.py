@@ -39,6 +39,7 @@ import report
 import train
 from features import FeatureConfig
 from ranks import all_sum, start_ranks
+from recipe import parse_configs
 
 PLAIN_ROWS = 4  # utterances whose logits plain_joint_loss holds at the same time
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -159,7 +160,7 @@ def make_trainer(argv: Sequence[str]) -> tuple[train.Trainer, FeatureConfig]:
     """A trainer for train.py's flags in `argv`, within the ranks that the launcher started."""
     # The flags that train.py requires say where a run is, which a step does not depend on.
     required = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
-    cfg, model_cfg, features = train.parse_configs([*required, *argv])
+    cfg, model_cfg, features = parse_configs([*required, *argv])
     ranks, _ = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
     torch.set_flush_denormal(True)  # as in train.py: denormal numbers slow LSTMs
     return train.make_trainer(cfg, model_cfg, ranks), features

@@ -50,9 +50,10 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-import train
+from recipe import parse_configs
 from report import read_run
 from tools import launch
+from train import EXIT_STATUS
 
 REPO = Path(__file__).resolve().parent.parent
 PATHS = ("data", "out", "resume", "restart")  # flags about a place, which may differ between hosts
@@ -218,7 +219,7 @@ def parse(argv: Sequence[str]) -> dict:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            configs = train.parse_configs(argv)
+            configs = parse_configs(argv)
     except SystemExit:
         raise ValueError(output.getvalue().strip().splitlines()[-1]) from None
     return {name: value for config in configs for name, value in asdict(config).items()}
@@ -341,7 +342,7 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
                 if reason is not None:
                     trial.set_user_attr("reason", reason)
                     raise TrialPruned
-    if process.returncode in (0, train.EXIT_STATUS["time limit"]) and evals:
+    if process.returncode in (0, EXIT_STATUS["time limit"]) and evals:
         return [seconds, min(wers.values())]
     lines = (folder / "run.log").read_text(errors="replace").strip().splitlines()
     # Launchers print more after the message that matters.

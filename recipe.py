@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How to train: the configuration, the recipes of the presets, and the flags of train.py.
+
+Every field of TrainConfig, ModelConfig and FeatureConfig is a flag; a preset changes defaults of
+all three. The defaults of TrainConfig are those of the MLPerf Training v1.0 RNN-T.
+"""
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+
+from features import FeatureConfig, check_ranges
+from model import PRESETS, ModelConfig
+
+# ------------------------------------------------------------------------ configuration and recipes
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are MLPerf v1.0's; a preset of RECIPES changes some."""
+
+    data: str  # corpus root, in LibriSpeech's form
+    train_splits: tuple[str, ...]  # folders below it
+    dev_split: str
+    out: str  # run directory
+    preset: str = "democratized"  # model and recipe
+    epochs: int = 49  # at most
+    batch_size: int = 32  # utterances per rank and forward pass
+    accumulation: int = 1  # forward passes per step, exactly one big batch
+    lr: float = 0.004  # the largest learning rate
+    lr_min: float = 1e-5
+    warmup_epochs: float = 6
+    hold_epochs: float = 40
+    lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
+    hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
+    ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
+    ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
+    char_weight: float = 0.0  # of a CTC loss of characters before StackTime, relative to CTC's
+    lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
+    ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
+    ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-9
+    weight_decay: float = 1e-3  # on every parameter; 0 makes LAMB Adam
+    clip_norm: float = 1.0  # largest norm of the whole gradient
+    ema_decay: float = 0.999  # of the averaged weights that are evaluated
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
+    target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
+    time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
+    checkpoint_every_s: float = 900.0  # also at every epoch's end
+    eval_epochs: int = 1  # epochs from one evaluation to the next; the last is always evaluated
+    resume: bool = False  # continue the run in the run directory
+    init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
+    restart: bool = False  # delete the run in the run directory
+    skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
+    seed: int = 1
+    loader_workers: int = 2  # processes that prepare batches, when the cores are free
+    eval_batch_size: int = 32
+    log_every: int = 10  # steps between lines on the console; log.jsonl has all
+    tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
+    profile: bool = False  # measure where the time of five steps goes
+    timeout_s: float = 600.0  # longest wait for another rank; half of it for a batch
+    submission_division: str = "open"  # in mllog.log; closed fixes MLPerf's recipe
+    submission_org: str = "none"  # who submits
+    ranks: int = 0  # refuse to start with another number of them; 0: any
+    backend: str = "gloo"  # of torch.distributed: gloo, ccl (oneCCL) or mpi
+    ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("preset", sorted(PRESETS)), ("precision", ["auto", "bf16", "fp32"]),
+            ("backend", ["ccl", "gloo", "mpi"]),
+            ("submission_division", ["open", "closed"]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {choices}")
+        check_ranges(self, (
+            (("epochs", "batch_size", "accumulation", "eval_batch_size", "eval_epochs",
+              "log_every"),
+             lambda x: x >= 1, "at least 1"),
+            (("lr", "eps", "clip_norm", "timeout_s"), lambda x: x > 0, "more than 0"),
+            (("lr_min", "warmup_epochs", "hold_epochs", "weight_decay", "target_wer",
+              "time_limit_s", "checkpoint_every_s", "seed", "loader_workers", "ctc_epochs",
+              "ctc_weight", "char_weight", "lattice_band", "ramp_begin",
+              "ramp_epochs"),
+             lambda x: x >= 0, "at least 0"),
+            (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1, "0 <= x < 1"),
+            (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
+            (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
+            (("hold_share",), lambda x: 0 <= x < 1, "0 <= x < 1"),
+        ), may_be_infinite="clip_norm")
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
+        if self.char_weight and not self.has_ctc:
+            raise ValueError(f"char_weight: {self.char_weight}, expected 0 without ctc_epochs and "
+                             "ctc_weight, which it is relative to")
+        if self.lattice_band and self.ctc_weight == 0:
+            raise ValueError(f"lattice_band: {self.lattice_band}, expected 0 without ctc_weight, "
+                             "whose CTC head finds the band")
+        if self.resume and self.restart:
+            raise ValueError("resume and restart exclude each other")
+
+    def global_batch(self, ranks: int) -> int:
+        """Utterances of a step."""
+        return self.batch_size * self.accumulation * ranks
+
+    def is_scored(self, epoch: int) -> bool:
+        """True if the dev split is evaluated after an epoch; 0 stands for the start."""
+        return epoch % self.eval_epochs == 0 or epoch >= self.epochs
+
+    def is_target(self, wer: float) -> bool:
+        return self.target_wer > 0 and wer <= self.target_wer
+
+    @property
+    def has_ctc(self) -> bool:
+        return self.ctc_epochs > 0 or self.ctc_weight > 0
+
+    def is_ctc_alone(self, epoch: int) -> bool:
+        """True in the epochs, counted from 1, that train the CTC head without the transducer."""
+        return 0 < epoch <= min(self.ctc_epochs, self.epochs // 4)
+
+    def strength(self, epoch: int) -> float:
+        """Share of their full strength that dropout and augmentation have in an epoch."""
+        return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
+
+
+# The fields that a preset changes beside model.PRESETS. Small corpora need small batches and so
+# have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient of
+# a small batch is mostly noise; without weight decay it is Adam, which suits batches of 8.
+# `ctc_split` stands here because the head exists only with a CTC loss and is counted apart.
+RECIPES = {
+    "baseline": dict(ctc_split=1),
+    # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
+    # fewer frames than labels, so the CTC head needs several positions per frame.
+    "democratized": dict(num_buckets=12, ctc_split=4),
+    "mini": dict(epochs=44, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
+                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.998,
+                 ctc_epochs=3, ctc_weight=0.3, ctc_split=1, char_weight=0.5, lattice_band=4,
+                 eval_epochs=4, ramp_begin=5, ramp_epochs=12, num_buckets=12, splice=1, align=16,
+                 freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96),
+    # The demo's own recordings are clean and close: noise, silence and telephones are added.
+    "demo": dict(epochs=12, batch_size=16, lr=0.004, lr_min=1e-6, warmup_epochs=0.5,
+                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.99,
+                 ctc_epochs=2, ctc_weight=0.3, ctc_split=2, char_weight=0.5, eval_epochs=3,
+                 ramp_begin=2, ramp_epochs=6, num_buckets=12, noise_prob=0.5, pad_max_s=1.0,
+                 empty_prob=0.03, gain_db=20.0, band_prob=0.2),
+}
+
+# The fields of model and front end that a run with --init chooses for itself. All others are those
+# of its checkpoint.
+FREE_FIELDS = {
+    "vocab_size", "ctc_split", "char_head", "enc_dropout", "pred_dropout", "joint_dropout",
+    "speed_min", "speed_max", "band_prob", "pad_max_s", "empty_prob", "noise_prob", "snr_min_db",
+    "snr_max_db", "gain_db", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
+    "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
+}
+# A recipe begins so that random weights find the alignment; the weights of --init have found it.
+NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Adds one flag for each field of a config dataclass; absent flags keep the preset's value.
+
+    The help of a flag is the comment behind its field and the default.
+    """
+    defaults = PRESETS[TrainConfig.preset] if config is ModelConfig else config
+    source = inspect.getsource(config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for field in fields(config):
+        if field.name in ("feature_size", "char_head"):  # follow from other flags
+            continue
+        options: dict = {"default": argparse.SUPPRESS, "required": field.default is MISSING}
+        default = RECIPES[TrainConfig.preset].get(field.name, getattr(defaults, field.name, ""))
+        default = "" if field.default is MISSING else f"({default})"
+        options["help"] = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type == tuple[str, ...]:
+            options["nargs"] = "+"
+        else:
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    for config in (TrainConfig, ModelConfig, FeatureConfig):
+        add_flags(parser.add_argument_group(config.__name__), config)
+    return parser
+
+
+def architecture(stored: dict, given: dict) -> dict:
+    """The fields of a checkpoint's config that a run with --init keeps: all but FREE_FIELDS.
+
+    Raises:
+        ValueError: a flag, one of `given`, has another value.
+    """
+    kept = {name: value for name, value in stored.items() if name not in FREE_FIELDS}
+    for name, value in kept.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}")
+    return kept
+
+
+def make_configs(given: dict,
+                 origin: dict | None = None) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Flags -> the three configs; a wrong value ends the program with status 2.
+
+    Args:
+        given: the flags of the command line and their values.
+        origin: a checkpoint whose architecture the run keeps; its preset is the default.
+    """
+    if origin is not None:
+        before = origin["train_config"]
+        given = {"preset": before["preset"], "init": before.get("init", ""), **given}
+    preset = given.get("preset", TrainConfig.preset)
+    values = {**RECIPES.get(preset, {}), **(NO_START if origin else {}), **given}
+
+    def values_for(config: type) -> dict:
+        return {f.name: values[f.name] for f in fields(config) if f.name in values}
+
+    try:
+        train = TrainConfig(**values_for(TrainConfig))
+        features = FeatureConfig(**values_for(FeatureConfig))
+        model = replace(PRESETS[preset], **values_for(ModelConfig))
+        if origin is not None:
+            features = replace(features, **architecture(origin["feature_config"], given))
+            model = replace(model, **architecture(origin["model_config"], given))
+        model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
+        if not train.has_ctc:
+            model = replace(model, ctc_split=0)  # the head exists only if a loss uses it
+        elif not model.ctc_split:
+            raise ValueError("ctc_split: 0, expected at least 1 with ctc_epochs or ctc_weight")
+    except ValueError as error:
+        make_parser().error(str(error))
+    return replace(train, train_splits=tuple(train.train_splits)), model, features
+
+
+def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+    """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
+    return make_configs(vars(make_parser().parse_args(argv)))
