@@ -725,7 +725,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vtt", help="likewise as WebVTT")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
-                        "input while it comes: 16-bit little-endian, one channel, 16 kHz")
+                        "input while it comes: 16-bit little-endian, one channel, the model's rate")
     parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="pause that ends a line of "
                         "--stream (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)

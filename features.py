@@ -592,7 +592,7 @@ def splice(mels: Tensor, cfg: FeatureConfig = DEFAULT) -> Tensor:
 
 def features(samples: np.ndarray, cfg: FeatureConfig = DEFAULT,
              rng: np.random.Generator | None = None, strength: float = 1.0) -> Tensor:
-    """(n,) samples -> (T_in, 256) input frames of 30 ms.
+    """(n,) samples -> (T_in, D) input frames, by default of 256 values and 30 ms.
 
     With `rng`, augmented for training: see `perturb`, `warp_mels` and `spec_augment`, which have
     `strength` times their full strength. `draw_layout` on an equal `rng` tells the length and

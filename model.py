@@ -13,6 +13,7 @@ Shape letters, used in every file:
     T  encoder frames                 U     target labels (the lattice axis is U+1)
     V  output classes, blank included D     size of an input frame
     H  LSTM hidden size               J     joint hidden size
+    T_low  frames between the lower LSTMs and StackTime; T_in without convolutions
 Lengths are int64 (B,) and count valid items before padding: feat_lens, enc_lens, target_lens.
 
 Graves (2012), arXiv:1211.3711: the transducer. He et al. (2019), arXiv:1811.06621: LSTM

@@ -19,8 +19,9 @@ def lr_at(step: int, epoch: int, *, lr: float, warmup_epochs: float, hold_epochs
     """Learning rate of a step; step and epoch count from 1.
 
     Linear warm-up, hold, then a factor `gamma` per epoch (constant inside an epoch), never less
-    than `lr_min`: common/optimizers.py:20-46 of the original. With `hold_share` the rate is held
-    for that share of all `epochs` instead and then falls linearly, to `lr_min` at their end.
+    than `lr_min`: common/optimizers.py:20-46 of Intel e2eAIOK's RNN-T. With `hold_share` the rate
+    is held for that share of all `epochs` instead and then falls linearly, to `lr_min` at their
+    end.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How to train: the configuration, the recipes of the presets, and the flags of train.py.
 
-Every field of TrainConfig, ModelConfig and FeatureConfig is a flag; a preset changes defaults of
-all three. The defaults of TrainConfig are those of the MLPerf Training v1.0 RNN-T.
+Every field of TrainConfig, ModelConfig and FeatureConfig is a flag, but for feature_size and
+char_head, which follow from others. A preset changes defaults of all three. The defaults of TrainConfig are those of the MLPerf Training v1.0 RNN-T.
 """
 
 import argparse

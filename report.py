@@ -4,8 +4,9 @@
     steps, evals = read_run(Path("out/demo"))
     draw_curves({"demo": (steps, evals)}, Path("curves.png"))
 
-train.py calls everything here on rank 0; `python -m tools.bench` uses the reader, the curves and
-the profile. Arguments are plain values and config dataclasses: no model, no group of ranks.
+train.py uses all of this; a log and a progress bar are silent on other ranks than 0. `python -m
+tools.bench` uses the reader, the curves and the profile. Arguments are plain values and config
+dataclasses: no model, no group of ranks.
 
 log.jsonl has one object a line; `event` is start, step, epoch, eval or end. A step, an epoch and
 an eval carry `epoch`, from 1, and `step`; a step and an eval also `epochs`, which is fractional,
@@ -294,7 +295,7 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         "opt_learning_rate_warmup_epochs": cfg.warmup_epochs,
         "opt_lamb_learning_rate_hold_epochs": cfg.hold_epochs,
         "opt_lamb_learning_rate_decay_poly_power": cfg.lr_gamma,
-        "opt_learning_rate_alt_warmup_func": True,  # train.lr_at has this form and no other
+        "opt_learning_rate_alt_warmup_func": True,  # optimizer.lr_at has this form and no other
         "opt_learning_rate_alt_decay_func": True,
         "opt_lamb_beta_1": cfg.beta1,
         "opt_lamb_beta_2": cfg.beta2,

@@ -12,7 +12,8 @@
 #
 # Writes .venv, the corpus in $DATA and the run in $OUT; relative paths start at this folder.
 # A second call continues the run in $OUT. The first step that fails gives the exit status.
-# Other hosts need this folder, with its .venv, $DATA and $OUT at the same paths; run it on the first of them.
+# Other hosts need this folder with its .venv at the same path, and $DATA and $OUT on a disk that all
+# share; run it on the first of them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -10,7 +10,7 @@
 Writes to --out: log.jsonl (one object per line: start, step, epoch, eval, end), mllog.log (the
 same for MLPerf's compliance checker), curves.png, checkpoint-<step>.pt (the last two) and best.pt;
 trace.json with --profile, TensorBoard's files with --tensorboard.
-Every field of the three configurations is a flag; presets change their defaults: recipe.py.
+The fields of the three configurations are flags; presets change their defaults: recipe.py.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
 a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes what was heard in audio files: CTM, JSON, subtitles, a picture.
 
-    write_subtitles("a.srt", transcription)
+    write_srt("a.srt", transcription)
     write_ctm("all.ctm", transcriptions, frame_s=0.12)
 
 Times are in seconds from the beginning of the file.
