@@ -505,7 +505,6 @@ class Batch(NamedTuple):
     chars: Tensor  # (B, C) the same texts, a label for every character
     char_lens: Tensor  # (B,)
     ids: list[str]
-    audio_s: float  # summed duration, as recorded
     num_requested: int  # utterances of the batch before `skip_bad` left any out
 
 
@@ -603,7 +602,7 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     padded = pad_sequence(feats, batch_first=True)
     padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % cfg.round_frames))
     return Batch(padded, feat_lens, *pad_labels(labels, cfg), *pad_labels(chars, cfg),
-                 [u.id for u in utterances], sum(u.duration_s for u in utterances), len(items))
+                 [u.id for u in utterances], len(items))
 
 
 # ------------------------------------------------------------------------------- worker processes

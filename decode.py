@@ -298,12 +298,16 @@ def describe_errors(hypotheses: Sequence[str], references: Sequence[str]) -> lis
 # ------------------------------------------------------------------------------- scoring a split
 
 
+def stored_tokenizer(checkpoint: dict) -> Tokenizer:
+    return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+
+
 def restore(checkpoint: dict) -> tuple[Transducer, Tokenizer, FeatureConfig]:
     """Model with averaged weights in evaluation mode, tokenizer and front end of a checkpoint."""
     model = Transducer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["ema"])
-    tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
-    return model.eval(), tokenizer, FeatureConfig(**checkpoint["feature_config"])
+    features = FeatureConfig(**checkpoint["feature_config"])
+    return model.eval(), stored_tokenizer(checkpoint), features
 
 
 def evaluation_batches(utterances: Sequence[data.Utterance], batch_size: int) -> list[list[int]]:

@@ -55,11 +55,11 @@ class FeatureConfig:
     """The front end. The values are those of the original's configs/baseline_v3-1023sp.yaml. Fields
     that it does not have are off, but for round_frames and round_labels, which only pad."""
 
-    sample_rate_hz: int = 16000
-    preemphasis: float = 0.97
+    sample_rate_hz: int = 16000  # recordings at other rates are resampled
+    preemphasis: float = 0.97  # share of the last sample that is subtracted
     window: int = 0  # samples; 0: 20 ms
     hop: int = 0  # samples; 0: 10 ms
-    fft_size: int = 512
+    fft_size: int = 512  # points of the Fourier transform
     num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
@@ -69,18 +69,18 @@ class FeatureConfig:
     dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
     normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
-    speed_max: float = 1.15
+    speed_max: float = 1.15  # likewise, the largest factor
     band_prob: float = 0.0  # share of recordings with a low-pass at one of BANDS_HZ; training only
     pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
     empty_prob: float = 0.0  # share of recordings that become silence or noise, without words
     noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
-    snr_min_db: float = 5.0  # of the added noise: uniform in decibels
-    snr_max_db: float = 40.0
+    snr_min_db: float = 5.0  # smallest signal-to-noise ratio of noise_prob, in decibels
+    snr_max_db: float = 40.0  # largest; the draw is uniform in decibels
     gain_db: float = 0.0  # largest change of level, up or down; training only
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
     freq_mask_max: int = 20  # mel bins
-    time_masks: int = 10
+    time_masks: int = 10  # spans of frames that are masked
     time_mask_max: float = 0.03  # share of the utterance's own length
     max_utterance_s: float = 16.7  # longer utterances are not trained on
     num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one

@@ -47,7 +47,7 @@ class ModelConfig:
     stack: int = 2  # frames that StackTime concatenates
     post_layers: int = 3  # LSTM layers after StackTime
     pred_hidden: int = 512  # H of the prediction network, and its embedding size
-    pred_layers: int = 2
+    pred_layers: int = 2  # LSTM layers of the prediction network
     joint_hidden: int = 512  # J
     enc_dropout: float = 0.1  # after every LSTM layer of the encoder
     pred_dropout: float = 0.3  # after every LSTM layer of the prediction network

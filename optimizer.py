@@ -63,8 +63,8 @@ class Lamb(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.Adam; the decay is decoupled.
     """
 
-    # Values that are updated at a time: five tensors of 2.5 MB in all stay in the caches of two
-    # cores over all operations of an update.
+    # `move` updates so many values at a time: five tensors, 2.5 MB in all, stay in the caches of
+    # two cores.
     PART = 2**17
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3,

@@ -2,7 +2,8 @@
 """How to train: the configuration, the recipes of the presets, and the flags of train.py.
 
 Every field of TrainConfig, ModelConfig and FeatureConfig is a flag, but for feature_size and
-char_head, which follow from others. A preset changes defaults of all three. The defaults of TrainConfig are those of the MLPerf Training v1.0 RNN-T.
+char_head, which follow from others. A preset changes defaults of all three. The defaults of
+TrainConfig are those of the MLPerf Training v1.0 RNN-T.
 """
 
 import argparse
@@ -23,30 +24,30 @@ class TrainConfig:
 
     data: str  # corpus root, in LibriSpeech's form
     train_splits: tuple[str, ...]  # folders below it
-    dev_split: str
+    dev_split: str  # folder that is scored
     out: str  # run directory
     preset: str = "democratized"  # model and recipe
     epochs: int = 49  # at most
     batch_size: int = 32  # utterances per rank and forward pass
     accumulation: int = 1  # forward passes per step, exactly one big batch
     lr: float = 0.004  # the largest learning rate
-    lr_min: float = 1e-5
-    warmup_epochs: float = 6
-    hold_epochs: float = 40
+    lr_min: float = 1e-5  # the smallest learning rate
+    warmup_epochs: float = 6  # epochs in which the rate grows to lr
+    hold_epochs: float = 40  # epochs at lr after them
     lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
-    ctc_weight: float = 0.0  # of the CTC loss beside the transducer loss afterwards
-    char_weight: float = 0.0  # of a CTC loss of characters before StackTime, relative to CTC's
+    ctc_weight: float = 0.0  # weight of CTC beside the transducer loss, after ctc_epochs
+    char_weight: float = 0.0  # weight of characters' CTC before StackTime, relative to pieces'
     lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
     ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-9
+    beta1: float = 0.9  # decay of LAMB's mean of gradients
+    beta2: float = 0.999  # decay of LAMB's mean of squared gradients
+    eps: float = 1e-9  # added to the root of that mean
     weight_decay: float = 1e-3  # on every parameter; 0 makes LAMB Adam
     clip_norm: float = 1.0  # largest norm of the whole gradient
-    ema_decay: float = 0.999  # of the averaged weights that are evaluated
+    ema_decay: float = 0.999  # decay per step of the averaged weights, which are evaluated
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
     time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
@@ -56,17 +57,17 @@ class TrainConfig:
     init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
-    seed: int = 1
+    seed: int = 1  # of weights, order, augmentation and dropout
     loader_workers: int = 2  # processes that prepare batches, when the cores are free
-    eval_batch_size: int = 32
+    eval_batch_size: int = 32  # utterances that are decoded at a time
     log_every: int = 10  # steps between lines on the console; log.jsonl has all
     tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
     profile: bool = False  # measure where the time of five steps goes
     timeout_s: float = 600.0  # longest wait for another rank; half of it for a batch
-    submission_division: str = "open"  # in mllog.log; closed fixes MLPerf's recipe
+    submission_division: str = "open"  # division in mllog.log; closed is for MLPerf's own recipe
     submission_org: str = "none"  # who submits
     ranks: int = 0  # refuse to start with another number of them; 0: any
-    backend: str = "gloo"  # of torch.distributed: gloo, ccl (oneCCL) or mpi
+    backend: str = "gloo"  # backend of torch.distributed: gloo, ccl (oneCCL) or mpi
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
@@ -157,6 +158,9 @@ FREE_FIELDS = {
     "snr_max_db", "gain_db", "mel_warp", "freq_masks", "freq_mask_max", "time_masks",
     "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
 }
+# The fields that a run needs before it has read a checkpoint.
+START_FIELDS = {"data", "train_splits", "dev_split", "out", "ranks", "backend", "timeout_s",
+                "tensorboard", "resume", "restart", "init"}
 # A recipe begins so that random weights find the alignment; the weights of --init have found it.
 NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 

@@ -3,9 +3,9 @@
 
     for piece in read_pieces("meeting.flac", cfg): ...  # piece.start_s, piece.samples
 
-A model recognises recordings well that are about as long as its training utterances. A recording of at most
-`max_utterance_s` is one piece. A longer one is read in blocks, so its length does not matter for
-memory, and is cut where its level stays near its own noise floor.
+A model recognises recordings well that are about as long as its training utterances. A recording of
+at most `max_utterance_s` is one piece. A longer one is read in blocks, so its length does not
+matter for memory, and is cut where its level stays near its own noise floor.
 """
 
 import os

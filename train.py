@@ -16,28 +16,22 @@ Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong 
 a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).
 """
 
-import copy
 import gc
-import importlib
 import math
 import os
 import signal
 import sys
 import time
 import traceback
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import decode
@@ -54,261 +48,21 @@ from checkpoint import (
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig
-from loss import ctc_band, ctc_loss, joint_transducer_loss
-from model import ModelConfig, Transducer
-from optimizer import Lamb, clip_gradients, lr_at, update_ema
-from ranks import Ranks, all_sum, leave, start_ranks
-from recipe import RECIPES, TrainConfig, make_configs, make_parser
+from model import ModelConfig
+from optimizer import lr_at
+from ranks import Ranks, leave, start_ranks
+from recipe import RECIPES, START_FIELDS, TrainConfig, make_configs, make_parser
 from report import Log, Monitor
-
-# ------------------------------------------------------------------------------------- one step
-
-WHEN_DIVERGED = "if the recordings are sound, the run diverged: give a lower --lr"
-
-
-def processor_multiplies_bf16() -> bool:
-    """True if the processor's flags name AMX (Intel), AVX-512 BF16 (AMD) or BF16 (Arm).
-
-    Intel's AVX-512 BF16 instructions without AMX multiply at half of float32's rate.
-    """
-    words = set(report.processor_info().split())
-    return bool(words & {"amx_bf16", "bf16"}) or {"AuthenticAMD", "avx512_bf16"} <= words
-
-
-def matrix_dtype(precision: str) -> torch.dtype:
-    bf16 = precision == "bf16" or (precision == "auto" and processor_multiplies_bf16())
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-class Trainer(NamedTuple):
-    """Everything that a step reads or changes."""
-
-    cfg: TrainConfig
-    ranks: Ranks
-    model: Transducer
-    parallel: nn.Module  # the model, wrapped by DistributedDataParallel if there are many ranks
-    ema: Transducer  # the averaged weights
-    optimizer: Lamb
-    dtype: torch.dtype  # of the matrix products
-
-    @property
-    def global_batch(self) -> int:
-        """Utterances of a step."""
-        return self.cfg.global_batch(self.ranks.world)
-
-
-def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Trainer:
-    torch.manual_seed(cfg.seed)  # every rank starts from the same weights
-    model = Transducer(model_cfg)
-    ema = copy.deepcopy(model).eval()
-    optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
-    if cfg.ipex:
-        optimize_with_ipex(model, optimizer)
-    trainer = Trainer(cfg, ranks, model, model, ema, optimizer, matrix_dtype(cfg.precision))
-    return begin_epoch(trainer, 1)
-
-
-def begin_epoch(trainer: Trainer, epoch: int) -> Trainer:
-    """The trainer with the dropout of an epoch, counted from 1, and the parameters it trains.
-
-    Parameters that the CTC head does not need have no gradient while it is trained alone, and
-    DistributedDataParallel waits for the gradient of every parameter that had one when it was made.
-    """
-    cfg, model = trainer.cfg, trainer.model
-    model.scale_dropout(cfg.strength(epoch))
-    is_alone = cfg.is_ctc_alone(epoch)
-    changed = trainer.parallel is model
-    for name, parameter in model.named_parameters():
-        is_trained = not is_alone or name.startswith(("encoder.", "ctc_head.", "char_head."))
-        changed |= is_trained != parameter.requires_grad
-        parameter.requires_grad_(is_trained)
-    if trainer.ranks.world == 1 or not changed:
-        return trainer
-    return trainer._replace(
-        parallel=DistributedDataParallel(model, gradient_as_bucket_view=True)
-    )
-
-
-def optimize_with_ipex(model: Transducer, optimizer: Lamb) -> None:
-    """Replaces the model's LSTMs by IPEX's, in place; importing IPEX also replaces torch operators.
-
-    The parameters stay in float32 and in their own shapes: the loss multiplies with the weight of
-    the output layer itself, and checkpoints have to load without IPEX.
-    """
-    try:
-        ipex = importlib.import_module("intel_extension_for_pytorch")
-    except ImportError as error:
-        raise ValueError(f"ipex: needs intel_extension_for_pytorch: {error}") from error
-    ipex.optimize(model, optimizer=optimizer, inplace=True, weights_prepack=False)
-
-
-class Losses(NamedTuple):
-    """Negative log-likelihoods of the utterances of a micro-batch, in nats, (B,) each."""
-
-    loss: Tensor  # the weighted sum of all, which training minimises
-    transducer: Tensor  # 0 while the CTC heads are trained alone
-    ctc: Tensor  # of pieces; 0 without a CTC head and where no alignment exists
-    char: Tensor  # of characters; likewise
-    has_no_alignment: Tensor  # of pieces
-    share_of_nodes: Tensor  # of the lattice that were computed
-
-
-def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
-    model, cfg = trainer.model, trainer.cfg
-    zero = torch.zeros(len(batch.ids))
-    loss, transducer, ctc, char, has_alignment, share = *[zero] * 4, zero == 0, zero + 1
-    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
-        outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
-        if outputs.ctc_logits is not None:
-            positions = model.cfg.ctc_split * outputs.enc_lens
-            ctc, has_alignment = ctc_loss(outputs.ctc_logits, batch.targets, positions,
-                                          batch.target_lens, model.cfg.blank)
-            loss = ctc
-            if outputs.char_logits is not None:
-                char, _ = ctc_loss(outputs.char_logits, batch.chars, outputs.char_lens,
-                                   batch.char_lens, model.cfg.blank)
-                loss = ctc + cfg.char_weight * char
-            if not ctc_alone:
-                loss = cfg.ctc_weight * loss
-        if not ctc_alone:
-            band = None
-            if cfg.lattice_band:
-                band = ctc_band(outputs.ctc_logits, batch.targets, outputs.enc_lens,
-                                batch.target_lens, model.cfg.blank, model.cfg.ctc_split,
-                                cfg.lattice_band)
-            output = model.joint_network.output
-            transducer = joint_transducer_loss(
-                outputs.encoded, outputs.predicted, output.weight, output.bias, batch.targets,
-                outputs.enc_lens, batch.target_lens, model.cfg.blank,
-                model.joint_network.dropout.p, reduction="none", band=band,
-            )
-            if band is not None:
-                share = band.sum((1, 2)) / (outputs.enc_lens * (batch.target_lens + 1))
-            loss = transducer if outputs.ctc_logits is None else loss + transducer
-    return Losses(loss, transducer, ctc, char, ~has_alignment, share)
-
-
-def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
-    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (7,).
-
-    Raises:
-        FloatingPointError: a loss on any rank is not finite; every rank raises it.
-    """
-    is_finite = losses.loss.isfinite().tolist()
-    bad = [i for i, ok in zip(batch.ids, is_finite, strict=True) if not ok]
-    sums = [x.detach().double().sum() for x in losses]
-    sums = torch.tensor([len(bad), *sums, len(batch.ids)], dtype=torch.float64)
-    total_bad, *_ = sums = all_sum(sums, ranks)
-    if total_bad > 0:
-        where = f"of {', '.join(bad)}" if bad else "on another rank"
-        raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite; "
-                                 f"{WHEN_DIVERGED}")
-    return sums[1:]
-
-
-class StepResult(NamedTuple):
-    """Means over the utterances of a step, in nats."""
-
-    loss: float  # what training minimises
-    grad_norm: float
-    transducer_loss: float
-    ctc_loss: float
-    char_loss: float
-    num_unaligned: int  # utterances with more labels than the CTC head has positions
-    share_of_nodes: float  # of the lattices that were computed
-    num_left_out: int  # utterances that could not be read
-
-
-def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
-               ctc_alone: bool = False) -> StepResult:
-    """One optimiser step over all micro-batches.
-
-    Every utterance of the global batch has the same weight. Accumulation and ranks change only the
-    order of summation and the dropout masks, which depend on (seed, step, rank): a resumed run
-    draws the same ones as an uninterrupted run.
-    """
-    cfg, ranks = trainer.cfg, trainer.ranks
-    state = np.random.SeedSequence((cfg.seed, step, ranks.rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
-    trainer.parallel.train()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    num_requested = sum(b.num_requested for b in batches)  # the same on every rank
-    norm = trainer.model.encoder.feature_norm
-    if norm is not None:  # BatchNorm takes the statistics of all micro-batches of all ranks
-        moments = sum(norm.moments(b.feats, b.feat_lens) for b in batches)
-        norm.begin_step(all_sum(moments, ranks))
-    sums = torch.zeros(7, dtype=torch.float64)
-    for i, batch in enumerate(batches):
-        is_last = i == len(batches) - 1
-        # Gradients are summed over the ranks during the last backward pass only.
-        with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
-            losses = batch_losses(trainer, batch, ctc_alone)
-            sums += sum_losses(losses, batch, step, ranks)
-            (losses.loss.sum() / num_requested).backward()
-    if norm is not None:
-        norm.end_step()
-    grad_norm = clip_gradients(trainer.model.parameters(), cfg.clip_norm)
-    if not math.isfinite(grad_norm):  # every rank has the same norm
-        raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; {WHEN_DIVERGED}")
-    trainer.optimizer.param_groups[0]["lr"] = lr
-    trainer.optimizer.step()
-    # The average of the first steps would lag: its decay warms up.
-    update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
-    loss, transducer, ctc, char, num_unaligned, share, count = sums.tolist()
-    return StepResult(loss / count, grad_norm, transducer / count, ctc / count, char / count,
-                      int(num_unaligned), share / count, num_requested * ranks.world - int(count))
-
-
-def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Utterance],
-             features: FeatureConfig, ctc_alone: bool = False) -> dict:
-    """WER and CER of the averaged weights; every rank decodes its share of the batches, in float32.
-
-    With `ctc_alone` the search is that of the CTC head.
-    """
-    started = time.perf_counter()
-    cfg, ranks = trainer.cfg, trainer.ranks
-    mine = decode.evaluation_batches(utterances, cfg.eval_batch_size)[ranks.rank :: ranks.world]
-    dataset = data.SpeechDataset(utterances, None, features)
-    # A batch may take half of timeout_s, because the other ranks wait timeout_s for this one.
-    loader = data.batch_loader(dataset, mine, cfg.loader_workers, cfg.timeout_s / 2)
-    bar = report.progress_bar(loader, ranks.rank, desc="dev", unit="batch", total=len(mine))
-    counts = Counter()
-    search = decode.ctc_greedy_decode if ctc_alone else decode.greedy_decode
-    texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts, search)
-    decoded = [u for u in utterances if u.id in texts]
-    pairs = [texts[u.id] for u in decoded], [u.text for u in decoded]
-    sums = torch.tensor([*decode.word_errors(*pairs), *decode.char_errors(*pairs),
-                         counts["frames"], counts["labels"]])
-    errors, words, char_errors, chars, frames, labels = all_sum(sums, ranks).tolist()
-    seconds = time.perf_counter() - started
-    return {
-        "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
-        "cer": decode.word_error_rate(char_errors, chars),
-        "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
-        "frames": frames, "labels": labels,
-    }
-
-
-def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features: FeatureConfig,
-                cfg: TrainConfig, ranks: Ranks, epoch: int,
-                first_step: int = 0) -> Iterator[list[Batch]]:
-    """This rank's micro-batches for every step of an epoch, from its step `first_step` on.
-
-    The order of the utterances depends on (seed, epoch) alone, their augmentation on (seed, epoch,
-    utterance). A step's utterances depend on the global batch, not on how ranks and micro-batches
-    share it.
-    """
-    dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
-                                 cfg.strength(epoch))
-    global_batch = cfg.global_batch(ranks.world)
-    rng = np.random.default_rng((cfg.seed, epoch))
-    order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
-    # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
-    mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.batch_size)
-    batches = data.batch_loader(dataset, mine.tolist(), cfg.loader_workers, cfg.timeout_s / 2)
-    while step := list(islice(batches, cfg.accumulation)):
-        yield step
-
+from step import (
+    StepResult,
+    Trainer,
+    begin_epoch,
+    epoch_steps,
+    evaluate,
+    make_trainer,
+    matrix_dtype,
+    train_step,
+)
 
 # ---------------------------------------------------------------------- the run and its checkpoints
 
@@ -457,10 +211,9 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
     trainer, say = run.trainer, run.log.say
     trainer.model.load_state_dict(checkpoint["model"])
     trainer.ema.load_state_dict(checkpoint["ema"])
-    (group,) = trainer.optimizer.param_groups
-    requested = {name: group[name] for name in ("betas", "eps", "weight_decay")}
-    trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-    trainer.optimizer.param_groups[0].update(requested)  # this run's flags decide, as for lr
+    # The flags of this run decide on betas, eps and weight decay, as they do on lr.
+    groups = {"param_groups": trainer.optimizer.state_dict()["param_groups"]}
+    trainer.optimizer.load_state_dict(checkpoint["optimizer"] | groups)
     state = State(**checkpoint["state"])
     run.log.rewind(state.step, state.evaluated)
     say(f"resumed at step {state.step}, epoch {state.epoch}")
@@ -483,7 +236,7 @@ def begin_from(run: Run, origin: dict) -> State:
     another size. Weights that can recognise at once are evaluated before the first step.
     """
     trainer, weights = run.trainer, run.trainer.model.state_dict()
-    same_classes = stored_tokenizer(origin).model == run.tokenizer.model
+    same_classes = decode.stored_tokenizer(origin).model == run.tokenizer.model
     anew = () if same_classes else ("predictor.embed", "joint_network.output")
     for head, field in (("ctc_head", "ctc_split"), ("char_head", "char_head")):
         is_same = getattr(trainer.model.cfg, field) == origin["model_config"].get(field, 0)
@@ -514,7 +267,7 @@ def save(run: Run, state: State, is_best: bool = False) -> None:
 # -------------------------------------------------------------------------------------- the loop
 
 
-# Ctrl-C and the signals that batch systems send before they kill.
+# Ctrl-C sends SIGINT; batch systems send the others before they kill a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, **{s.name: 128 + s for s in STOP_SIGNALS}}
 
@@ -592,7 +345,9 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
     """
     cfg, log, per_epoch = run.trainer.cfg, run.log, run.steps_per_epoch
     if state.batch == 0:
-        evaluate_and_save(run, state)  # the last run ended between an epoch and its evaluation
+        # The weights may have no score yet: those of --init, of another dev split, or of a run that
+        # was killed before its evaluation.
+        evaluate_and_save(run, state)
     for epoch in range(state.epoch, cfg.epochs + 1):
         if cfg.is_target(state.best_wer) or stopper.should_stop():
             break
@@ -642,7 +397,8 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
 
 
 def loss_fields(run: Run, result: StepResult) -> dict:
-    """The losses of a step for log.jsonl; both parts where there is a CTC head."""
+    """The losses of a step for log.jsonl, with those of the CTC heads and the band's share of the
+    nodes if the run has them."""
     record = {"loss": result.loss}
     if run.trainer.model.cfg.ctc_split:
         record |= {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
@@ -696,7 +452,8 @@ def evaluate_and_save(run: Run, state: State) -> None:
 
 
 def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
-    """`run_epochs`, with an end in log.jsonl and a checkpoint if a recording cannot be read."""
+    """Runs `run_epochs`. An error is written to log.jsonl, and a checkpoint, too, if a recording
+    could not be read."""
     try:
         reason = run_epochs(run, state, stopper)
     except (OSError, ValueError, FloatingPointError) as error:
@@ -713,15 +470,11 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
 # ------------------------------------------------------------------------------------------- main
 
 
-def stored_tokenizer(checkpoint: dict) -> Tokenizer:
-    return Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
-
-
 def make_tokenizer(origin: dict | None, train: Sequence[Utterance], vocab_size: int,
                    log: Log) -> Tokenizer:
     """The tokenizer of `origin` if it can spell the training texts, or a new one for them."""
     if origin is not None:
-        tokenizer = stored_tokenizer(origin)
+        tokenizer = decode.stored_tokenizer(origin)
         try:
             for utterance in train:
                 tokenizer.encode(utterance.text)
@@ -781,9 +534,12 @@ def main() -> int:
     """Trains as the command line says; returns the exit status."""
     started_s = time.time()
 
-    # 1 config
+    # 1 config; a checkpoint decides what the other flags mean, so they are checked when it is read
     given = vars(make_parser(__doc__).parse_args(sys.argv[1:]))
-    cfg, model_cfg, features = make_configs(given)
+    may_continue = given.get("resume") or given.get("init")
+    cfg, model_cfg, features = make_configs(
+        {name: value for name, value in given.items() if name in START_FIELDS or not may_continue}
+    )
     out = Path(cfg.out)
 
     # 2 ranks
@@ -792,21 +548,21 @@ def main() -> int:
     torch.set_flush_denormal(True)  # small LSTM gates produce denormals, which multiply slowly
 
     # 3 data
+    lock = lock_run(out) if ranks.rank == 0 and out.is_dir() else None  # before another run writes
     resumed = find_checkpoint(cfg, log)
     path, checkpoint = resumed or (None, None)
     origin = find_origin(cfg, resumed)
-    if origin is not None:
-        cfg, model_cfg, features = make_configs(given, origin)
+    cfg, model_cfg, features = make_configs(given, origin)
     reading_s = time.time()
     train, dev = data.load_corpus(cfg.data, cfg.train_splits, cfg.dev_split, features,
                                   cfg.skip_bad, log.say)
     facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
     if checkpoint is not None:
         check_same_model(path, checkpoint, facts)
-        tokenizer = stored_tokenizer(checkpoint)
+        tokenizer = decode.stored_tokenizer(checkpoint)
     else:
-        known = None if "vocab_size" in given else origin
-        tokenizer = make_tokenizer(known, train, model_cfg.vocab_size, log)
+        tokenizer = make_tokenizer(None if "vocab_size" in given else origin, train,
+                                   model_cfg.vocab_size, log)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
     step = (checkpoint or origin or {"state": {"step": 0}})["state"]["step"]
@@ -814,6 +570,7 @@ def main() -> int:
         "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
         "checkpoint": f"step {step} in {out}", "dtype": matrix_dtype(cfg.precision),
+        "tokenizer": zlib.crc32(tokenizer.model),
     })
 
     # 4 model, 5 optimiser
@@ -825,7 +582,7 @@ def main() -> int:
     # 6 resume or begin
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lock = lock_run(out)  # noqa: F841 - the lock is held as long as this variable lives
+        lock = lock or lock_run(out)  # it is held as long as this variable lives
         clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
         # A checkpoint holds the weights, their average and the two moments of the optimiser.
         try_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))

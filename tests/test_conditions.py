@@ -7,11 +7,10 @@
 import numpy as np
 import pytest
 import soundfile
-import torch
-from test_bench import run_here, write_model
+from test_bench import _restore_denormals, run_here, write_model  # noqa: F401 - a fixture
 
 from data import Utterance
-from features import DEFAULT, load_audio
+from features import load_audio
 from tools import conditions
 from tools.conditions import CONDITIONS
 
@@ -79,15 +78,18 @@ def test_utterances_are_joined_with_pauses_between(tone, tmp_path, monkeypatch):
     monkeypatch.setattr(conditions, "JOINED_S", 4.0)
     soundfile.write(tmp_path / "a.wav", tone, 16000, subtype="FLOAT")
     utterances = [Utterance(f"{i}", str(tmp_path / "a.wav"), 1.0, f"TEXT {i}") for i in range(5)]
-    joined = conditions.join(utterances, DEFAULT, tmp_path)
+    joined = conditions.join(utterances, tmp_path)
     assert " ".join(u.text for u in joined) == "TEXT 0 TEXT 1 TEXT 2 TEXT 3 TEXT 4"
     assert len(joined) >= 2
     for utterance in joined:
         samples = load_audio(utterance.path)
         assert len(samples) == 16000 * utterance.duration_s
+        count = len(utterance.text.split()) / 2
+        assert 0.5 * count <= utterance.duration_s - count <= 1.5 * count
+        assert level_db(samples[:8000]) == pytest.approx(-70, abs=0.5)
         # Energy is that of whole tones: the pauses are quiet.
         tones = np.sum(samples**2) / np.sum(tone**2)
-        assert tones == pytest.approx(len(utterance.text.split()) / 2, abs=0.01)
+        assert tones == pytest.approx(count, abs=0.01)
     assert all(u.duration_s >= 4 for u in joined[:-1])
 
 
@@ -112,8 +114,7 @@ def test_recordings_without_speech_are_silence_and_noise():
 
 def test_every_condition_has_a_line_and_a_figure(monkeypatch, capsys, tmp_path):
     lines, result = run_here(monkeypatch, capsys, "conditions", *write_model(tmp_path))
-    torch.set_flush_denormal(False)
-    assert list(result["wer"]) == [*CONDITIONS, "joined to 10 minutes"]
+    assert list(result["wer"]) == [*CONDITIONS, "joined with pauses"]
     for name, line in zip(result["wer"], lines, strict=False):
         assert line == f"{name:30} {100 * result['wer'][name]:6.2f} %"
     assert lines[-1].startswith(f"{result['empty_with_words']} of 40 recordings without speech")

@@ -262,7 +262,7 @@ def make_batch(*numbers):
         targets[row, : target_lens[row]] = torch.randint(0, 4, (int(target_lens[row]),),
                                                          generator=generator)
     ids = [f"u{n}" for n in numbers]
-    return Batch(feats, feat_lens, targets, target_lens, targets, target_lens, ids, 1.0,
+    return Batch(feats, feat_lens, targets, target_lens, targets, target_lens, ids,
                  len(numbers))
 
 
@@ -333,7 +333,7 @@ def test_a_step_tells_which_share_of_the_nodes_it_computed(float64, monkeypatch)
         band[torch.arange(len(targets)), 0, target_lens] = False
         return band
 
-    monkeypatch.setattr(train, "ctc_band", all_but_one)
+    monkeypatch.setattr("step.ctc_band", all_but_one)
     monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
     trainer = train.begin_epoch(make_trainer(lattice_band=1), 2)
     batch = make_batch(1, 4)

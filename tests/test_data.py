@@ -800,7 +800,6 @@ def test_collate_types_and_names():
     for x in (batch.feat_lens, batch.targets, batch.target_lens, batch.chars, batch.char_lens):
         assert x.dtype == torch.int64
     assert batch.ids == ["id0", "id1"]
-    assert batch.audio_s == pytest.approx(0.9)
     assert batch.num_requested == 3
 
 

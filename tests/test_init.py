@@ -98,6 +98,14 @@ def test_a_run_begins_with_averaged_weights_and_statistics(begin, origin):
     assert not trainer.optimizer.state
 
 
+def test_flags_mean_what_the_checkpoints_preset_makes_of_them(begin):
+    """The default preset would refuse them: it has no CTC loss and a larger smallest rate."""
+    trainer = begin("--ctc-weight", "0.3", "--char-weight", "0.2", "--lattice-band", "4",
+                    "--lr", "5e-6")
+    assert trainer.cfg.preset == "demo"
+    assert trainer.cfg.lr == 5e-6
+
+
 def test_the_weights_are_evaluated_before_the_first_step(begin, origin, tmp_path, capsys):
     begin()
     (first,) = events(tmp_path / "run", "eval")

@@ -117,6 +117,15 @@ def test_lamb_follows_the_formula(monkeypatch, part):
         torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-14)
 
 
+def test_lamb_without_weight_decay_is_adam():
+    values, grads = random_problem()
+    params, others = ([nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    run_lamb(Lamb(params, 0.02), params, grads, range(6))
+    run_lamb(torch.optim.Adam(others, 0.02), others, grads, range(6))
+    for ours, torchs in zip(params, others, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-14)
+
+
 def test_lamb_moves_a_tensor_without_gradient_by_its_weight_decay_alone():
     (param,) = as_parameters([[3.0, -4.0]])
     param.grad = torch.zeros_like(param)

@@ -4,6 +4,7 @@
     python -m pytest tests/test_recipe.py
 """
 
+import inspect
 import re
 from dataclasses import asdict, fields, replace
 
@@ -99,6 +100,12 @@ def test_help_tells_what_every_flag_does_and_its_default(capsys):
     assert "--stack STACK frames that StackTime concatenates (8)" in said  # of the default preset
     assert "of the utterance's own length (0.03)" in said
     assert re.search(r"--num-buckets NUM_BUCKETS [^-]*\(12\)", said)
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
+def test_every_field_has_a_comment_which_is_the_help_of_its_flag(config):
+    explained = re.findall(r"^    (\w+): .*?  # ", inspect.getsource(config), re.MULTILINE)
+    assert explained == [field.name for field in fields(config)]
 
 
 def test_the_models_input_size_follows_the_front_end():

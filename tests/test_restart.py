@@ -390,6 +390,18 @@ def test_a_run_directory_with_a_checkpoint_is_refused_without_resume(run, tmp_pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_is_locked_before_its_checkpoint_is_chosen(run, tmp_path, monkeypatch):
+    """Another run could write newer checkpoints in between, which the lock's owner would delete."""
+    calls = []
+    monkeypatch.setattr(train, "lock_run", lambda _: calls.append("lock"))
+    monkeypatch.setattr(train, "clear_run", lambda *_, **__: calls.append("clear"))
+    choose = train.find_checkpoint
+    monkeypatch.setattr(train, "find_checkpoint", lambda *a: calls.append("choose") or choose(*a))
+    run(tmp_path, "--time-limit-s", 1e-6)
+    assert calls[:2] == ["lock", "choose"]
+    assert "clear" in calls
+
+
 def test_another_model_cannot_resume_and_the_field_is_named(tmp_path):
     cfg = TrainConfig("", (), "", str(tmp_path), preset="demo")
     model_cfg, features = PRESETS["demo"], FeatureConfig()

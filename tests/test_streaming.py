@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_bench import run_here
+from test_bench import _restore_denormals, run_here  # noqa: F401 - a fixture
 from test_stream import checkpoint
 
 from checkpoint import save_checkpoint
@@ -48,6 +48,14 @@ def test_a_word_has_the_time_of_its_last_letter():
         assert at_s == pytest.approx(0.02 * piece + seconds[piece - 1])
 
 
+def test_a_piece_waits_for_the_pieces_before_it(monkeypatch):
+    """Computing a piece of 20 ms takes 30 ms, so the last of ten pieces is late by 100 ms."""
+    clock = iter(0.03 * (i // 2 + i % 2) for i in range(1000))  # pieces follow without a break
+    monkeypatch.setattr(streaming.time, "perf_counter", lambda: next(clock))
+    _, timed = streaming.listen(Recogniser({0: "", 10: "A"}), np.zeros(10 * PIECE, np.float32))
+    assert timed == [("A", pytest.approx(0.02 + 10 * 0.03))]
+
+
 def test_delays_are_those_of_recognised_words_whose_end_is_known():
     spoken = streaming.Spoken(np.zeros(0), "A B C D", {0: 1.0, 1: 2.0, 3: 4.0})
     heard = [("A", 1.25), ("X", 2.0), ("B", 2.5), ("C", 3.5), ("E", 4.5)]
@@ -69,6 +77,7 @@ def test_sentences_have_ends_within_their_speech():
 
 def test_real_time_factor_and_delay_are_printed(monkeypatch, capsys, tmp_path):
     pytest.importorskip("espeakng_loader", reason="espeakng-loader speaks the demo corpus")
+    monkeypatch.setattr(streaming, "word_delays", lambda *_: [0.1, 0.3])
     save_checkpoint(tmp_path / "best.pt", dict(checkpoint("plain")))
     threads = torch.get_num_threads()
     try:
@@ -79,3 +88,6 @@ def test_real_time_factor_and_delay_are_printed(monkeypatch, capsys, tmp_path):
     assert 0 < result["rtf"] < 1
     assert 0 < result["median_ms"] <= result["p99_ms"]
     assert f"real-time factor {result['rtf']:.3f} on one core" in lines[0]
+    assert result["recognised"] == 4
+    assert (result["delay_s"], result["p90_delay_s"]) == pytest.approx((0.2, 0.3))
+    assert lines[1].endswith(f"of {result['words']}: median 0.20 s, 90th percentile 0.30 s")

@@ -41,11 +41,11 @@ import data
 import decode
 import loss
 import report
-import train
 from checkpoint import load_checkpoint
 from features import DEFAULT, FeatureConfig, features, load_audio
 from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
+from step import Trainer, epoch_steps, matrix_dtype, train_step
 from tools import conditions, ladder, peers, streaming
 from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
 
@@ -116,7 +116,7 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
     return float(flops.sum())
 
 
-def time_steps(trainer: train.Trainer, steps: Iterator[list[data.Batch]],
+def time_steps(trainer: Trainer, steps: Iterator[list[data.Batch]],
                count: int) -> list[tuple[float, float]]:
     """Trains for `count` steps.
 
@@ -128,7 +128,7 @@ def time_steps(trainer: train.Trainer, steps: Iterator[list[data.Batch]],
     for _ in range(count):
         started = time.perf_counter()
         batches = next(steps)
-        train.train_step(trainer, batches, 1, trainer.cfg.lr)
+        train_step(trainer, batches, 1, trainer.cfg.lr)
         seconds = time.perf_counter() - started
         flops = sum(forward_flops(trainer.model, b.feat_lens, b.target_lens) for b in batches)
         rows.append((seconds, flops))
@@ -154,7 +154,7 @@ def front_end_s(utterances: Sequence[data.Utterance], cfg: FeatureConfig,
 
 
 def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Throughput of train.train_step over --steps steps, then stages of five more steps."""
+    """Throughput of train_step over --steps steps, then stages of five more steps."""
     trainer, cfg = ladder.make_trainer(argv)
     ranks, batch = trainer.ranks, trainer.global_batch
     tokenizer = LabelCount(trainer.model.cfg.vocab_size)
@@ -167,8 +167,8 @@ def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
             texts = (u.text for u in utterances)
             tokenizer = data.Tokenizer(data.train_tokenizer(texts, tokenizer.vocab_size))
         steps = itertools.chain.from_iterable(
-            train.epoch_steps(utterances, tokenizer, cfg, trainer.cfg, ranks, epoch)
-            for epoch in itertools.count(1))
+            epoch_steps(utterances, tokenizer, cfg, trainer.cfg, ranks, epoch)
+            for epoch in itertools.count(trainer.cfg.epochs))  # with all losses and augmentation
         all_sum(torch.zeros(1), ranks)  # all ranks multiply at the same time
         rate = gemm_tflops(trainer.dtype)
         warmup, measured = (time_steps(trainer, steps, n) for n in (args.warmup, args.steps))
@@ -203,7 +203,7 @@ def print_stages(parts: dict[str, float], seconds: float, num_utterances: int,
         print(f"{stage:<24}{1e3 * spent:>14.2f}{'apart':>8}")
 
 
-def step_result(trainer: train.Trainer, rows: Sequence[tuple[float, float]], rate: float) -> dict:
+def step_result(trainer: Trainer, rows: Sequence[tuple[float, float]], rate: float) -> dict:
     """Throughput and model FLOP utilisation (mfu) from the `rows` of time_steps.
 
     `rate` is in TFLOP/s, of this rank's matrix products while all other ranks multiply too.
@@ -238,7 +238,7 @@ def bench_loss(args: argparse.Namespace) -> None:
         return
     cfg = PRESETS[args.preset]
     torch.set_flush_denormal(True)
-    dtype = train.matrix_dtype(args.precision)
+    dtype = matrix_dtype(args.precision)
     inputs, lattice = loss_inputs(cfg, args.batch_size)
     _, enc_lens, target_lens = lattice
     nodes = float((enc_lens * (target_lens + 1)).sum())
@@ -519,7 +519,7 @@ def main() -> None:
             WITH_TRAIN_FLAGS[args.command](args, argv)
     except BrokenPipeError:
         raise  # tools/__init__.py ends the process
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         message = f"bench.py: {data.reason(error)}"
         if dist.is_initialized():
             leave(1, message)

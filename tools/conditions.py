@@ -5,8 +5,9 @@
 
 Every condition is applied to all recordings of the split. Digital silence comes from editors and
 muted microphones, quiet noise from a room before and after the sentence, 8 kHz and A-law from
-telephones. The utterances are also joined to recordings of ten minutes, which decode.py has to cut
-at pauses. The last row counts recordings without any speech that give words nevertheless.
+telephones. The utterances are also joined to recordings of ten minutes, or to one if the split is
+shorter, which decode.py has to cut at pauses. The last row counts recordings without any speech
+that give words nevertheless.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import data
 import decode
 from checkpoint import load_checkpoint
 from data import Utterance
-from features import FeatureConfig, load_audio, resample
+from features import load_audio, resample
 from tools.ladder import finish
 
 NUM_EMPTY = 40  # recordings without speech
@@ -99,22 +100,21 @@ def record(path: Path, samples: np.ndarray, condition: Condition,
     soundfile.write(path, samples, condition.rate_hz, subtype=condition.subtype)
 
 
-def join(utterances: Sequence[Utterance], cfg: FeatureConfig,
-         folder: Path) -> list[Utterance]:
-    """Recordings of JOINED_S or more out of neighbours; the last one may be shorter.
+def join(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
+    """Joins neighbouring utterances to recordings of at least JOINED_S; the last may be shorter.
 
     White noise of -70 dB of full scale lasts for 0.5 to 1.5 s before each utterance.
     """
     rng, joined, parts, texts = np.random.default_rng(3), [], [], []
     for i, utterance in enumerate(utterances, 1):
-        pause = rng.standard_normal(int(rng.uniform(0.5, 1.5) * cfg.sample_rate_hz))
-        parts += [10 ** (-70 / 20) * pause, load_audio(utterance.path, cfg)]
+        pause = rng.standard_normal(int(rng.uniform(0.5, 1.5) * 16000))
+        parts += [10 ** (-70 / 20) * pause, load_audio(utterance.path)]
         texts.append(utterance.text)
-        length_s = sum(map(len, parts)) / cfg.sample_rate_hz
+        length_s = sum(map(len, parts)) / 16000
         if length_s >= JOINED_S or i == len(utterances):
             path = folder / f"joined{len(joined)}.wav"
             samples = np.concatenate(parts).astype(np.float32)
-            soundfile.write(path, samples, cfg.sample_rate_hz, subtype="FLOAT")
+            soundfile.write(path, samples, 16000, subtype="FLOAT")
             joined.append(Utterance(path.stem, str(path), length_s, " ".join(texts)))
             parts, texts = [], []
     return joined
@@ -140,7 +140,7 @@ def bench_conditions(args: argparse.Namespace) -> None:
     model, tokenizer, cfg = decode.restore(load_checkpoint(args.checkpoint))
     utterances = data.read_split(args.data, args.split, cfg)
 
-    def recognise(recorded: Sequence[Utterance], cfg: FeatureConfig) -> dict[str, str]:
+    def recognise(recorded: Sequence[Utterance]) -> dict[str, str]:
         dataset = data.SpeechDataset(recorded, None, cfg)
         batches = decode.evaluation_batches(recorded, args.batch_size)
         return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))
@@ -155,20 +155,22 @@ def bench_conditions(args: argparse.Namespace) -> None:
             recorded = []
             for i, utterance in enumerate(utterances):
                 path = Path(folder, f"{i}{condition.suffix}")
-                record(path, load_audio(utterance.path, cfg), condition, np.random.default_rng(i))
+                record(path, load_audio(utterance.path), condition, np.random.default_rng(i))
                 recorded.append(utterance._replace(path=str(path)))
-            texts = recognise(recorded, cfg)
+            texts = recognise(recorded)
             score(name, [texts[u.id] for u in utterances], [u.text for u in utterances])
-        joined = join(utterances, cfg, Path(folder))
+        joined = join(utterances, Path(folder))
         pieces = partial(decode.decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg)
         transcribed = decode.transcribe_files([u.path for u in joined], cfg, args.batch_size,
                                               pieces)
-        score("joined to 10 minutes", [t.text for t in transcribed], [u.text for u in joined])
+        score("joined with pauses", [t.text for t in transcribed], [u.text for u in joined])
+        longest_s = max(u.duration_s for u in joined)
+        print(f"{len(joined)} joined recordings of at most {longest_s / 60:.1f} min")
         empty = []
         for i, samples in enumerate(empty_recordings()):
             path = Path(folder, f"empty{i}.wav")
             soundfile.write(path, samples, 16000, subtype="FLOAT")
             empty.append(Utterance(f"empty{i}", str(path), len(samples) / 16000, ""))
-        heard = sum(bool(text) for text in recognise(empty, cfg).values())
+        heard = sum(bool(text) for text in recognise(empty).values())
     print(f"{heard} of {NUM_EMPTY} recordings without speech give words")
     finish({"wer": results, "empty_with_words": heard, "empty": NUM_EMPTY})

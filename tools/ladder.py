@@ -36,7 +36,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import data
 import loss
 import report
-import train
+import step
 from features import FeatureConfig
 from ranks import all_sum, start_ranks
 from recipe import parse_configs
@@ -156,14 +156,15 @@ def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
 # ----------------------------------------------------------------------------- trainer and loss
 
 
-def make_trainer(argv: Sequence[str]) -> tuple[train.Trainer, FeatureConfig]:
+def make_trainer(argv: Sequence[str]) -> tuple[step.Trainer, FeatureConfig]:
     """A trainer for train.py's flags in `argv`, within the ranks that the launcher started."""
     # The flags that train.py requires say where a run is, which a step does not depend on.
     required = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
     cfg, model_cfg, features = parse_configs([*required, *argv])
     ranks, _ = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
     torch.set_flush_denormal(True)  # as in train.py: denormal numbers slow LSTMs
-    return train.make_trainer(cfg, model_cfg, ranks), features
+    # The last epoch trains everything, with full dropout.
+    return step.make_trainer(cfg, model_cfg, ranks, cfg.epochs), features
 
 
 def plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int, dropout: float,
@@ -227,7 +228,7 @@ def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
     which begins at the end of rank 0's backward pass and so includes the wait for slower ranks.
     """
     if args.plain_loss:
-        train.joint_transducer_loss = plain_joint_loss
+        step.joint_transducer_loss = plain_joint_loss
     trainer, features = make_trainer(argv)
     ranks, cfg = trainer.ranks, trainer.cfg
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -246,7 +247,7 @@ def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
     began = started = time.perf_counter()
     loader = data.batch_loader(dataset, mine * 1000, cfg.loader_workers)
     for i, batch in enumerate(itertools.repeat(next(iter(loader))) if args.one_batch else loader):
-        train.train_step(trainer, [batch] * cfg.accumulation, i + 1, cfg.lr)
+        step.train_step(trainer, [batch] * cfg.accumulation, i + 1, cfg.lr)
         times[i % len(mine)].append(time.perf_counter() - started)
         if hook_times:
             waits.append(hook_times["ended"] - hook_times["began"])

@@ -67,19 +67,21 @@ def listen(stream: Stream, samples: np.ndarray) -> tuple[list[float], list[tuple
         was there. Words that only the end of the sentence completes have the time of that end.
     """
     size = round(PIECE_S * stream.cfg.sample_rate_hz)
-    seconds, texts = [], []
+    seconds, texts, done_s, now_s = [], [], [], 0.0
     for start in range(0, len(samples), size):
         began = time.perf_counter()
         text = stream.accept(samples[start : start + size])
         seconds.append(time.perf_counter() - began)
         texts.append(text.split())
+        # A piece waits for its samples and until the piece before has been worked off.
+        now_s = max(now_s, PIECE_S * len(texts)) + seconds[-1]
+        done_s.append(now_s)
     words = stream.finish().split()
     stream.sentences.clear()
     timed = []
     for place, word in enumerate(words):
         pieces = (i for i, text in enumerate(texts) if text[place : place + 1] == [word])
-        last = next(pieces, len(texts) - 1)
-        timed.append((word, PIECE_S * (last + 1) + seconds[last]))
+        timed.append((word, done_s[next(pieces, -1)]))
     return seconds, timed
 
 
@@ -103,14 +105,17 @@ def bench_stream(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     stream = Stream(args.checkpoint)
     windows, delays, computing_s, audio_s, num_words = [], [], 0.0, 0.0, 0
-    listen(stream, np.zeros(stream.cfg.sample_rate_hz, np.float32))  # the first steps are slower
-    for spoken in speak(args.count, stream.cfg.sample_rate_hz):
+    sentences = speak(args.count, stream.cfg.sample_rate_hz)
+    listen(stream, sentences[0].samples)  # the first steps are slower
+    for spoken in sentences:
         seconds, timed = listen(stream, spoken.samples)
         whole = len(seconds) // WINDOW * WINDOW
         windows += np.reshape(seconds[:whole], (-1, WINDOW)).sum(1).tolist()
         delays += word_delays(timed, spoken)
         computing_s += sum(seconds)
-        audio_s += len(spoken.samples) / stream.cfg.sample_rate_hz
+        # The samples behind the last whole step are left to `finish`, which is not measured.
+        steps = len(spoken.samples) // stream.step
+        audio_s += steps * stream.step / stream.cfg.sample_rate_hz
         num_words += len(spoken.text.split())
     rtf = computing_s / audio_s
     median_ms, slow_ms = (1e3 * np.percentile(windows, p) for p in (50, 99))
