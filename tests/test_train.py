@@ -37,7 +37,7 @@ import train
 from checkpoint import load_checkpoint
 from features import FeatureConfig
 from loss import transducer_loss
-from model import ModelConfig
+from model import ModelConfig, Transducer
 from optimizer import lr_at
 from ranks import Ranks, start_ranks
 from recipe import TrainConfig, parse_configs
@@ -404,7 +404,7 @@ def test_the_start_event_tells_how_to_repeat_the_run(finished, corpus):
     assert start["versions"]["torch"] == torch.__version__
     assert (start["ranks"], start["threads"], start["precision"]) == (1, 1, "float32")
     model_cfg = ModelConfig(**start["model_config"])
-    parameters = train.Transducer(model_cfg).parameters()
+    parameters = Transducer(model_cfg).parameters()
     assert start["parameters"] == sum(p.numel() for p in parameters)
 
 
