@@ -28,12 +28,6 @@ SMALL = ["--enc-hidden", "8", "--pred-hidden", "8", "--joint-hidden", "8", "--vo
          "--batch-size", "2", "--loader-workers", "0"]
 
 
-@pytest.fixture(autouse=True)
-def _restore_denormals():
-    yield
-    torch.set_flush_denormal(False)  # the benchmarks turn it on for good
-
-
 def run_here(monkeypatch, capsys, *argv):
     """bench.main in this process: the lines it prints, the last one decoded."""
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])

@@ -7,7 +7,7 @@
 import numpy as np
 import pytest
 import soundfile
-from test_bench import _restore_denormals, run_here, write_model  # noqa: F401 - a fixture
+from test_bench import run_here, write_model
 
 from data import Utterance
 from features import load_audio

@@ -341,20 +341,6 @@ def test_logarithm_is_natural_with_a_floor_and_without_an_offset(monkeypatch):
     )
 
 
-FRAME_CHAIN = [
-    # samples, log-mel frames, input frames; n // 160 + 1 and a third of that, rounded up
-    (1, 1, 1), (200, 2, 1), (1500, 10, 4), (16000, 101, 34), (16123, 101, 34),
-    (48000, 301, 101), (267200, 1671, 557),
-]
-
-
-@pytest.mark.parametrize(("samples", "frames", "spliced"), FRAME_CHAIN)
-def test_number_of_frames(samples, frames, spliced):
-    mels = features.log_mel(noise(samples))
-    assert mels.shape == (frames, 80)
-    assert features.splice(mels).shape == (spliced, 256)
-
-
 # ------------------------------------------------------------------------- normalise and splice
 
 
@@ -449,14 +435,6 @@ def test_time_masks_reach_the_first_and_the_last_frame():
     hit = masks(40, 1000, freq_masks=0, time_masks=1)[:, :, 0]
     # Width 1 in half of the cases, then each of 40 frames: 12.5 each, all far above 0.
     assert (hit.sum(0) > 1).all()
-
-
-def test_masks_leave_other_values_alone():
-    mels = torch.from_numpy(noise(200 * 80)).view(200, 80)
-    result = features.spec_augment(mels.clone(), np.random.default_rng(3))
-    assert ((result == mels) | (result == 0)).all()
-    assert (result == 0).any()
-    assert (result != 0).any()
 
 
 @pytest.mark.parametrize(("frames", "expected"), [(500, 71.6), (400, 56.8), (120, 19.6)])
@@ -810,7 +788,7 @@ def test_dither_comes_after_the_trim(monkeypatch):
 
 def test_masks_are_zero_after_normalisation():
     # Zero is the mean of every bin then.
-    cfg = FeatureConfig(**PLAIN | {"freq_masks": 2})
+    cfg = FeatureConfig(**PLAIN | {"freq_masks": 2, "time_masks": 10})
     hidden = 0
     for seed in range(5):
         feats = features.features(noise(16000), cfg, np.random.default_rng(seed))

@@ -32,11 +32,6 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def origin(corpus, tmp_path_factory):
     """The best.pt of a run of one epoch, whose average differs from its last weights."""
     out = tmp_path_factory.mktemp("origin") / "run"

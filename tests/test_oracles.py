@@ -24,10 +24,10 @@ import soundfile
 import test_loss
 import torch
 from test_data import check_order, draw_order, durations
-from test_features import masks, noise
+from test_features import noise
 from test_loss import Problem, assert_close, both, costs_and_grad
 from test_mllog import CLOSED, judge, one, read, run_main, write_links
-from test_optimizer import as_parameters, rates_by_epoch
+from test_optimizer import as_parameters
 from test_recipe import CONSTANTS, parse
 from tones import SIMPLE, TINY, run_script, tiny_corpus
 from torch import Tensor
@@ -200,18 +200,6 @@ def test_splicing_and_alignment_are_the_originals(b, n):
     assert torch.equal(spliced, arrays["padalign_out"][b, :, :num_frames].T)
 
 
-@pytest.mark.parametrize(("utterance", "frames"), [(0, 500), (1, 400), (2, 120)])
-def test_numbers_of_masked_bins_and_frames_range_as_the_originals(utterance, frames):
-    recorded = seedrun.facts()["specaug_plain"]
-    bins = recorded["masked_freq_bins mean/min/max per utt"]
-    times = recorded["masked_frames mean/min/max per utt (lens 500,400,120 padded 500)"]
-    hit = masks(frames, 200)
-    for counts, (_, low, high) in ((hit.all(1).sum(1), bins), (hit.all(2).sum(1), times)):
-        # The extremes of 200 draws vary by some 20 %.
-        assert counts.min() >= 0.7 * low[utterance] - 2
-        assert counts.max() <= 1.3 * high[utterance] + 2
-
-
 def test_sampler_of_the_original_had_our_durations_and_size():
     assert durations(103) == seedrun.facts()["sampler_in"]["durations"]
     assert draw_order().size == 96
@@ -294,16 +282,6 @@ def test_encoder_output_is_the_originals(original):
     assert enc_lens.tolist() == seedrun.arrays()["enc_lens"].tolist()
     for b, n in enumerate(enc_lens.tolist()):
         close(encoded[b, :n], expected[b, :n])
-
-
-def test_padding_changes_nothing_but_the_last_incomplete_group_of_the_original():
-    model = seedrun.model("w/").double()
-    feats, _ = seedrun.features("", model.cfg.stack)
-    lens = seedrun.arrays()["x_lens"]  # 7 and 10 end inside a group of 3
-    encoded, enc_lens = model.encode(feats.double(), lens)
-    expected = seedrun.arrays()["enc_out"].double()
-    for b, n in enumerate(enc_lens.tolist()):
-        close(encoded[b, : n - 1], expected[b, : n - 1])
 
 
 def test_predictor_output_is_the_originals(original):
@@ -448,27 +426,6 @@ def test_posteriors_are_the_gradients_of_log_probs(case):
         assert_close(grads, case["published_grad_log_probs"], 1e-6)
 
 
-LAWS = [
-    test_loss.test_padding_does_not_change_anything,
-    test_loss.test_utterance_in_a_batch_is_as_alone,
-    test_loss.test_constant_added_to_the_logits_of_a_node_changes_nothing,
-    test_loss.test_gradient_of_a_node_adds_up_to_zero,
-    test_loss.test_upstream_weight_of_each_utterance_scales_its_gradient,
-]
-
-
-@both
-@cases_with("logits")
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_loss_cases_obey_the_laws_of_test_loss(law, loss_of, case):
-    law(loss_of, problem_of(case))
-
-
-@cases_with("logits")
-def test_paths_of_the_loss_cases_leave_every_frame_and_column_once(case):
-    test_loss.test_paths_leave_every_frame_and_every_column_once(problem_of(case))
-
-
 def additive_joint(emissions: Tensor, predictions: Tensor) -> tuple:
     """A joint network whose logits are emissions + predictions: the ReLU is idle above -100."""
     weight = torch.eye(emissions.shape[-1], dtype=torch.float64)
@@ -541,22 +498,6 @@ POINTS = {
     f"{version}-{name}": point for version in ("1.0.0", "3.1.0")
     for name, point in oracle(f"mlperf/rcps_rnnt_{version}.json").items()
 }
-
-
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_schedule_of_a_reference_convergence_point(point):
-    schedule = schedule_of(point["Hyperparams"], point["BS"])
-    base, gamma, floor = schedule["lr"], schedule["gamma"], schedule["lr_min"]
-    warm, hold = schedule["warmup_epochs"], schedule["warmup_epochs"] + schedule["hold_epochs"]
-    rates = rates_by_epoch(schedule, hold + 8)
-    everything = [rate for epoch in rates.values() for rate in epoch]
-    assert max(everything) == base
-    assert everything.index(base) + 1 == warm * schedule["steps_per_epoch"]
-    assert min(everything) >= floor
-    assert all(rates[e] == [base] * schedule["steps_per_epoch"] for e in range(warm + 1, hold + 1))
-    for e in range(hold, hold + 8):
-        assert set(rates[e + 1]) == {rates[e + 1][0]}
-        assert rates[e + 1][0] / rates[e][-1] == pytest.approx(gamma, rel=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,6 @@ import decode
 import loss
 from tools import peers
 
-
-@pytest.fixture(autouse=True)
-def _restore_torch():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
-
-
 # ---------------------------------------------------------------------------------- stand-ins
 
 

@@ -149,7 +149,7 @@ WRONG_FLAGS = """
     --precision fp16; --backend nccl; --submission-division shut; --enc-dropout 1.25; --stack 0;
     --weights-init-scale nan; --speed-max 0.75; --speed-max inf; --dither inf; --hop -1;
     --time-mask-max 1.5; --freq-mask-max 81; --fft-size 256; --trim-db 3; --trim-db nan;
-    --unknown 1
+    --unknown 1; --ctc-weight -1; --ctc-epochs -1; --hold-share 1; --ramp-begin -1
 """
 
 
@@ -160,6 +160,15 @@ def test_a_wrong_flag_ends_with_status_2_and_is_named(argv, capsys):
     message = capsys.readouterr().err.rpartition("error:")[2]
     assert argv[0].strip("-").replace("-", "_") in message.replace("-", "_")
     assert argv[1] in message
+
+
+@pytest.mark.parametrize("argv", [["--char-weight", "0.5"], ["--lattice-band", "4"],
+                                  ["--ctc-split", "0", "--ctc-weight", "1"]], ids=" ".join)
+def test_flags_of_the_ctc_heads_need_them(argv, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse("--preset", "baseline", *argv)
+    name = argv[0].strip("-").replace("-", "_")
+    assert f"{name}: {argv[1]}, expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--data", "--train-splits", "--dev-split", "--out"])

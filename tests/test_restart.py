@@ -8,7 +8,6 @@ a run that was never stopped: the losses in log.jsonl and the weights are equal 
 slowest test kills processes at 50 random moments.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -36,16 +35,10 @@ LAST = "checkpoint-00000012.pt"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.fixture
 def run(corpus, monkeypatch):
     """run(out, *argv, at={step: action}) -> exit status; an action happens before its step."""
     handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in run_train: the number of threads changes the rounding
     real_step = train.train_step
 
@@ -56,6 +49,7 @@ def run(corpus, monkeypatch):
             return real_step(trainer, batches, step, *args)
 
         monkeypatch.setattr(train, "train_step", step_with_action)
+        monkeypatch.setattr(train.Log, "draw", lambda _: None)  # it takes longer than an epoch
         argv = ["train.py", "--data", str(data_root), "--out", str(out), *TINY, *map(str, argv)]
         monkeypatch.setattr(sys, "argv", argv)
         return train.main()
@@ -63,8 +57,6 @@ def run(corpus, monkeypatch):
     yield start
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    torch.set_flush_denormal(False)  # main turns it on for good
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +105,7 @@ def assert_same_run(out, expected):
 # ------------------------------------------------------------------------------ stops and restarts
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 12])
+@pytest.mark.parametrize("step", [2, 5, 12])
 def test_a_run_killed_before_a_step_resumes_to_the_bit(run, whole, tmp_path, step):
     with pytest.raises(Killed):
         run(tmp_path, "--checkpoint-every-s", 0, at={step: kill})
@@ -161,8 +153,7 @@ def test_two_ranks_resume_exactly(corpus, whole, tmp_path, precision):
         assert digest(ours[part]) == digest(theirs[part]), part
 
 
-@pytest.mark.parametrize("number", train.STOP_SIGNALS)
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(("number", "step"), zip(train.STOP_SIGNALS, (2, 4, 2), strict=True))
 def test_a_signal_ends_the_run_after_the_step_with_a_status_of_its_own(
     run, whole, tmp_path, number, step
 ):
@@ -173,9 +164,14 @@ def test_a_signal_ends_the_run_after_the_step_with_a_status_of_its_own(
     assert_same_run(tmp_path, whole())
 
 
-def test_the_time_limit_stops_with_status_75_after_one_step_and_an_evaluation(run, tmp_path):
+def test_the_time_limit_stops_with_status_75_after_one_step_and_an_evaluation(run, tmp_path,
+                                                                              capsys):
     # With --resume, a directory without a checkpoint gets a new run.
     assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"{tmp_path}: no run to resume, a new one begins; --init CHECKPOINT begins it from the "
+        "weights of another")
+    assert not (torch.tensor([1e-40]) * torch.ones(1)).any()  # denormal numbers count as 0
     assert checkpoints(tmp_path) == ["checkpoint-00000001.pt"]
     assert [e["event"] for e in events(tmp_path)] == ["start", "step", "eval", "end"]
     assert events(tmp_path)[-1]["reason"] == "time limit"
@@ -230,11 +226,6 @@ def test_a_finished_run_is_left_as_it_is(run, whole, tmp_path):
     assert run(tmp_path, "--resume") == 0
     assert (tmp_path / LAST).read_bytes() == before
     assert events(tmp_path)[-1]["reason"] == "epochs"
-
-
-def test_a_run_computes_without_denormal_numbers(run, tmp_path):
-    assert run(tmp_path, "--time-limit-s", 1e-6) == 75
-    assert not (torch.tensor([1e-40]) * torch.ones(1)).any()
 
 
 def test_a_second_run_in_the_directory_is_refused_and_changes_nothing(run, corpus, tmp_path):
@@ -305,15 +296,13 @@ def test_restart_deletes_the_run_and_nothing_else(run, whole, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "keep me"
 
 
-@pytest.mark.parametrize(("flag", "name", "value"), [
-    ("--weight-decay", "weight_decay", 0.5), ("--eps", "eps", 1e-3),
-    ("--beta1", "betas", (0.5, 0.999)),
-])
-def test_a_resumed_run_takes_the_flags_of_its_optimiser(run, tmp_path, flag, name, value):
+def test_a_resumed_run_takes_the_flags_of_its_optimiser(run, tmp_path):
     run(tmp_path, "--epochs", 1)
-    assert run(tmp_path, "--resume", flag, value[0] if name == "betas" else value) == 0
+    flags = ("--weight-decay", 0.5, "--eps", 1e-3, "--beta1", 0.5)
+    assert run(tmp_path, "--resume", *flags) == 0
     optimizer = load_checkpoint(tmp_path / LAST)["optimizer"]
-    assert optimizer["param_groups"][0][name] == value
+    (group,) = optimizer["param_groups"]
+    assert (group["weight_decay"], group["eps"], group["betas"]) == (0.5, 1e-3, (0.5, 0.999))
     assert {state["step"] for state in optimizer["state"].values()} == {12}
 
 
@@ -323,16 +312,11 @@ def test_a_directory_with_best_pt_alone_holds_a_run(run, tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="best.pt exists: give --resume"):
         run(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     message = f"{tmp_path}: no readable checkpoint.* --init best.pt with another --out begins one"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "--resume")
-
-
-def test_resume_without_a_run_says_how_to_begin_from_a_checkpoint(run, tmp_path, capsys):
-    assert run(tmp_path, "--time-limit-s", 1e-6, "--resume") == 75
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == (f"{tmp_path}: no run to resume, a new one begins; --init CHECKPOINT begins "
-                       "it from the weights of another")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_path, capsys):
@@ -364,21 +348,16 @@ def test_after_a_change_to_larger_batches_the_new_checkpoints_stay(run, tmp_path
     assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_seed_goes_on_at_the_next_epoch(run, tmp_path, capsys):
+def test_another_training_set_or_seed_goes_on_at_the_next_epoch(run, own_corpus, tmp_path, capsys):
     """In the middle of an epoch it would take some utterances twice and others not at all."""
-    run(tmp_path, at={6: send(signal.SIGTERM)})
-    assert run(tmp_path, "--resume", "--seed", 2) == 0
-    assert "seed was 1, now 2: goes on at epoch 3" in capsys.readouterr().out
-    assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
-
-
-def test_another_training_set_goes_on_at_the_next_epoch(run, own_corpus, tmp_path, capsys):
     out = tmp_path / "run"
     run(out, data_root=own_corpus, at={6: send(signal.SIGTERM)})
     transcript = own_corpus / "train" / "1" / "2" / "1-2.trans.txt"
     transcript.write_text(transcript.read_text().replace("THREE ONE TWO", "ONE"))
-    assert run(out, "--resume", data_root=own_corpus) == 0
-    assert "training set was 8 utterances, sha256" in capsys.readouterr().out
+    assert run(out, "--resume", "--seed", 2, data_root=own_corpus) == 0
+    said = capsys.readouterr().out
+    assert "training set was 8 utterances, sha256" in said
+    assert "seed was 1, now 2: goes on at epoch 3" in said
     assert [e["epoch"] for e in events(out, "step")] == [1] * 4 + [2] * 2 + [3] * 4
 
 
@@ -446,28 +425,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, whole, tmp_path, capsys
     assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000007.pt"]
     flip(tmp_path / "checkpoint-00000007.pt")
     capsys.readouterr()
-    assert run(tmp_path, "--resume") == 0
+    found = []
+    assert run(tmp_path, "--resume", at={7: lambda: found.extend(checkpoints(tmp_path))}) == 0
+    assert found == ["checkpoint-00000006.pt"]  # the damaged one is none of the two that stay
     assert "checkpoint-00000007.pt" in capsys.readouterr().out.splitlines()[0]
     assert_same_run(tmp_path, whole())
-
-
-def test_a_damaged_checkpoint_is_not_one_of_the_two_that_stay(run, tmp_path):
-    run(tmp_path, "--checkpoint-every-s", 0, at={7: send(signal.SIGTERM)})
-    for number in (7, 9):
-        damaged = tmp_path / f"checkpoint-{number:08d}.pt"
-        damaged.write_bytes((tmp_path / "checkpoint-00000006.pt").read_bytes()[:-100])
-    run(tmp_path, "--resume", at={8: send(signal.SIGTERM)})
-    assert checkpoints(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000008.pt"]
-
-
-def test_without_a_readable_checkpoint_nothing_is_done(run, tmp_path):
-    run(tmp_path, "--checkpoint-every-s", 0, at={3: send(signal.SIGTERM)})
-    for name in checkpoints(tmp_path):
-        flip(tmp_path / name)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"no readable checkpoint-\*.pt to resume; --restart"):
-        run(tmp_path, "--resume")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------ full disks
@@ -552,18 +514,6 @@ def test_a_file_that_goes_bad_ends_the_run_with_a_checkpoint(
     assert checkpoints(out)
     assert run(out, "--resume", data_root=own_corpus) == 0
     assert_same_run(out, whole())
-
-
-def test_a_run_with_workers_that_fails_ends_at_once(own_corpus, tmp_path):
-    """Workers ignore SIGTERM: a process that sends it to them and waits for them hangs."""
-    path = own_corpus / "train" / "1" / "2" / "1-2-0003.flac"
-    spoil(path)
-    started = time.monotonic()
-    done = run_train(own_corpus, tmp_path / "run", "--loader-workers", 2)
-    assert done.returncode == 1
-    assert "1-2-0003.wav: 3600 samples not finite" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert time.monotonic() - started < 120  # run_train would wait for 600 s
 
 
 def test_skip_bad_goes_on_without_the_file_and_counts_it(run, own_corpus, tmp_path, capsys):
@@ -662,12 +612,3 @@ def test_fifty_kills_at_random_moments_lose_nothing(corpus, tmp_path):
         ours, theirs = (load_checkpoint(d / name) for d in (out, undisturbed))
         for part in ("model", "ema", "optimizer"):
             assert digest(ours[part]) == digest(theirs[part])
-
-
-def test_a_torn_line_of_the_log_is_removed(run, whole, tmp_path):
-    run(tmp_path, at={3: send(signal.SIGTERM)})
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"event": "step", "st')
-    assert run(tmp_path, "--resume") == 0
-    assert all(json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert_same_run(tmp_path, whole())

@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-import torch
 from test_decode import Scene
 from tones import REPO
 
@@ -135,8 +134,7 @@ def main(scene, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         return decode.main(), *capsys.readouterr()
 
-    yield run
-    torch.set_flush_denormal(False)  # main turns it on for good
+    return run
 
 
 def write_long(scene, path, rate=RATE):

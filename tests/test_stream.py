@@ -250,8 +250,7 @@ def run_stream(tmp_path, monkeypatch, capsys):
         assert (status, errors) == (0, "")
         return printed
 
-    yield run
-    torch.set_flush_denormal(False)  # main turns it on for good
+    return run
 
 
 def expected_sentence(samples):

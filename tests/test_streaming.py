@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from test_bench import _restore_denormals, run_here  # noqa: F401 - a fixture
+from test_bench import run_here
 from test_stream import checkpoint
 
 from checkpoint import save_checkpoint
@@ -79,12 +78,8 @@ def test_real_time_factor_and_delay_are_printed(monkeypatch, capsys, tmp_path):
     pytest.importorskip("espeakng_loader", reason="espeakng-loader speaks the demo corpus")
     monkeypatch.setattr(streaming, "word_delays", lambda *_: [0.1, 0.3])
     save_checkpoint(tmp_path / "best.pt", dict(checkpoint("plain")))
-    threads = torch.get_num_threads()
-    try:
-        lines, result = run_here(monkeypatch, capsys, "stream", "--checkpoint",
-                                 tmp_path / "best.pt", "--count", "2")
-    finally:
-        torch.set_num_threads(threads)
+    lines, result = run_here(monkeypatch, capsys, "stream", "--checkpoint", tmp_path / "best.pt",
+                             "--count", "2")
     assert 0 < result["rtf"] < 1
     assert 0 < result["median_ms"] <= result["p99_ms"]
     assert f"real-time factor {result['rtf']:.3f} on one core" in lines[0]

@@ -101,9 +101,14 @@ def live(corpus, out, *argv):
     sys.exit(train.main())
 
 
-def run_here(*argv):
-    """Runs train.main in this process without its signal handlers; returns the status."""
+def run_here(*argv, draw=False):
+    """Runs train.main in this process without its signal handlers; returns the status.
+
+    Without `draw` no evaluation draws the curves, which takes longer than a tiny epoch.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setattr(train.Log, "draw", lambda _: None)
         patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         patch.setattr(train.signal, "signal", lambda *_: None)
         try:
