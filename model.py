@@ -92,7 +92,8 @@ class ModelConfig:
 PRESETS = {
     "baseline": ModelConfig(),
     # This is Intel's "democratized" model: 21,001,216 parameters, a quarter of the encoder frames.
-    "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True),
+    "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True,
+                                orthogonal_init=True, weights_init_scale=1.0),
     # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
         feature_size=80, vocab_size=128, conv_layers=2, enc_hidden=384, pre_layers=2, stack=2,

@@ -128,26 +128,32 @@ class TrainConfig:
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
 
 
-# The fields that a preset changes beside model.PRESETS. Small corpora need small batches and so
-# have many steps. LAMB turns every tensor by the same share of its norm, also where the gradient of
-# a small batch is mostly noise; without weight decay it is Adam, which suits batches of 8.
-# `ctc_split` stands here because the head exists only with a CTC loss and is counted apart.
+# All recipes but MLPerf's share these fields. Small batches give a small corpus many steps. LAMB
+# turns every tensor by the same share of its norm, also where the gradient of a small batch is
+# mostly noise; without weight decay it is Adam, which suits batches of 8. The CTC heads find the
+# first alignments, and the learning rate falls to almost zero at the end.
+CTC_START = dict(
+    batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5, hold_share=0.5, beta2=0.98,
+    clip_norm=500.0, weight_decay=0.0, ema_decay=0.998, ctc_epochs=3, ctc_weight=0.3,
+    char_weight=0.5, lattice_band=4, ramp_begin=5, num_buckets=12,
+)
+# The fields that a preset changes beside model.PRESETS. Twelve buckets instead of MLPerf's six:
+# fewer frames of a batch are padding. `ctc_split` stands here because the head exists only with a
+# CTC loss and is counted apart.
 RECIPES = {
     "baseline": dict(ctc_split=1),
-    # Twelve buckets instead of MLPerf's six: fewer frames of a batch are padding. StackTime leaves
-    # fewer frames than labels, so the CTC head needs several positions per frame.
-    "democratized": dict(num_buckets=12, ctc_split=4),
-    "mini": dict(epochs=44, batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5,
-                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.998,
-                 ctc_epochs=3, ctc_weight=0.3, ctc_split=1, char_weight=0.5, lattice_band=4,
-                 eval_epochs=4, ramp_begin=5, ramp_epochs=12, num_buckets=12, splice=1, align=16,
-                 freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96),
+    # StackTime leaves fewer frames than labels, so the CTC head needs several positions per frame.
+    "democratized": CTC_START | dict(epochs=26, ctc_split=4, ramp_epochs=8),
+    "mini": CTC_START | dict(
+        epochs=44, eval_epochs=4, ctc_split=1, ramp_epochs=12, splice=1, align=16,
+        freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96,
+    ),
     # The demo's own recordings are clean and close: noise, silence and telephones are added.
-    "demo": dict(epochs=12, batch_size=16, lr=0.004, lr_min=1e-6, warmup_epochs=0.5,
-                 hold_share=0.5, beta2=0.98, clip_norm=500.0, weight_decay=0.0, ema_decay=0.99,
-                 ctc_epochs=2, ctc_weight=0.3, ctc_split=2, char_weight=0.5, eval_epochs=3,
-                 ramp_begin=2, ramp_epochs=6, num_buckets=12, noise_prob=0.5, pad_max_s=1.0,
-                 empty_prob=0.03, gain_db=20.0, band_prob=0.2),
+    "demo": CTC_START | dict(
+        epochs=12, eval_epochs=3, batch_size=16, lr=0.004, ema_decay=0.99, ctc_epochs=2,
+        ctc_split=2, lattice_band=0, ramp_begin=2, ramp_epochs=6, noise_prob=0.5, pad_max_s=1.0,
+        empty_prob=0.03, gain_db=20.0, band_prob=0.2,
+    ),
 }
 
 # The fields of model and front end that a run with --init chooses for itself. All others are those

@@ -21,12 +21,13 @@ import train
 from checkpoint import load_checkpoint
 from features import FeatureConfig
 from model import ModelConfig
+from recipe import TrainConfig
 
 # The flags of a short run without those of the model, which the checkpoint of --init has.
 SHORT = [
     "--train-splits", "train", "--dev-split", "dev", "--precision", "fp32", "--batch-size", "2",
     "--eval-batch-size", "2", "--epochs", "2", "--lr", "0.01", "--max-utterance-s", "1.0",
-    "--loader-workers", "0", "--ctc-weight", "0", "--char-weight", "0", "--lattice-band", "0",
+    "--loader-workers", "0", "--ctc-weight", "0", "--char-weight", "0",
     "--eval-epochs", "1",
 ]
 
@@ -94,11 +95,10 @@ def test_a_run_begins_with_averaged_weights_and_statistics(begin, origin):
 
 
 def test_flags_mean_what_the_checkpoints_preset_makes_of_them(begin):
-    """The default preset would refuse them: it has no CTC loss and a larger smallest rate."""
-    trainer = begin("--ctc-weight", "0.3", "--char-weight", "0.2", "--lattice-band", "4",
-                    "--lr", "5e-6")
-    assert trainer.cfg.preset == "demo"
-    assert trainer.cfg.lr == 5e-6
+    """The default preset has a band, and would refuse it without a CTC loss."""
+    assert TrainConfig.preset != "demo"
+    cfg = begin("--ctc-weight", "0").cfg
+    assert (cfg.preset, cfg.ctc_weight, cfg.lattice_band) == ("demo", 0, 0)
 
 
 def test_the_weights_are_evaluated_before_the_first_step(begin, origin, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_schedule_dropout_augmentation_and_batch_are_the_runs_own(begin):
 
 
 def test_a_preset_is_a_recipe_for_another_model(begin):
-    trainer = begin("--preset", "mini")
+    trainer = begin("--preset", "mini", "--lattice-band", "0")
     assert trainer.cfg.weight_decay == recipe.RECIPES["mini"]["weight_decay"]
     assert (trainer.model.cfg.enc_hidden, trainer.model.cfg.pred_dropout) == (16, 0.3)
     assert trainer.model.predictor.rnn.dropout.p == 0.3
@@ -130,7 +130,7 @@ def test_a_preset_is_a_recipe_for_another_model(begin):
 
 @pytest.mark.parametrize(("argv", "epochs"), [([], (0, 0)), (["--ctc-epochs", "1"], (1, 0))])
 def test_the_recipes_start_for_random_weights_is_left_out(begin, argv, epochs):
-    cfg = begin("--preset", "mini", *argv).cfg
+    cfg = begin("--preset", "mini", "--lattice-band", "0", *argv).cfg
     assert recipe.RECIPES["mini"]["ctc_epochs"] > 1
     assert (cfg.ctc_epochs, cfg.ramp_begin) == epochs
 

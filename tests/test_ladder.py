@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from tones import REPO
 import data
 import features
 from loss import joint_transducer_loss
+from model import PRESETS
+from recipe import parse_configs
 from tools import bench, ladder
 from tools.ladder import Rung
 
@@ -46,7 +49,11 @@ def test_each_rung_adds_one_idea_and_alone_it_is_added_to_the_originals():
     rungs = list(steps.values())
     for before, after in zip(rungs, rungs[1:], strict=False):
         assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-    assert rungs[-1] == Rung(("--preset", "democratized"), 2, True, "bf16", 1)
+    _, model_cfg, _ = parse_configs(["--data", ".", "--train-splits", "x", "--dev-split", "x",
+                                     "--out", ".", *rungs[-1].argv])
+    settings = dict(orthogonal_init=False, weights_init_scale=0.5)
+    assert model_cfg == replace(PRESETS["democratized"], **settings)
+    assert rungs[-1][1:] == (2, True, "bf16", 1)
     assert list(alone) == list(steps)[ladder.ORIGINAL_RUNGS :]
     for rung in alone.values():
         assert sum(a != b for a, b in zip(rungs[3], rung, strict=True)) == 1
