@@ -153,7 +153,7 @@ def test_two_ranks_resume_exactly(corpus, whole, tmp_path, precision):
         assert digest(ours[part]) == digest(theirs[part]), part
 
 
-@pytest.mark.parametrize(("number", "step"), zip(train.STOP_SIGNALS, (2, 4, 2), strict=True))
+@pytest.mark.parametrize(("number", "step"), list(zip(train.STOP_SIGNALS, (2, 4, 2), strict=True)))
 def test_a_signal_ends_the_run_after_the_step_with_a_status_of_its_own(
     run, whole, tmp_path, number, step
 ):
