@@ -17,13 +17,13 @@ import soxr
 from test_mllog import judge, read
 from tones import SIMPLE, run_script
 
-from tools import prepare
+from tools import demo
 
 pytestmark = pytest.mark.slow
 
-RATE_HZ = prepare.SAMPLE_RATE_HZ
+RATE_HZ = demo.SAMPLE_RATE_HZ
 WORDS = ("ONE", "TWO", "THREE", "SEVEN", "MONDAY", "KITCHEN", "OFFICE", "RADIO", "MARCH", "EVENING")
-VOICE = prepare.Voice(1, "gmw/en+m3", 165, 50, 50)
+VOICE = demo.Voice(1, "gmw/en+m3", 165, 50, 50)
 SPOKEN = [
     "--train-splits", "train", "--dev-split", "dev", "--preset", "demo", *SIMPLE,
     "--vocab-size", "32",
@@ -61,7 +61,7 @@ def speak(espeak, rng):
 def spoken(tmp_path_factory):
     """Corpus root, and (text, spans of words) of every dev file."""
     root, rng, references = tmp_path_factory.mktemp("spoken"), random.Random(7), {}
-    espeak = prepare.Espeak(tmp_path_factory.mktemp("espeak"))
+    espeak = demo.Espeak(tmp_path_factory.mktemp("espeak"))
     for split, count in (("train", 320), ("dev", 24)):
         folder = root / split / "1" / "1"
         folder.mkdir(parents=True)

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from tones import REPO
 
-from tools import prepare
+from tools import demo, locked, prepare
 
 SIZES = {"num_train": 70, "num_dev": 6, "seed": 3}  # 64 voices: six of them speak twice
 
@@ -47,7 +47,7 @@ def words_of(texts):
 def say(scratch, text, voice):
     """Speak with a newly loaded synthesiser."""
     scratch.mkdir()
-    return prepare.Espeak(scratch).say(text, voice, seed=1)
+    return demo.Espeak(scratch).say(text, voice, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def spoken(tmp_path_factory):
     """Makes a small demo corpus, which tests must not change."""
     pytest.importorskip("espeakng_loader", reason="espeakng-loader speaks the demo corpus")
     root = tmp_path_factory.mktemp("corpora") / "demo"
-    prepare.make_demo(root, **SIZES)
+    demo.make_demo(root, **SIZES)
     return root
 
 
@@ -71,8 +71,8 @@ def corpus(spoken, tmp_path):
 @pytest.fixture(scope="module")
 def prompts():
     """Plans the default demo corpus; returns split -> prompts."""
-    prompts = prepare.plan_demo(prepare.DEMO_TRAIN_UTTERANCES, prepare.DEMO_DEV_UTTERANCES,
-                                prepare.DEMO_SEED)
+    prompts = demo.plan_demo(demo.DEMO_TRAIN_UTTERANCES, demo.DEMO_DEV_UTTERANCES,
+                                demo.DEMO_SEED)
     return {s: [x for x in prompts if x.split == s] for s in ("train-demo", "dev-demo")}
 
 
@@ -83,7 +83,7 @@ def texts(prompts):
 
 
 def test_recipe_1_has_these_prompts(prompts):
-    assert prepare.DEMO_RECIPE == 1
+    assert demo.DEMO_RECIPE == 1
     lines = [f"{x.split} {x.id} {' '.join(map(str, x.voice))} {x.text}"
              for split in prompts.values() for x in split]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == (
@@ -109,7 +109,7 @@ def test_dev_speakers_and_vocal_tracts_are_new_and_all_accents_are_trained(promp
     assert not {v.speaker for v in train} & {v.speaker for v in dev}
     assert not {v.name.split("+")[1] for v in train} & {v.name.split("+")[1] for v in dev}
     train, dev = ({v.name.split("+")[0] for v in voices} for voices in (train, dev))
-    assert dev <= train == set(prepare.ACCENTS)
+    assert dev <= train == set(demo.ACCENTS)
 
 
 def test_each_of_72_speakers_has_one_voice_and_ids_are_unique(prompts):
@@ -161,26 +161,26 @@ def test_no_utterance_is_cut(spoken):
 
 
 def test_speech_keeps_its_speed(spoken, tmp_path):
-    voice = prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50)
+    voice = demo.Voice(1, "gmw/en-US+m1", 175, 50, 50)
     text = "CALL ANNA ON MONDAY THE TWENTY THIRD OF MAY"
     spoken_s = len(say(tmp_path / "scratch", text, voice)) / 22050  # espeak-ng's sample rate
     folder = tmp_path / "corpus"
-    hours = prepare.write_demo(folder, [prepare.Prompt("split", "1-1-0000", voice, text)], seed=1)
+    hours = demo.write_demo(folder, [demo.Prompt("split", "1-1-0000", voice, text)], seed=1)
     [(_, samples)] = recordings(folder)
     assert hours == len(samples) / 16000 / 3600
     # Speakers vary their rate by 6 %. Without resampling the factor would be 22050 / 16000.
-    assert spoken_s * 0.9 < len(samples) / 16000 - 2 * prepare.PAUSE_S[0] < spoken_s * 1.1 + 0.2
+    assert spoken_s * 0.9 < len(samples) / 16000 - 2 * demo.PAUSE_S[0] < spoken_s * 1.1 + 0.2
 
 
 def test_record_pads_and_scales_and_adds_noise():
     tone = np.sin(np.arange(16000) / 5).astype(np.float32)
-    loud, quiet = (prepare.record(tone * gain, random.Random(1)) for gain in (0.5, 2**-10))
+    loud, quiet = (demo.record(tone * gain, random.Random(1)) for gain in (0.5, 2**-10))
     assert np.array_equal(loud, quiet)  # the level is drawn, not kept
     assert loud.dtype == np.int16
     pause = len(loud) - len(tone)
-    assert 2 * prepare.PAUSE_S[0] <= pause / 16000 <= 2 * prepare.PAUSE_S[1]
+    assert 2 * demo.PAUSE_S[0] <= pause / 16000 <= 2 * demo.PAUSE_S[1]
     assert np.any(loud[:1600])
-    assert not np.array_equal(loud[:1600], prepare.record(tone, random.Random(2))[:1600])
+    assert not np.array_equal(loud[:1600], demo.record(tone, random.Random(2))[:1600])
 
 
 # --------------------------------------------------------------------------------- making it again
@@ -188,26 +188,26 @@ def test_record_pads_and_scales_and_adds_noise():
 
 def test_same_seed_same_bytes(spoken, tmp_path):
     # The library has spoken in this process before; its state must not be heard.
-    prepare.make_demo(tmp_path / "again", **SIZES)
+    demo.make_demo(tmp_path / "again", **SIZES)
     assert read_tree(tmp_path / "again") == read_tree(spoken)
 
 
 def test_same_bytes_in_a_process_with_another_hash_seed(spoken, tmp_path):
-    code = ("import pathlib; from tools import prepare; "
-            f"prepare.make_demo(pathlib.Path('again'), **{SIZES})")
+    code = ("import pathlib; from tools import demo; "
+            f"demo.make_demo(pathlib.Path('again'), **{SIZES})")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True,
                    env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(REPO)})
     assert read_tree(tmp_path / "again") == read_tree(spoken)
 
 
 def test_another_seed_says_something_else(spoken, tmp_path):
-    prepare.make_demo(tmp_path / "other", **SIZES | {"seed": 4})
+    demo.make_demo(tmp_path / "other", **SIZES | {"seed": 4})
     assert transcripts(tmp_path / "other", "dev-demo") != transcripts(spoken, "dev-demo")
 
 
 def test_a_complete_corpus_is_not_written_again(corpus, capsys):
     before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*")}
-    prepare.make_demo(corpus, **SIZES)
+    demo.make_demo(corpus, **SIZES)
     assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*")} == before
     assert f"{corpus}: is there already" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_a_complete_corpus_is_not_written_again(corpus, capsys):
 def test_another_corpus_is_not_overwritten(corpus):
     before = read_tree(corpus)
     with pytest.raises(FileExistsError, match="holds something other"):
-        prepare.make_demo(corpus, **SIZES | {"seed": 4})
+        demo.make_demo(corpus, **SIZES | {"seed": 4})
     assert read_tree(corpus) == before
 
 
@@ -237,17 +237,17 @@ def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, 
     for _ in range(2):
         monkeypatch.setattr(Path, function, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare.make_demo(tmp_path, **SIZES)
+            demo.make_demo(tmp_path, **SIZES)
         monkeypatch.setattr(Path, function, real)
-    prepare.make_demo(tmp_path, **SIZES)
+    demo.make_demo(tmp_path, **SIZES)
     assert read_tree(tmp_path) == read_tree(spoken)
 
 
 @pytest.mark.slow
 def test_a_second_call_waits_for_the_first(spoken, tmp_path):
-    with prepare.locked(tmp_path):
-        code = ("import pathlib; from tools import prepare; "
-                f"prepare.make_demo(pathlib.Path({str(tmp_path)!r}), **{SIZES})")
+    with locked(tmp_path):
+        code = ("import pathlib; from tools import demo; "
+                f"demo.make_demo(pathlib.Path({str(tmp_path)!r}), **{SIZES})")
         call = subprocess.Popen([sys.executable, "-c", code], cwd=REPO)
         with pytest.raises(subprocess.TimeoutExpired):
             call.wait(5)
@@ -267,29 +267,29 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_voice_is_an_error(spoken, tmp_path):
-    espeak = prepare.Espeak(tmp_path)
+    espeak = demo.Espeak(tmp_path)
     with pytest.raises(RuntimeError, match="no voice gmw/en-nowhere[+]m1"):
-        espeak.say("HELLO", prepare.Voice(1, "gmw/en-nowhere+m1", 175, 50, 50), seed=1)
+        espeak.say("HELLO", demo.Voice(1, "gmw/en-nowhere+m1", 175, 50, 50), seed=1)
 
 
 def test_every_variant_exists():
     # espeak-ng ignores a variant that it does not know.
     loader = pytest.importorskip("espeakng_loader", reason="espeakng-loader brings the voices")
     folder = Path(loader.get_data_path()) / "voices" / "!v"
-    names = {*prepare.TRAIN_VARIANTS, *prepare.DEV_VARIANTS}
+    names = {*demo.TRAIN_VARIANTS, *demo.DEV_VARIANTS}
     assert names <= {path.name for path in folder.iterdir()}
 
 
 def test_capitals_are_spoken_like_small_letters(spoken, tmp_path):
-    text, voice = "HEAT THE OFFICE TO TEN DEGREES", prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50)
+    text, voice = "HEAT THE OFFICE TO TEN DEGREES", demo.Voice(1, "gmw/en-US+m1", 175, 50, 50)
     assert np.array_equal(say(tmp_path / "capitals", text, voice),
                           say(tmp_path / "small", text.lower(), voice))
 
 
 def test_words_start_where_their_sound_starts(spoken, tmp_path):
     """The pause at a comma is silent; a word that is spoken with the one before has no start."""
-    espeak = prepare.Espeak(tmp_path)
-    voice = prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50)
+    espeak = demo.Espeak(tmp_path)
+    voice = demo.Voice(1, "gmw/en-US+m1", 175, 50, 50)
     espeak.say("TURN ON THE LIGHT", voice, seed=1)
     assert list(espeak.word_starts) == [0, 1, 3]
     speech = np.abs(espeak.say("CALL ANNA, PETER", voice, seed=1))
@@ -306,7 +306,7 @@ def test_voices_below_a_long_path_are_found(spoken, tmp_path, monkeypatch):
     deep = tmp_path / ("x" * 160)
     deep.symlink_to(espeakng_loader.get_data_path())
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(deep))
-    voice = prepare.Voice(1, "gmw/en-US+f1", 175, 50, 50)
+    voice = demo.Voice(1, "gmw/en-US+f1", 175, 50, 50)
     assert len(say(tmp_path / "scratch", "HELLO", voice)) > 5000
 
 
@@ -316,12 +316,12 @@ def test_ctrl_c_in_the_middle_of_an_utterance_ends_the_demo(spoken, tmp_path, mo
             os.kill(os.getpid(), signal.SIGINT)
             super().append(chunk)
 
-    espeak = prepare.Espeak(tmp_path)
+    espeak = demo.Espeak(tmp_path)
     espeak._chunks = Chunks()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            espeak.say("HELLO", prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50), seed=1)
+            espeak.say("HELLO", demo.Voice(1, "gmw/en-US+m1", 175, 50, 50), seed=1)
         assert len(espeak._chunks) > 1
     finally:
         signal.signal(signal.SIGINT, before)
@@ -330,7 +330,7 @@ def test_ctrl_c_in_the_middle_of_an_utterance_ends_the_demo(spoken, tmp_path, mo
 @pytest.mark.parametrize(("field", "value"), [
     ("rate_wpm", 120), ("pitch", 90), ("pitch_range", 90), ("name", "gmw/en-US+f1")])
 def test_every_field_of_a_voice_is_heard(spoken, tmp_path, field, value):
-    voice = prepare.Voice(1, "gmw/en-US+m1", 175, 50, 50)
+    voice = demo.Voice(1, "gmw/en-US+m1", 175, 50, 50)
     first, same, other = (
         say(tmp_path / str(number), "CALL ANNA ON MONDAY", speaker)
         for number, speaker in enumerate((voice, voice, voice._replace(**{field: value}))))

@@ -5,9 +5,13 @@ Every tool ends without a traceback at Ctrl-C, and when the reader of its output
 `| head`. Its status then is the one that shells report for the signals SIGINT and SIGPIPE.
 """
 
+import fcntl
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 QUIET = {KeyboardInterrupt: 130, BrokenPipeError: 141}  # exception: exit status
@@ -28,3 +32,14 @@ def end_quietly(kind: type[BaseException], error: BaseException,
 sys.excepthook = end_quietly
 if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
     sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is noticed at the next line
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, then hold it. A killed process releases its lock."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
