@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import decode
 import features
-from checkpoint import CHECKPOINT_FORMAT, save_checkpoint
+from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 from model import PRESETS, ModelConfig, Transducer
 from tools import bench
 
@@ -133,13 +133,37 @@ def write_model(folder):
     tokenizer = data.Tokenizer(data.train_tokenizer(["ONE TWO"], 16))
     cfg = replace(PRESETS["demo"], enc_hidden=8, pred_hidden=8, joint_hidden=8,
                   vocab_size=tokenizer.vocab_size)
+    weights = Transducer(cfg).state_dict()
     checkpoint = {
-        "format": CHECKPOINT_FORMAT, "ema": Transducer(cfg).state_dict(),
-        "model_config": asdict(cfg), "feature_config": asdict(features.FeatureConfig()),
+        "format": CHECKPOINT_FORMAT, "ema": weights, "model": weights,
+        "train_config": {"preset": "demo"}, "model_config": asdict(cfg),
+        "feature_config": asdict(features.FeatureConfig()),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
     }
     save_checkpoint(folder / "best.pt", checkpoint)
     return "--checkpoint", folder / "best.pt", "--data", folder, "--split", "dev"
+
+
+def test_steps_of_init_begin_with_its_weights_and_pieces(monkeypatch, tmp_path):
+    _, checkpoint, *corpus = write_model(tmp_path)
+    stored = load_checkpoint(checkpoint)
+
+    def check(trainer, steps, count):
+        for name, x in trainer.model.state_dict().items():
+            assert torch.equal(x, stored["model"][name]), name
+        (batch,) = next(steps)
+        texts = {"1-2-0000": "ONE TWO", "1-2-0001": "TWO", "1-2-0002": "ONE"}
+        for name, labels, n in zip(batch.ids, batch.targets, batch.target_lens, strict=True):
+            assert decode.stored_tokenizer(stored).decode(labels[:n].tolist()) == texts[name]
+        raise ValueError("seen")
+
+    monkeypatch.setattr(bench, "time_steps", check)
+    monkeypatch.setattr(bench, "gemm_tflops", lambda dtype: 0.5)
+    argv = ["bench.py", "step", *corpus, "--init", checkpoint, "--batch-size", "2",
+            "--loader-workers", "0", "--ctc-weight", "0", "--char-weight", "0", "--empty-prob", "0"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    with pytest.raises(SystemExit, match=r"bench.py: seen"):
+        bench.main()
 
 
 def test_split_is_decoded_in_batches_and_alone(capsys, monkeypatch, tmp_path):

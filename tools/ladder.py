@@ -37,9 +37,10 @@ import data
 import loss
 import report
 import step
+from checkpoint import load_checkpoint
 from features import FeatureConfig
 from ranks import all_sum, start_ranks
-from recipe import parse_configs
+from recipe import make_configs, make_parser
 
 PLAIN_ROWS = 4  # utterances whose logits plain_joint_loss holds at the same time
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -156,15 +157,23 @@ def synthesize(root: Path, shapes: Sequence[tuple[float, int]]) -> None:
 # ----------------------------------------------------------------------------- trainer and loss
 
 
-def make_trainer(argv: Sequence[str]) -> tuple[step.Trainer, FeatureConfig]:
-    """A trainer for train.py's flags in `argv`, within the ranks that the launcher started."""
+def make_trainer(argv: Sequence[str]) -> tuple[step.Trainer, FeatureConfig, dict | None]:
+    """A trainer for train.py's flags in `argv`, within the ranks that the launcher started.
+
+    Its weights are random, or those of the checkpoint of --init, which is returned as well.
+    """
     # The flags that train.py requires say where a run is, which a step does not depend on.
     required = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
-    cfg, model_cfg, features = parse_configs([*required, *argv])
+    given = vars(make_parser().parse_args([*required, *argv]))
+    origin = load_checkpoint(given["init"]) if "init" in given else None
+    cfg, model_cfg, features = make_configs(given, origin)
     ranks, _ = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
     torch.set_flush_denormal(True)  # as in train.py: denormal numbers slow LSTMs
     # The last epoch trains everything, with full dropout.
-    return step.make_trainer(cfg, model_cfg, ranks, cfg.epochs), features
+    trainer = step.make_trainer(cfg, model_cfg, ranks, cfg.epochs)
+    if origin is not None:
+        trainer.model.load_state_dict(origin["model"])
+    return trainer, features, origin
 
 
 def plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int, dropout: float,
@@ -229,7 +238,7 @@ def bench_rung(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """
     if args.plain_loss:
         step.joint_transducer_loss = plain_joint_loss
-    trainer, features = make_trainer(argv)
+    trainer, features, _ = make_trainer(argv)
     ranks, cfg = trainer.ranks, trainer.cfg
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     reduced, hook_times = {}, {}
