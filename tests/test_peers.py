@@ -8,6 +8,7 @@ right arguments gets our costs, gradients and labels.
 """
 
 import importlib.metadata
+import math
 import sys
 from types import SimpleNamespace
 
@@ -167,10 +168,11 @@ def test_every_library_gives_our_cost_and_gradients(stand_ins, monkeypatch, caps
     assert [table["dtype"] for table in result["tables"]] == ["bfloat16", "float32"]
     # bfloat16 rounds by 4e-3, and positive and negative gradients of nodes nearly cancel.
     for table, largest in zip(result["tables"], (0.1, 5e-6), strict=True):
-        assert list(table["rows"]) == ["ours, fused", "ours, plain", *peers.LOSSES]
+        ours = ["ours, fused", "ours, band", "ours, plain"]
+        assert list(table["rows"]) == [*ours, *peers.LOSSES]
         for name, row in table["rows"].items():
             assert row["utts_per_s"] > 0
-            if name == "fast_rnnt, pruned":
+            if name in ("fast_rnnt, pruned", "ours, band"):
                 assert "deviations" not in row
                 continue
             assert list(row["deviations"]) == ["cost", "encoded", "predicted", "weight", "bias"]
@@ -188,7 +190,18 @@ def test_libraries_that_are_not_installed_are_named(nothing_installed, monkeypat
         for name, peer in peers.LOSSES.items()
     ]
     (table,) = result["tables"]
-    assert list(table["rows"]) == ["ours, fused", "ours, plain"]
+    assert list(table["rows"]) == ["ours, fused", "ours, band", "ours, plain"]
+
+
+def test_the_banded_loss_leaves_out_what_is_far_from_the_diagonal():
+    """The band has all nodes of a lattice of 2 x 3, not of one of 9 x 10."""
+    for size, is_same in ((2, True), (9, False)):
+        inputs, lattice = peers.random_inputs(torch.tensor([size]), torch.tensor([size]), 4, 5)
+        exact, banded = (f(inputs, lattice, 4).item()
+                         for f in (peers.our_fused_loss, peers.our_banded_loss))
+        assert (banded == pytest.approx(exact, rel=1e-6)) == is_same
+        assert math.isfinite(banded)
+        assert banded > 0.99 * exact
 
 
 def test_deviation_is_relative_to_the_norm():

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -139,11 +140,27 @@ def our_fused_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: i
     return loss.joint_transducer_loss(*inputs, *lattice, blank, reduction="sum")
 
 
+def our_banded_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int) -> Tensor:
+    """Our loss on the PRUNED_LABELS nodes of each frame that are nearest to the diagonal.
+
+    Training takes the band from a CTC head and widens a band that leaves out likely paths. Random
+    inputs have no likely path, so that every band would be widened: it stays as it is here.
+    """
+    targets, enc_lens, target_lens = lattice
+    T, U1 = inputs[0].shape[1], inputs[1].shape[1]
+    diagonal = (torch.arange(T) + 0.5) / enc_lens[:, None] * target_lens[:, None]  # (B, T)
+    distance = (torch.arange(U1) - diagonal[:, :, None]).abs()  # (B, T, U+1)
+    band = (distance <= PRUNED_LABELS / 2) & loss.inside_lattice(T, U1, enc_lens, target_lens)
+    with mock.patch.object(loss, "MOST_BORDER_VISITS", math.inf):
+        return loss.joint_transducer_loss(*inputs, *lattice, blank, reduction="sum", band=band)
+
+
 def our_plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int) -> Tensor:
     return plain_loss(inputs, lattice, blank, dropout=0.0, reduction="sum")
 
 
 PRUNED = "fast_rnnt, pruned"
+BANDED = "ours, band"
 LOSSES = {
     "optimized_transducer": Peer("optimized_transducer", "optimized_transducer", optimized_loss),
     "warp-transducer": Peer("warprnnt_pytorch", "warprnnt_pytorch", torchaudio_loss),
@@ -236,7 +253,7 @@ def compare_losses(functions: Mapping[str, Callable], shape: Sequence[int], dtyp
             "utts_per_s": batch / statistics.median(call.seconds for call in measured),
             "memory_growth_gb": first.growth_gb,
         }
-        if name != PRUNED:
+        if name not in (PRUNED, BANDED):
             row["deviations"] = {key: deviation(first.results[key], exact[key]) for key in exact}
         cells = "".join(f"{x:>11.1e}" for x in row.get("deviations", {}).values())
         print(f"{name:<24}{row['utts_per_s']:>8.1f}{row['memory_growth_gb']:>8.2f}"
@@ -248,7 +265,8 @@ def bench_losses(args: argparse.Namespace) -> None:
     """Joint network and loss of every library: speed, memory and deviation from float64."""
     torch.set_flush_denormal(True)
     modules = import_peers(LOSSES)
-    functions = {"ours, fused": our_fused_loss, "ours, plain": our_plain_loss}
+    functions = {"ours, fused": our_fused_loss, BANDED: our_banded_loss,
+                 "ours, plain": our_plain_loss}
     functions |= {name: partial(LOSSES[name].adapter, module)
                   for name, (module, _) in modules.items()}
     dtypes = {"bf16": [torch.bfloat16], "fp32": [torch.float32],
