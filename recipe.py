@@ -167,7 +167,8 @@ FREE_FIELDS = {
 # The fields that a run needs before it has read a checkpoint.
 START_FIELDS = {"data", "train_splits", "dev_split", "out", "ranks", "backend", "timeout_s",
                 "tensorboard", "resume", "restart", "init"}
-# A recipe begins so that random weights find the alignment; the weights of --init have found it.
+# A recipe begins so that random weights find the alignment; the weights of --init have found it,
+# unless a new tokenizer makes the layers of the labels start anew.
 NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 
 
@@ -219,19 +220,20 @@ def architecture(stored: dict, given: dict) -> dict:
     return kept
 
 
-def make_configs(given: dict,
-                 origin: dict | None = None) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+def make_configs(given: dict, origin: dict | None = None,
+                 start: dict = NO_START) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
     """Flags -> the three configs; a wrong value ends the program with status 2.
 
     Args:
         given: the flags of the command line and their values.
         origin: a checkpoint whose architecture the run keeps; its preset is the default.
+        start: replaces the recipe's start in a run with an origin.
     """
     if origin is not None:
         before = origin["train_config"]
         given = {"preset": before["preset"], "init": before.get("init", ""), **given}
     preset = given.get("preset", TrainConfig.preset)
-    values = {**RECIPES.get(preset, {}), **(NO_START if origin else {}), **given}
+    values = {**RECIPES.get(preset, {}), **(start if origin else {}), **given}
 
     def values_for(config: type) -> dict:
         return {f.name: values[f.name] for f in fields(config) if f.name in values}

@@ -51,7 +51,7 @@ from features import FeatureConfig
 from model import ModelConfig
 from optimizer import lr_at
 from ranks import Ranks, leave, start_ranks
-from recipe import RECIPES, START_FIELDS, TrainConfig, make_configs, make_parser
+from recipe import NO_START, RECIPES, START_FIELDS, TrainConfig, make_configs, make_parser
 from report import Log, Monitor
 from step import (
     StepResult,
@@ -164,22 +164,25 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
     return found
 
 
-def find_origin(cfg: TrainConfig, resumed: tuple[Path, dict] | None) -> dict | None:
-    """The checkpoint whose architecture a run with --init keeps; None for any other run.
+def find_origin(cfg: TrainConfig,
+                resumed: tuple[Path, dict] | None) -> tuple[dict | None, dict]:
+    """The checkpoint whose architecture a run with --init keeps, None for any other run, and the
+    values of NO_START's fields.
 
-    Such a run needs the file of --init at its beginning only: resumed, it keeps its own.
+    Such a run needs the file of --init at its beginning only: resumed, it keeps its own values.
 
     Raises:
         ValueError: the resumed run began otherwise.
     """
     if resumed is None:
-        return load_checkpoint(cfg.init) if cfg.init else None
+        return (load_checkpoint(cfg.init) if cfg.init else None), NO_START
     path, checkpoint = resumed
     begun = checkpoint["train_config"].get("init", "")
     if cfg.init and Path(cfg.init).resolve() != Path(begun).resolve():
         raise ValueError(f"{path}: its run did not begin with --init {cfg.init}; give another "
                          "--out, or --restart to delete it")
-    return checkpoint if begun else None
+    start = {name: checkpoint["train_config"][name] for name in NO_START}
+    return (checkpoint if begun else None), start
 
 
 def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
@@ -551,25 +554,28 @@ def main() -> int:
     lock = lock_run(out) if ranks.rank == 0 and out.is_dir() else None  # before another run writes
     resumed = find_checkpoint(cfg, log)
     path, checkpoint = resumed or (None, None)
-    origin = find_origin(cfg, resumed)
-    cfg, model_cfg, features = make_configs(given, origin)
+    origin, start = find_origin(cfg, resumed)
+    cfg, model_cfg, features = make_configs(given, origin, start)
     reading_s = time.time()
     train, dev = data.load_corpus(cfg.data, cfg.train_splits, cfg.dev_split, features,
                                   cfg.skip_bad, log.say)
-    facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
     if checkpoint is not None:
-        check_same_model(path, checkpoint, facts)
         tokenizer = decode.stored_tokenizer(checkpoint)
     else:
         tokenizer = make_tokenizer(None if "vocab_size" in given else origin, train,
                                    model_cfg.vocab_size, log)
+        if origin is not None and tokenizer.model != decode.stored_tokenizer(origin).model:
+            cfg, model_cfg, _ = make_configs(given, origin, start={})
+    facts = run_facts(cfg, model_cfg, features, ranks, train, dev)
+    if checkpoint is not None:
+        check_same_model(path, checkpoint, facts)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
-    step = (checkpoint or origin or {"state": {"step": 0}})["state"]["step"]
     heartbeat.compare("run", {
         "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),
-        "checkpoint": f"step {step} in {out}", "dtype": matrix_dtype(cfg.precision),
+        "step of the checkpoint": (checkpoint or origin or {"state": {"step": 0}})["state"]["step"],
+        "dtype": matrix_dtype(cfg.precision),
         "tokenizer": zlib.crc32(tokenizer.model),
     })
 

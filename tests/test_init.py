@@ -138,13 +138,22 @@ def test_the_recipes_start_for_random_weights_is_left_out(begin, argv, epochs):
 def test_texts_that_the_tokenizer_cannot_spell_give_a_new_one(
     begin, origin, other_letters, tmp_path, capsys
 ):
-    trainer, stored = begin(root=other_letters), load_checkpoint(origin)
+    trainer, stored = begin("--ctc-epochs", "0", root=other_letters), load_checkpoint(origin)
     assert tensors_that_differ(trainer.model.state_dict(), stored["ema"]) == CLASSES
     said = capsys.readouterr().out
     assert "init: a new tokenizer, because the checkpoint's cannot spell" in said
     assert "no piece for" in said
     assert "layers that start anew: joint_network.output, predictor.embed\n" in said
     assert events(tmp_path / "run", "eval") == []  # random classes recognise no word
+
+
+def test_new_labels_need_the_recipes_start_also_after_a_restart(origin, other_letters, tmp_path):
+    run = ["--data", other_letters, "--out", tmp_path / "run", *SHORT, "--init", origin]
+    for argv in ([], ["--resume"]):
+        assert run_here(*run, *argv, "--time-limit-s", "1e-6") == 75
+    for event in events(tmp_path / "run", "start"):
+        for name in recipe.NO_START:
+            assert event["train_config"][name] == recipe.RECIPES["demo"][name] > 0, name
 
 
 def test_a_vocabulary_size_gives_a_new_tokenizer(begin, origin):
