@@ -416,17 +416,17 @@ class Layout(NamedTuple):
 
 def draw_layout(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
                 strength: float = 1.0) -> Layout:
-    """The first numbers that `features` draws. Half of all ends get no background."""
+    """The first numbers that `features` draws. A quarter of all ends get no background."""
     speed = rng.uniform(cfg.speed_min, cfg.speed_max)
     longest, ends = cfg.pad_max_s * strength, [0.0, 0.0]
     if longest > 0:
-        ends = rng.uniform(-longest, longest, 2).clip(0).tolist()
+        ends = rng.uniform(-0.33 * longest, longest, 2).clip(0).tolist()
     return Layout(speed, *ends, is_empty=happens(rng, cfg.empty_prob * strength))
 
 
 def draw_background(rng: np.random.Generator, count: int, rms: float) -> np.ndarray:
-    """(count,) digital silence, or, half of the time, noise 10 to 80 dB below `rms`."""
-    if not happens(rng, 0.5):
+    """(count,) digital silence, or, three quarters of the time, noise 10 to 80 dB below `rms`."""
+    if not happens(rng, 0.75):
         return np.zeros(count, np.float32)
     return rms * 10 ** (-rng.uniform(10, 80) / 20) * draw_noise(rng, count)
 

@@ -587,12 +587,12 @@ def test_background_at_both_ends_is_silence_or_faint_noise_of_random_length():
         assert np.array_equal(result[before : before + len(samples)], samples)
         ends += [result[:before], result[before + len(samples) :]]
     lengths = np.array([len(end) for end in ends])
-    assert np.mean(lengths == 0) == pytest.approx(0.5, abs=0.075)  # three deviations
+    assert np.mean(lengths == 0) == pytest.approx(0.25, abs=0.065)  # three deviations
     assert 7500 < lengths.max() <= 8000
     assert lengths[lengths > 0].mean() == pytest.approx(4000, rel=0.15)
     long = [end for end in ends if len(end) > 1000]
     noisy = [end for end in long if end.any()]
-    assert len(noisy) / len(long) == pytest.approx(0.5, abs=0.12)
+    assert len(noisy) / len(long) == pytest.approx(0.75, abs=0.09)
     levels_db = [power_db(end) - power_db(samples) for end in noisy]
     assert -82 < min(levels_db) < -70
     assert -20 < max(levels_db) < -8
@@ -634,7 +634,7 @@ def test_empty_recordings_are_silence_or_noise_without_the_words():
             assert abs(np.corrcoef(result, samples)[0, 1]) < 0.1
         else:
             silent += 1
-    assert silent == pytest.approx(50, abs=15)
+    assert silent == pytest.approx(25, abs=13)
 
 
 ALL = {"band_prob": 0.5, "pad_max_s": 0.3, "empty_prob": 0.3, "noise_prob": 0.5, "gain_db": 20.0,
