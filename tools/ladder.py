@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,6 +168,8 @@ def make_trainer(argv: Sequence[str]) -> tuple[step.Trainer, FeatureConfig, dict
     given = vars(make_parser().parse_args([*required, *argv]))
     origin = load_checkpoint(given["init"]) if "init" in given else None
     cfg, model_cfg, features = make_configs(given, origin)
+    if origin is not None:
+        model_cfg = replace(model_cfg, vocab_size=origin["model_config"]["vocab_size"])
     ranks, _ = start_ranks(cfg.ranks, cfg.backend, cfg.timeout_s)
     torch.set_flush_denormal(True)  # as in train.py: denormal numbers slow LSTMs
     # The last epoch trains everything, with full dropout.
