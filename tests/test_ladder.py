@@ -61,14 +61,16 @@ def test_each_rung_adds_one_idea_and_alone_it_is_added_to_the_originals():
 
 def write_run(folder: Path, wers: list[float]) -> Path:
     folder.mkdir()
-    evals = [{"event": "eval", "epoch": epoch, "wer": wer} for epoch, wer in enumerate(wers, 1)]
+    evals = [{"event": "eval", "epoch": epoch, "wer": wer, "cer": wer / 2}
+             for epoch, wer in enumerate(wers, 1)]
     (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
     return folder
 
 
 def test_epochs_to_a_target(tmp_path):
     run = write_run(tmp_path / "run", [1.0, 0.1, 0.05])
-    assert ladder.epochs_to(run, 0.1) == {"epochs": 2, "ran": 3, "best_wer": 0.05}
+    assert ladder.epochs_to(run, 0.1) == {"epochs": 2, "ran": 3, "best_wer": 0.05,
+                                           "best_cer": 0.025}
     assert ladder.epochs_to(run, 0.01)["epochs"] is None
 
 
@@ -143,7 +145,7 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert stored["ladder"][5]["epochs_s"] == pytest.approx([180, 220])
     assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
     assert stored["epochs_to_target"]["run"]["epochs"] == 10
-    assert "run: WER 10 % after 10 epochs, best 9.1 %" in lines
+    assert "run: WER 10 % after 10 epochs, best 9.1 %, CER 4.5 %" in lines
     table = next(i for i, line in enumerate(lines) if line.split()[:1] == ["s"])
     assert lines[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone",
                                     "original"]

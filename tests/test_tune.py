@@ -59,7 +59,7 @@ for epoch in range(done + 1, args.epochs + 1):
         time.sleep(0.05)
     hopeless = int(args.out.name[-4:]) >= int(os.environ.get("HOPELESS", 99))
     wer = 1 if hopeless else min(1, 0.3 / epoch + 100 * abs(args.lr - 0.004))
-    write("eval", epoch=epoch, wer=wer, hours=10 * epoch / 3600)
+    write("eval", epoch=epoch, wer=wer, cer=wer / 2, hours=10 * epoch / 3600)
     time.sleep(300 if hopeless and epoch < args.epochs else float(os.environ.get("EPOCH_S", 0)))
 sys.exit(int(os.environ.get("END", 0)))
 """
@@ -310,7 +310,7 @@ def test_a_search_from_beginning_to_end(case):
         f"env RANKS=1 OMP_NUM_THREADS=1 {sys.executable} {case.stand_in} --epochs 3 --lr 0.004"
         f" --ctc-epochs 2 --out {case.out}/best"
     )
-    assert lines[-2] == "best: trial 0, WER 10.00 % after 30 s"
+    assert lines[-2] == "best: trial 0, WER 10.00 %, CER 5.00 % after 30 s"
     header = next(i for i, line in enumerate(lines) if line.startswith("trial  state"))
     rows = [re.match(r"\d +(complete|pruned) ", row) for row in lines[header + 1 : header + 7]]
     assert all(rows)
@@ -346,12 +346,13 @@ def test_report_prefers_a_feasible_trial_and_prints_importances(tmp_path, capsys
         trial = study.ask({"lr": optuna.distributions.FloatDistribution(0, 1)})
         trial.set_constraint("training_time", seconds - 100)
         trial.set_constraint("WER", wer - 0.5)
+        trial.set_user_attr("cer", wer / 2)
         study.tell(trial, [seconds, wer])
     tune.show_results(study, tmp_path, ["run"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[4] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
+    assert [line.split()[5] for line in lines[1:5]] == ["no", "yes", "yes", "no"]
     assert any(line.startswith("WER: share of variance (functional ANOVA): lr") for line in lines)
-    assert lines[-2] == "best: trial 2, WER 20.00 % after 95 s"
+    assert lines[-2] == "best: trial 2, WER 20.00 %, CER 10.00 % after 95 s"
     assert lines[-1] == f"run --lr 0.3 --out {tmp_path}/best"
 
 
@@ -431,7 +432,7 @@ def test_a_resumed_trial_is_not_judged_again_by_its_old_epochs(tmp_path):
         study.add_trial(optuna.create_trial(
             state=TrialState.COMPLETE, values=[1.0, 0.1],
             user_attrs={"wers": {"1": 0.4, "2": 0.3, "3": 0.2}}))
-    evaluation = '{"event": "eval", "epoch": %d, "wer": %g, "hours": 0.25}\n'
+    evaluation = '{"event": "eval", "epoch": %d, "wer": %g, "cer": 0.1, "hours": 0.25}\n'
     log = tmp_path / "log.jsonl"
     log.write_text(evaluation % (1, 0.9) + evaluation % (2, 0.25))
     command = [sys.executable, "-c", f"open({str(log)!r}, 'a').write({evaluation % (3, 0.1)!r})"]

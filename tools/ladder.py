@@ -392,11 +392,12 @@ def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequen
 
 
 def epochs_to(folder: Path, target_wer: float) -> dict:
-    """Epochs until a run reached `target_wer` or None, all its epochs, and its best WER."""
+    """Epochs until a run reached `target_wer` or None, all its epochs, its best WER and its CER."""
     evals = report.read_run(folder)[1]
     reached = next((row["epoch"] for row in evals if row["wer"] <= target_wer), None)
-    return {"epochs": reached, "ran": evals[-1]["epoch"],
-            "best_wer": min(row["wer"] for row in evals)}
+    best = min(evals, key=lambda row: row["wer"])
+    return {"epochs": reached, "ran": evals[-1]["epoch"], "best_wer": best["wer"],
+            "best_cer": best["cer"]}
 
 
 def make_rows(ladder: dict[str, Rung], alone: dict[str, Rung],
@@ -458,7 +459,7 @@ def bench_ladder(args: argparse.Namespace, argv: Sequence[str]) -> None:
     for name, run in runs.items():
         after = f"after {run['epochs']}" if run["epochs"] else f"not in {run['ran']}"
         print(f"{name}: WER {100 * args.target_wer:g} % {after} epochs, best "
-              f"{100 * run['best_wer']:.1f} %")
+              f"{100 * run['best_wer']:.1f} %, CER {100 * run['best_cer']:.1f} %")
     print_ladder(rows)
     hours = {"here": EPOCHS * min(row["epoch_s"] for row in rows) / 3600}
     print(f"{EPOCHS} epochs of train-clean-100 take {hours['here']:.1f} hours on the fastest rung, "

@@ -335,6 +335,7 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
             best = itertools.accumulate((min(1.0, e["wer"]) for e in evals), min)
             wers = {str(e["epoch"]): wer for e, wer in zip(evals, best, strict=True)}
             trial.set_user_attr("wers", wers)
+            trial.set_user_attr("cer", min(evals, key=lambda e: e["wer"])["cer"])
             trial.set_user_attr("seconds", seconds := 3600 * evals[-1]["hours"])
             has_more = evals[-1]["epoch"] < epochs and process.returncode is None
             if has_more and len(evals) > judged:
@@ -443,12 +444,13 @@ def is_feasible(trial: FrozenTrial) -> bool:
 
 
 def print_table(study: optuna.Study) -> None:
-    rows = [["trial", "state", "seconds", "WER %", "feasible", "values", "reason"]]
+    rows = [["trial", "state", "seconds", "WER %", "CER %", "feasible", "values", "reason"]]
     for t in study.get_trials(deepcopy=False):
         wer = min(t.user_attrs.get("wers", {0: math.nan}).values())
         retried = "cut off; goes on under another number" if t.state == TrialState.FAIL else ""
         rows.append([str(t.number), t.state.name.lower(), f"{t.user_attrs.get('seconds', 0):.1f}",
-                     f"{100 * wer:.2f}", "yes" if is_feasible(t) else "no",
+                     f"{100 * wer:.2f}", f"{100 * t.user_attrs.get('cer', math.nan):.2f}",
+                     "yes" if is_feasible(t) else "no",
                      shlex.join(flags(t.params)), t.user_attrs.get("reason", retried)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -487,7 +489,8 @@ def show_results(study: optuna.Study, out: Path, command: Sequence[str]) -> None
         print("no trial meets all thresholds; the following one has the lowest WER")
     best = min(feasible or complete, key=lambda t: t.values[::-1])
     seconds, wer = best.values
-    print(f"best: trial {best.number}, WER {100 * wer:.2f} % after {seconds:.0f} s")
+    print(f"best: trial {best.number}, WER {100 * wer:.2f} %, CER "
+          f"{100 * best.user_attrs.get('cer', math.nan):.2f} % after {seconds:.0f} s")
     print(shlex.join([*command, *flags(best.params), "--out", str(out / "best")]))
 
 
