@@ -401,7 +401,7 @@ def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_raising_rank_ends_the_run(run, launcher):
-    insert(run, "train.py", "    trainer.parallel.train()\n",
+    insert(run, "step.py", "    trainer.parallel.train()\n",
            "    if step == 3 and trainer.ranks.rank == 1:\n"
            "        raise KeyError('deliberate')\n")
     assert run.start(LAUNCHER=launcher).expect_end(300) not in (0, 2)
@@ -511,7 +511,7 @@ def test_signal_ends_ranks_that_use_mpi_with_its_status(mpi_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_of_one_rank_ends_all_that_use_mpi(mpi_run, rank):
-    insert(mpi_run, "train.py", "    trainer.parallel.train()\n",
+    insert(mpi_run, "step.py", "    trainer.parallel.train()\n",
            f"    if step == 3 and trainer.ranks.rank == {rank}:\n"
            "        raise ValueError('deliberate')\n")
     assert mpi_run.start(**mpi_run.env).expect_end(60) == 1, mpi_run.output()
