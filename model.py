@@ -17,8 +17,8 @@ Shape letters, used in every file:
 Lengths are int64 (B,) and count valid items before padding: feat_lens, enc_lens, target_lens.
 
 Graves (2012), arXiv:1211.3711: the transducer. He et al. (2019), arXiv:1811.06621: LSTM
-encoder with time stacking. The architecture and its initialisation are those of the MLPerf
-Training v1.0 RNN-T, with the normalisation layers of Intel e2eAIOK (modelzoo/rnnt).
+encoder with time stacking. The defaults, initialisation included, are those of the MLPerf Training
+v1.0 RNN-T; the normalisation layers are those of Intel e2eAIOK (modelzoo/rnnt).
 """
 
 import math

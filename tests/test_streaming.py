@@ -83,6 +83,7 @@ def test_real_time_factor_and_delay_are_printed(monkeypatch, capsys, tmp_path):
     assert 0 < result["rtf"] < 1
     assert 0 < result["median_ms"] <= result["p99_ms"]
     assert f"real-time factor {result['rtf']:.3f} on one core" in lines[0]
-    assert result["recognised"] == 4
+    assert result["delays"] == 4
     assert (result["delay_s"], result["p90_delay_s"]) == pytest.approx((0.2, 0.3))
-    assert lines[1].endswith(f"of {result['words']}: median 0.20 s, 90th percentile 0.30 s")
+    expected = f"4 delays for {result['words']} words: median 0.20 s, 90th percentile 0.30 s"
+    assert lines[1] == expected

@@ -122,10 +122,10 @@ def bench_stream(args: argparse.Namespace) -> None:
     print(f"{audio_s:.0f} s of audio: real-time factor {rtf:.3f} on one core; for 240 ms of audio "
           f"the median is {median_ms:.1f} ms, the 99th percentile {slow_ms:.1f} ms")
     result = {"rtf": rtf, "median_ms": median_ms, "p99_ms": slow_ms, "frame_s": stream.frame_s,
-              "words": num_words, "recognised": len(delays)}
+              "words": num_words, "delays": len(delays)}
     if delays:
         middle, late = (np.percentile(delays, p) for p in (50, 90))
-        print(f"delay of {len(delays)} recognised words of {num_words}: median {middle:.2f} s, "
+        print(f"{len(delays)} delays for {num_words} words: median {middle:.2f} s, "
               f"90th percentile {late:.2f} s")
         result |= {"delay_s": middle, "p90_delay_s": late}
     finish(result)
