@@ -659,7 +659,8 @@ class Stream:
         if end:
             feats = splice(self.mels[:end], self.cfg)[None]  # (1, T_in, D)
             self.mels = self.mels[end:]
-            encoded, self.encoder_state = self.model.encode_chunk(feats, self.encoder_state)
+            encoded, self.encoder_state = self.model.encode_chunk(feats, self.encoder_state,
+                                                                  is_last)
             (labels,), self.search_state = greedy_search(
                 self.model, encoded, torch.tensor([encoded.shape[1]]), self.search_state,
                 max_symbols=sys.maxsize, paths=[self.arcs])

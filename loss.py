@@ -415,18 +415,18 @@ def sum_by_key(rows: Tensor, keys: Tensor, count: int) -> Tensor:
 MOST_BORDER_VISITS = 0.02
 
 
-def widen(band: Tensor, inside: Tensor, lattice: Lattice) -> bool:
+def widen(band: Tensor, inside: Tensor, lattice: Lattice, most_visits: float) -> bool:
     """Makes the band whole, in place, for utterances whose paths come too near to its border.
 
-    All are (B, T, U+1). A path can only leave the band from a node at its border, so paths that
-    seldom visit the border seldom go beyond it. This is an estimate and no bound: it knows the
+    All tensors are (B, T, U+1). A path can only leave the band from a node at its border, so paths
+    that seldom visit the border seldom go beyond it. This is an estimate and no bound: it knows the
     arcs inside alone. Returns whether any band was widened.
     """
     missing = inside & ~band
     leads_out = F.pad(missing[:, 1:], (0, 0, 0, 1)) | F.pad(missing[:, :, 1:], (0, 1))
     visits = (sum(lattice.posteriors) * leads_out).sum((1, 2))  # (B,)
     # No path may stay in the band at all; its visits are NaN or 0 then.
-    too_narrow = ~(visits <= MOST_BORDER_VISITS) | lattice.costs.isinf()
+    too_narrow = ~(visits <= most_visits) | lattice.costs.isinf()
     too_narrow &= missing.any(2).any(1)
     band |= inside & too_narrow[:, None, None]
     return bool(too_narrow.any())
@@ -443,7 +443,8 @@ class JointCosts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                 labels: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
-                dropout: float, dtype: torch.dtype, band: Tensor | None) -> Tensor:
+                dropout: float, dtype: torch.dtype, band: Tensor | None,
+                border_visits: float) -> Tensor:
         (B, T, J), U1 = encoded.shape, predicted.shape[1]
         inside = inside_lattice(T, U1, enc_lens, target_lens)
         scale = 2**15 / kept_numbers(dropout)
@@ -459,7 +460,7 @@ class JointCosts(torch.autograd.Function):
             arcs = scores.new_zeros(2, B, T, U1)
             arcs[:, chosen] = scores[:, : len(u)]
             lattice = Lattice(*arcs, enc_lens, target_lens, band)
-            if band is None or not widen(band, inside, lattice):
+            if band is None or not widen(band, inside, lattice, border_visits):
                 break
         ctx.lattice = lattice
         ctx.save_for_backward(encoded, predicted, weight, bias, hidden, ids, nodes, chosen)
@@ -497,13 +498,14 @@ class JointCosts(torch.autograd.Function):
             )
         grad_weight *= ctx.scale
         return (grad_encoded.to(encoded.dtype), grad_predicted.to(predicted.dtype),
-                grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 7)
+                grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 8)
 
 
 def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                           targets: Tensor, encoded_lens: Tensor, target_lens: Tensor, blank: int,
                           dropout: float = 0.0, reduction: str = "mean",
-                          band: Tensor | None = None) -> Tensor:
+                          band: Tensor | None = None,
+                          border_visits: float = MOST_BORDER_VISITS) -> Tensor:
     """The same value and gradients as `transducer_loss` on the joint network's logits.
 
     The logits are linear(dropout(relu(encoded[:, :, None] + predicted[:, None])), weight, bias),
@@ -523,6 +525,10 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
         band: (B, T, U+1) booleans, False at nodes to leave out; see ctc_band. The costs are those
             of the paths inside. Utterances whose paths come too near to the band's border are
             done exactly, and their whole lattice is set to True.
+        border_visits: the most visits of a path to nodes at the border, on average, that are not
+            too near. With infinity the band decides where labels stand, as in alignment-restricted
+            training (Mahadeokar et al. 2020, arXiv:2011.03072); only utterances without a path
+            inside are done exactly.
     Returns:
         Costs in nats (natural logarithm).
     Raises:
@@ -543,5 +549,6 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     costs = JointCosts.apply(encoded, predicted, weight, bias, label_of_node(targets, target_lens),
-                             encoded_lens, target_lens, blank, dropout, dtype, band)
+                             encoded_lens, target_lens, blank, dropout, dtype, band,
+                             border_visits)
     return reduce_costs(costs, reduction)

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
-# The frame before each convolution's input and the state of the LSTMs before StackTime.
-LowerState = tuple[list[Tensor], LstmState | None]
+# The frame before each convolution's input, the state of the LSTMs before StackTime, and the frames
+# that wait for those that they look ahead to, if the model looks ahead.
+LowerState = tuple[list[Tensor], LstmState | None, list[Tensor]]
 EncoderState = tuple[LowerState, LstmState]  # before and after StackTime
 
 
@@ -55,6 +56,7 @@ class ModelConfig:
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
     conv_channels: int = 32  # of the first two convolutions; later ones have twice as many
+    look_ahead: int = 0  # frames before StackTime that its input looks ahead; multiple of stack
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
@@ -63,13 +65,15 @@ class ModelConfig:
     weights_init_scale: float = 0.5  # multiplies LSTM weights and biases at the start
 
     def __post_init__(self) -> None:
-        for name in ("feature_size", "enc_hidden", "stack", "post_layers",
-                     "pred_hidden", "pred_layers", "joint_hidden", "conv_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name in ("pre_layers", "conv_layers", "ctc_split"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
+        sizes = ("feature_size", "enc_hidden", "stack", "post_layers", "pred_hidden", "pred_layers",
+                 "joint_hidden", "conv_channels")
+        for name in (*sizes, "pre_layers", "conv_layers", "look_ahead", "ctc_split"):
+            least = 1 if name in sizes else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least {least}")
+        if self.look_ahead % self.stack:
+            raise ValueError(f"look_ahead: {self.look_ahead}, expected a multiple of stack, "
+                             f"{self.stack}")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size: {self.vocab_size}, expected a label and the blank")
         for name in ("enc_dropout", "pred_dropout", "joint_dropout"):
@@ -96,8 +100,8 @@ PRESETS = {
                                 orthogonal_init=True, weights_init_scale=1.0),
     # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
-        feature_size=80, vocab_size=128, conv_layers=2, enc_hidden=384, pre_layers=2, stack=2,
-        post_layers=2, pred_hidden=128, pred_layers=1, joint_hidden=256,
+        feature_size=80, vocab_size=128, conv_layers=2, enc_hidden=384, pre_layers=2,
+        look_ahead=8, stack=2, post_layers=2, pred_hidden=128, pred_layers=1, joint_hidden=256,
         enc_dropout=0.3, pred_dropout=0.3, joint_dropout=0.2, normalization=True, residual=True,
         orthogonal_init=True, weights_init_scale=1.0,
     ),
@@ -329,6 +333,35 @@ class LstmStack(nn.Module):
         return x.transpose(0, 1), (h, c)
 
 
+class LookAhead(nn.Module):
+    """Row convolution: every frame becomes a weighted sum of itself and the frames after it.
+
+    Amodei et al. (2016), arXiv:1512.02595, section 3.7. Each feature has weights of its own, which
+    begin as 1 for the frame itself and 0 for the others. Zeros follow the last frame.
+    """
+
+    def __init__(self, frames: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([torch.ones(1, size), torch.zeros(frames, size)]))
+
+    def forward(self, x: Tensor, waiting: Tensor | None = None,
+                is_last: bool = True) -> tuple[Tensor, Tensor]:
+        """(B, T, H), frames that wait -> sums of all frames whose future is known, the new waiting.
+
+        Unless these are the utterance's last frames, its last `frames` frames wait for the next.
+        """
+        frames = len(self.weight) - 1
+        if waiting is not None:
+            x = torch.cat([waiting, x], 1)
+        waiting = x[:, -frames:]
+        if is_last:
+            x = F.pad(x, (0, 0, 0, frames))
+        y = x[:, :-frames] * self.weight[0]
+        for i in range(1, frames + 1):
+            y = torch.addcmul(y, x[:, i : i - frames or None], self.weight[i])
+        return y, waiting
+
+
 class StackTime(nn.Module):
     """Concatenates every `factor` frames into one; a last incomplete group is filled with 0."""
 
@@ -349,7 +382,8 @@ class StackTime(nn.Module):
 class Encoder(nn.Module):
     """Transcription network of Graves (2012), unidirectional, with StackTime in the middle.
 
-    Convolutions may come first (`cfg.conv_layers`).
+    Convolutions may come first (`cfg.conv_layers`), and StackTime's input may look some frames
+    ahead (`cfg.look_ahead`).
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -362,22 +396,27 @@ class Encoder(nn.Module):
             self.conv, width = ConvFrontEnd(cfg), H
         if cfg.pre_layers:
             self.pre, width = LstmStack(width, H, cfg.pre_layers, cfg.enc_dropout, cfg), H
+        self.look_ahead = LookAhead(cfg.look_ahead, width) if cfg.look_ahead else None
         self.stack_time = StackTime(cfg.stack)
         self.lower_size = width  # of a frame before StackTime
         self.post = LstmStack(cfg.stack * width, H, cfg.post_layers, cfg.enc_dropout, cfg)
 
-    def forward(self, feats: Tensor, feat_lens: Tensor,
-                state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
-        """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding."""
+    def forward(self, feats: Tensor, feat_lens: Tensor, state: EncoderState | None = None,
+                is_last: bool = True) -> tuple[Tensor, EncoderState]:
+        """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding.
+
+        `is_last` tells that no chunk of the utterances follows.
+        """
         lower_state, upper_state = (None, None) if state is None else state
-        x, _, lower_state = self.lower(feats, feat_lens, lower_state)  # (B, T_low, H)
-        x, upper_state = self.upper(x, upper_state)  # (B, T, H)
+        x, _, lower_state = self.lower(feats, feat_lens, lower_state, is_last)  # (B, T_low, H)
+        if x.shape[1]:  # otherwise all frames wait for those that they look ahead to
+            x, upper_state = self.upper(x, upper_state)  # (B, T, H)
         return x, (lower_state, upper_state)
 
-    def lower(self, feats: Tensor, feat_lens: Tensor,
-              state: LowerState | None = None) -> tuple[Tensor, Tensor, LowerState]:
+    def lower(self, feats: Tensor, feat_lens: Tensor, state: LowerState | None = None,
+              is_last: bool = True) -> tuple[Tensor, Tensor, LowerState]:
         """All before StackTime: (B, T_in, D), (B,), state -> (B, T_low, H), (B,), state."""
-        conv_state, pre_state = ([], None) if state is None else state
+        conv_state, pre_state, waiting = ([], None, []) if state is None else state
         x, lens = feats, feat_lens
         if self.feature_norm is not None:
             x = self.feature_norm(x, lens)  # (B, T_in, D)
@@ -388,7 +427,9 @@ class Encoder(nn.Module):
         # StackTime may put padding frames beside the last valid ones. They must hold zeros, as
         # for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
-        return x, lens, (conv_state, pre_state)
+        if self.look_ahead is not None:
+            x, *waiting = self.look_ahead(x, *waiting, is_last=is_last)
+        return x, lens, (conv_state, pre_state, waiting)
 
     def upper(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """StackTime and the LSTMs behind it: (B, T_low, H), state -> (B, T, H), state."""
@@ -505,15 +546,17 @@ class Transducer(nn.Module):
         B, T, _ = x.shape
         return self.ctc_head(x).view(B, T * self.cfg.ctc_split, self.cfg.vocab_size)
 
-    def encode_chunk(self, feats: Tensor,
-                     state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
+    def encode_chunk(self, feats: Tensor, state: EncoderState | None = None,
+                     is_last: bool = False) -> tuple[Tensor, EncoderState]:
         """(B, n, D) frames without padding, state after the previous chunk -> (B, T, J), state.
 
         In evaluation mode the outputs of consecutive chunks, concatenated, are those of `encode`
-        on all frames. Every n but the last must be a multiple of `cfg.reduction`.
+        on all frames. Every n but the last must be a multiple of `cfg.reduction`. With
+        `cfg.look_ahead` the outputs come so many frames later, all of the rest with the chunk that
+        `is_last`; an utterance shorter than that has no output before.
         """
         lens = torch.full((len(feats),), feats.shape[1], device=feats.device)
-        x, state = self.encoder(feats, lens, state)  # (B, T, H)
+        x, state = self.encoder(feats, lens, state, is_last)  # (B, T, H)
         return self.joint_network.encoder_projection(x), state
 
     def predict(self, targets: Tensor) -> Tensor:

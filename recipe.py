@@ -123,6 +123,13 @@ class TrainConfig:
         """True in the epochs, counted from 1, that train the CTC head without the transducer."""
         return 0 < epoch <= min(self.ctc_epochs, self.epochs // 4)
 
+    def is_band_hard(self, epoch: int) -> bool:
+        """True in the first epoch of the transducer if the CTC head was trained alone before it.
+
+        The joint network knows no alignment yet, and without this it may find none for epochs.
+        """
+        return self.is_ctc_alone(epoch - 1) and not self.is_ctc_alone(epoch)
+
     def strength(self, epoch: int) -> float:
         """Share of their full strength that dropout and augmentation have in an epoch."""
         return min(1.0, max(0.0, (epoch - self.ramp_begin) / max(self.ramp_epochs, 1.0)))
@@ -146,7 +153,8 @@ RECIPES = {
     "democratized": CTC_START | dict(epochs=26, ctc_split=4, ramp_epochs=8),
     "mini": CTC_START | dict(
         epochs=44, eval_epochs=4, ctc_split=1, ramp_epochs=12, splice=1, align=16,
-        freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96,
+        freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96, noise_prob=0.2,
+        pad_max_s=0.5, empty_prob=0.03, band_prob=0.1,
     ),
     # The demo's own recordings are clean and close: noise, silence and telephones are added.
     "demo": CTC_START | dict(

@@ -27,7 +27,7 @@ import decode
 import report
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig
-from loss import ctc_band, ctc_loss, joint_transducer_loss
+from loss import MOST_BORDER_VISITS, ctc_band, ctc_loss, joint_transducer_loss
 from model import ModelConfig, Transducer
 from optimizer import Lamb, clip_gradients, update_ema
 from ranks import Ranks, all_sum
@@ -60,6 +60,7 @@ class Trainer(NamedTuple):
     ema: Transducer  # the averaged weights
     optimizer: Lamb
     dtype: torch.dtype  # of the matrix products
+    epoch: int  # whose steps it makes, counted from 1
 
     @property
     def global_batch(self) -> int:
@@ -76,7 +77,7 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks,
     optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     if cfg.ipex:
         optimize_with_ipex(model, optimizer)
-    trainer = Trainer(cfg, ranks, model, model, ema, optimizer, matrix_dtype(cfg.precision))
+    trainer = Trainer(cfg, ranks, model, model, ema, optimizer, matrix_dtype(cfg.precision), epoch)
     return begin_epoch(trainer, epoch)
 
 
@@ -86,6 +87,7 @@ def begin_epoch(trainer: Trainer, epoch: int) -> Trainer:
     Parameters that the CTC head does not need have no gradient while it is trained alone, and
     DistributedDataParallel waits for the gradient of every parameter that had one when it was made.
     """
+    trainer = trainer._replace(epoch=epoch)
     cfg, model = trainer.cfg, trainer.model
     model.scale_dropout(cfg.strength(epoch))
     is_alone = cfg.is_ctc_alone(epoch)
@@ -125,8 +127,9 @@ class Losses(NamedTuple):
     share_of_nodes: Tensor  # of the lattice that were computed
 
 
-def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
+def batch_losses(trainer: Trainer, batch: Batch) -> Losses:
     model, cfg = trainer.model, trainer.cfg
+    ctc_alone = cfg.is_ctc_alone(trainer.epoch)
     zero = torch.zeros(len(batch.ids))
     loss, transducer, ctc, char, has_alignment, share = *[zero] * 4, zero == 0, zero + 1
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
@@ -143,16 +146,19 @@ def batch_losses(trainer: Trainer, batch: Batch, ctc_alone: bool) -> Losses:
             if not ctc_alone:
                 loss = cfg.ctc_weight * loss
         if not ctc_alone:
-            band = None
+            band, border_visits = None, MOST_BORDER_VISITS
             if cfg.lattice_band:
                 band = ctc_band(outputs.ctc_logits, batch.targets, outputs.enc_lens,
                                 batch.target_lens, model.cfg.blank, model.cfg.ctc_split,
                                 cfg.lattice_band)
+                if cfg.is_band_hard(trainer.epoch):
+                    border_visits = math.inf
             output = model.joint_network.output
             transducer = joint_transducer_loss(
                 outputs.encoded, outputs.predicted, output.weight, output.bias, batch.targets,
                 outputs.enc_lens, batch.target_lens, model.cfg.blank,
                 model.joint_network.dropout.p, reduction="none", band=band,
+                border_visits=border_visits,
             )
             if band is not None:
                 share = band.sum((1, 2)) / (outputs.enc_lens * (batch.target_lens + 1))
@@ -191,8 +197,7 @@ class StepResult(NamedTuple):
     num_left_out: int  # utterances that could not be read
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
-               ctc_alone: bool = False) -> StepResult:
+def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
     """One optimiser step over all micro-batches.
 
     Every utterance of the global batch has the same weight. Accumulation and ranks change only the
@@ -214,7 +219,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float,
         is_last = i == len(batches) - 1
         # Gradients are summed over the ranks during the last backward pass only.
         with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
-            losses = batch_losses(trainer, batch, ctc_alone)
+            losses = batch_losses(trainer, batch)
             sums += sum_losses(losses, batch, step, ranks)
             (losses.loss.sum() / num_requested).backward()
     if norm is not None:

@@ -356,9 +356,8 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             break
         log.mllog("block_start", first_epoch_num=epoch, epoch_count=1)
         log.mllog("epoch_start", epoch_num=epoch)
-        ctc_alone = cfg.is_ctc_alone(epoch)
         run = run._replace(trainer=begin_epoch(run.trainer, epoch))
-        if ctc_alone != cfg.is_ctc_alone(epoch - 1):
+        if cfg.is_ctc_alone(epoch) != cfg.is_ctc_alone(epoch - 1):
             run.monitor.epoch_loss = math.inf  # another loss: no comparison with the last epoch
         started = saved_at = time.monotonic()
         for batches in stopper.until_stop(shown_steps(run, state)):
@@ -371,7 +370,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
                 steps_per_epoch=per_epoch, gamma=cfg.lr_gamma, lr_min=cfg.lr_min,
                 epochs=cfg.epochs, hold_share=cfg.hold_share,
             )
-            result = train_step(run.trainer, batches, state.step + 1, lr, ctc_alone)
+            result = train_step(run.trainer, batches, state.step + 1, lr)
             step_s = time.monotonic() - started
             state.count_step(result, step_s, run.trainer.global_batch)
             run.monitor.step(

@@ -766,11 +766,11 @@ def band_of_five(T: int = 5, U: int = 4) -> Tensor:
     return ((torch.arange(T)[:, None] - torch.arange(U + 1)).abs() <= 1)[None]
 
 
-def test_costs_in_a_band_are_those_of_the_paths_inside(monkeypatch):
-    monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
+def test_costs_in_a_band_are_those_of_the_paths_inside():
     problem = random_problem([5], [4], V=5, blank=2)
     logits = problem.logits.clone().requires_grad_()
-    costs = loss_of_table(logits, *problem[1:], reduction="none", band=band_of_five())
+    costs = loss_of_table(logits, *problem[1:], reduction="none", band=band_of_five(),
+                          border_visits=math.inf)
     grads = torch.autograd.grad(costs.sum(), logits)[0][0]
     logits = problem.logits[0].clone().requires_grad_()
     expected = enumerated_cost(logits, problem.targets[0].tolist(), 2, band_of_five()[0])
@@ -779,11 +779,10 @@ def test_costs_in_a_band_are_those_of_the_paths_inside(monkeypatch):
 
 
 def test_nodes_outside_a_band_are_not_computed(monkeypatch):
-    monkeypatch.setattr(loss, "MOST_BORDER_VISITS", math.inf)
     monkeypatch.setattr(loss, "ROW_UNIT", 1)
     problem = random_problem([5], [4], V=5, blank=2)
     with Operations() as operations:
-        loss_of_table(problem.logits, *problem[1:], band=band_of_five())
+        loss_of_table(problem.logits, *problem[1:], band=band_of_five(), border_visits=math.inf)
     assert [len(x) for x in operations.softmaxes] == [13]
 
 
@@ -797,10 +796,12 @@ def test_a_band_that_leaves_out_likely_paths_is_widened_to_the_lattice():
     assert torch.equal(band, problem.inside())
 
 
-def test_a_band_without_any_path_is_widened_to_the_lattice():
+@pytest.mark.parametrize("border_visits", [loss.MOST_BORDER_VISITS, math.inf])
+def test_a_band_without_any_path_is_widened_to_the_lattice(border_visits):
     problem = random_problem([5], [4], V=5, blank=2)
     band = torch.zeros(1, 5, 5, dtype=torch.bool)
-    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band,
+                          border_visits=border_visits)
     assert_close(costs, loss_of_table(*problem, reduction="none"))
     assert band.all()
 

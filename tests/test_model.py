@@ -34,6 +34,7 @@ from model import (
     PRESETS,
     ConvFrontEnd,
     FeatureNorm,
+    LookAhead,
     LstmStack,
     ModelConfig,
     Predictor,
@@ -50,6 +51,7 @@ TINY = ModelConfig(
 NORMALIZED = replace(TINY, normalization=True)
 CONV = replace(NORMALIZED, pre_layers=0, stack=2, post_layers=3, conv_layers=2, conv_channels=4,
                residual=True)
+LOOK = replace(NORMALIZED, look_ahead=6)
 LENS = [13, 5, 9, 1]  # the last groups of 3 frames have one, two, three and one valid frames
 
 
@@ -76,6 +78,25 @@ def garbage_batch(dtype=torch.float64):
 
 # --------------------------------------------------------------------------------------- StackTime
 
+
+def test_look_ahead_is_a_convolution_over_each_frame_and_the_next_ones():
+    layer = LookAhead(3, 4).double()
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    kernels = layer.weight.detach().T[:, None]  # (4, 1, 3 + 1)
+    expected = torch.conv1d(torch.cat([x, x.new_zeros(2, 3, 4)], 1).transpose(1, 2), kernels,
+                            groups=4).transpose(1, 2)
+    torch.testing.assert_close(layer(x)[0].detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_look_ahead_begins_without_effect():
+    x = torch.randn(2, 7, 4)
+    assert torch.equal(LookAhead(3, 4)(x)[0], x)
+
+
+def test_look_ahead_must_be_whole_encoder_frames():
+    with pytest.raises(ValueError, match="look_ahead: 4, expected a multiple of stack, 3"):
+        replace(TINY, look_ahead=4)
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 8])
 def test_stack_time_concatenates_frames_and_fills_the_last_group_with_zeros(factor):
@@ -107,7 +128,8 @@ def test_num_frames_rounds_up(factor):
     ids=["float64", "float32"],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV, LOOK],
+                         ids=["plain", "normalized", "conv", "look-ahead"])
 def test_encode_gives_a_padded_batch_what_it_gives_each_utterance_alone(
     cfg, training, dtype, tolerance
 ):
@@ -138,7 +160,8 @@ def test_predict_gives_a_padded_batch_what_it_gives_each_utterance_alone(cfg, tr
         torch.testing.assert_close(predicted[b, : u + 1], alone[0], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV, LOOK],
+                         ids=["plain", "normalized", "conv", "look-ahead"])
 def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
     feats, feat_lens = garbage_batch()
     targets = torch.tensor([[1, 4], [7, 8], [2, 2], [-1, 8]])
@@ -171,7 +194,7 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(groups=st.lists(st.integers(1, 4), min_size=1, max_size=6), removed=st.integers(0, 2),
-       cfg=st.sampled_from([TINY, NORMALIZED, CONV]))
+       cfg=st.sampled_from([TINY, NORMALIZED, CONV, LOOK, replace(CONV, look_ahead=2)]))
 def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, cfg):
     # Every chunk is a multiple of the frames of an encoder frame; the last one lacks `removed`.
     model, lengths = make_model(cfg).eval(), [cfg.reduction * n for n in groups]
@@ -180,15 +203,19 @@ def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, cfg):
     feats = torch.randn(2, sum(lengths), cfg.feature_size, generator=generator).double()
     whole, _ = model.encode(feats, torch.tensor([sum(lengths)] * 2))
     chunks, state = [], None
-    for chunk in feats.split(lengths, 1):
-        encoded, state = model.encode_chunk(chunk, state)
-        assert encoded.shape[1] == model.num_frames(torch.tensor(chunk.shape[1]))
+    for i, chunk in enumerate(feats.split(lengths, 1), 1):
+        encoded, state = model.encode_chunk(chunk, state, is_last=i == len(lengths))
         chunks.append(encoded)
+        # Outputs come as soon as the frames are there that they look ahead to.
+        if i < len(lengths):
+            known = sum(groups[:i]) - cfg.look_ahead // cfg.stack
+            assert sum(x.shape[1] for x in chunks) == max(0, known)
     torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("traced_frames", [9, 10])  # with and without a group to fill
-@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV], ids=["plain", "normalized", "conv"])
+@pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV, LOOK],
+                         ids=["plain", "normalized", "conv", "look-ahead"])
 def test_traced_encode_equals_encode_for_other_batch_sizes_and_lengths(cfg, traced_frames):
     model = make_model(cfg, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(3)

@@ -71,7 +71,8 @@ def another(value):
 @pytest.mark.parametrize("config", [TrainConfig, ModelConfig, FeatureConfig])
 def test_every_field_is_a_flag(config):
     names = {"preset": "baseline", "precision": "bf16", "backend": "mpi", "init": "best.pt",
-             "submission_division": "closed", "submission_org": "Ours", "normalize": "none"}
+             "submission_division": "closed", "submission_org": "Ours", "normalize": "none",
+             "look_ahead": 8}
     defaults = next(c for c in parse() if isinstance(c, config))
     for field in fields(config):
         if field.name in ("data", "train_splits", "dev_split", "out"):

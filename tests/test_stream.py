@@ -38,6 +38,7 @@ TOKENIZER = Tokenizer(data.train_tokenizer(TEXTS, 16))
 KINDS = {
     "plain": (17, {}, {}),
     "convolutions": (12, {"conv_layers": 2, "conv_channels": 2}, {}),
+    "look-ahead": (20, {"look_ahead": 12}, {}),
     "wide window": (7, {"normalization": True}, {"window": 512}),
 }
 

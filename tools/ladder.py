@@ -194,7 +194,8 @@ def plain_loss(inputs: Sequence[Tensor], lattice: Sequence[Tensor], blank: int, 
 
 def plain_joint_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor,
                      targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
-                     dropout: float, reduction: str, band: Tensor | None = None) -> Tensor:
+                     dropout: float, reduction: str, band: Tensor | None = None,
+                     **_: float) -> Tensor:
     """Costs (B,) like loss.joint_transducer_loss, by plain_loss on PLAIN_ROWS utterances at a time.
 
     The gradient is right only where all costs have the same weight, as in train_step: it is
