@@ -525,8 +525,8 @@ def joint_transducer_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bi
         band: (B, T, U+1) booleans, False at nodes to leave out; see ctc_band. The costs are those
             of the paths inside. Utterances whose paths come too near to the band's border are
             done exactly, and their whole lattice is set to True.
-        border_visits: the most visits of a path to nodes at the border, on average, that are not
-            too near. With infinity the band decides where labels stand, as in alignment-restricted
+        border_visits: paths come too near if, on average, they visit more nodes at the border than
+            this. With infinity the band decides where labels stand, as in alignment-restricted
             training (Mahadeokar et al. 2020, arXiv:2011.03072); only utterances without a path
             inside are done exactly.
     Returns:

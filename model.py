@@ -34,7 +34,7 @@ LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
 # The frame before each convolution's input, the state of the LSTMs before StackTime, and the frames
 # that wait for those that they look ahead to, if the model looks ahead.
 LowerState = tuple[list[Tensor], LstmState | None, list[Tensor]]
-EncoderState = tuple[LowerState, LstmState]  # before and after StackTime
+EncoderState = tuple[LowerState, LstmState | None]  # before and after StackTime
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ModelConfig:
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
     conv_channels: int = 32  # of the first two convolutions; later ones have twice as many
-    look_ahead: int = 0  # frames before StackTime that its input looks ahead; multiple of stack
+    look_ahead: int = 0  # frames before StackTime that the encoder looks ahead; multiple of stack
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
@@ -202,7 +202,7 @@ class ConvFrontEnd(nn.Module):
     """3 x 3 convolutions that halve time and frequency, a linear layer, LayerNorm.
 
     Output frame t of a convolution sees its input frames 2t - 1, 2t and 2t + 1. So an output of
-    all layers needs no input frame past its own group of 2^layers: the encoder stays causal.
+    all layers needs no input frame past its own group of 2^layers.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -409,7 +409,9 @@ class Encoder(nn.Module):
         """
         lower_state, upper_state = (None, None) if state is None else state
         x, _, lower_state = self.lower(feats, feat_lens, lower_state, is_last)  # (B, T_low, H)
-        if x.shape[1]:  # otherwise all frames wait for those that they look ahead to
+        if x.shape[1] == 0:  # all frames wait for those that they look ahead to
+            x = x.new_empty(len(x), 0, self.post.layers[0].hidden_size)  # (B, 0, H)
+        else:
             x, upper_state = self.upper(x, upper_state)  # (B, T, H)
         return x, (lower_state, upper_state)
 
@@ -424,8 +426,8 @@ class Encoder(nn.Module):
             x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_conv, H)
         if self.pre is not None:
             x, pre_state = self.pre(x, pre_state)  # (B, T_conv, H)
-        # StackTime may put padding frames beside the last valid ones. They must hold zeros, as
-        # for an utterance alone, and not the outputs of LSTM and LayerNorm.
+        # Look-ahead and StackTime put padding frames beside the last valid ones. They must hold
+        # zeros, as for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
         if self.look_ahead is not None:
             x, *waiting = self.look_ahead(x, *waiting, is_last=is_last)
@@ -551,9 +553,9 @@ class Transducer(nn.Module):
         """(B, n, D) frames without padding, state after the previous chunk -> (B, T, J), state.
 
         In evaluation mode the outputs of consecutive chunks, concatenated, are those of `encode`
-        on all frames. Every n but the last must be a multiple of `cfg.reduction`. With
-        `cfg.look_ahead` the outputs come so many frames later, all of the rest with the chunk that
-        `is_last`; an utterance shorter than that has no output before.
+        on all frames. Every n but the last must be a multiple of `cfg.reduction`. The outputs of a
+        model with `cfg.look_ahead` come that many frames before StackTime later: the first chunks
+        have fewer outputs or none, and the call with `is_last` returns all that are left.
         """
         lens = torch.full((len(feats),), feats.shape[1], device=feats.device)
         x, state = self.encoder(feats, lens, state, is_last)  # (B, T, H)

@@ -10,7 +10,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from features import FeatureConfig, check_ranges
 from model import PRESETS, ModelConfig
@@ -151,6 +151,7 @@ RECIPES = {
     "baseline": dict(ctc_split=1),
     # StackTime leaves fewer frames than labels, so the CTC head needs several positions per frame.
     "democratized": CTC_START | dict(epochs=26, ctc_split=4, ramp_epochs=8),
+    # Without background, noise and recordings without words a model hears words in any noise.
     "mini": CTC_START | dict(
         epochs=44, eval_epochs=4, ctc_split=1, ramp_epochs=12, splice=1, align=16,
         freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96, noise_prob=0.2,
@@ -251,8 +252,10 @@ def make_configs(given: dict, origin: dict | None = None,
         features = FeatureConfig(**values_for(FeatureConfig))
         model = replace(PRESETS[preset], **values_for(ModelConfig))
         if origin is not None:
-            features = replace(features, **architecture(origin["feature_config"], given))
-            model = replace(model, **architecture(origin["model_config"], given))
+            # A field that is younger than the checkpoint has its default.
+            stored = FeatureConfig(**origin["feature_config"]), ModelConfig(**origin["model_config"])
+            features = replace(features, **architecture(asdict(stored[0]), given))
+            model = replace(model, **architecture(asdict(stored[1]), given))
         model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it

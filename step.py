@@ -60,7 +60,7 @@ class Trainer(NamedTuple):
     ema: Transducer  # the averaged weights
     optimizer: Lamb
     dtype: torch.dtype  # of the matrix products
-    epoch: int  # whose steps it makes, counted from 1
+    epoch: int  # the epoch under way, counted from 1; see begin_epoch
 
     @property
     def global_batch(self) -> int:
@@ -82,7 +82,7 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks,
 
 
 def begin_epoch(trainer: Trainer, epoch: int) -> Trainer:
-    """The trainer with the dropout of an epoch, counted from 1, and the parameters it trains.
+    """The trainer for an epoch, counted from 1, with its dropout and the parameters it trains.
 
     Parameters that the CTC head does not need have no gradient while it is trained alone, and
     DistributedDataParallel waits for the gradient of every parameter that had one when it was made.

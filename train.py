@@ -68,7 +68,7 @@ from step import (
 
 
 class Run(NamedTuple):
-    """The parts of a run. Only `trainer` is replaced, when an epoch trains other parameters."""
+    """The parts of a run. Only `trainer` is replaced, when an epoch begins."""
 
     trainer: Trainer
     features: FeatureConfig
@@ -187,10 +187,11 @@ def find_origin(cfg: TrainConfig,
 
 def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
     """Raises ValueError, naming the field, if this run's model facts are not the checkpoint's."""
+    # A field that is younger than the checkpoint had its default.
+    stored = asdict(ModelConfig()) | asdict(FeatureConfig()) | checkpoint["model_facts"]
     for name, value in facts["model_facts"].items():
-        stored = checkpoint["model_facts"].get(name)
-        if stored != value:
-            raise ValueError(f"{path} has {name} {stored}, this run {value}")
+        if stored[name] != value:
+            raise ValueError(f"{path} has {name} {stored[name]}, this run {value}")
 
 
 def to_checkpoint(run: Run, state: State) -> dict:

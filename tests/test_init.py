@@ -18,9 +18,9 @@ from tones import REPO, TINY, events, run_here, tiny_corpus
 
 import recipe
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from features import FeatureConfig
-from model import ModelConfig
+from model import PRESETS, ModelConfig
 from recipe import TrainConfig
 
 # The flags of a short run without those of the model, which the checkpoint of --init has.
@@ -119,6 +119,14 @@ def test_schedule_dropout_augmentation_and_batch_are_the_runs_own(begin):
     assert (trainer.cfg.lr, trainer.cfg.batch_size, trainer.cfg.preset) == (0.003, 4, "demo")
     assert trainer.model.cfg.enc_hidden == 16  # of the origin; the preset has 160
     assert trainer.model.encoder.post.dropout.p == 0.4
+
+
+def test_a_field_younger_than_the_checkpoint_has_its_default(begin, origin, tmp_path):
+    contents = load_checkpoint(origin)
+    del contents["model_config"]["look_ahead"]
+    save_checkpoint(tmp_path / "old.pt", contents)
+    trainer = begin("--preset", "mini", "--lattice-band", "0", init=tmp_path / "old.pt")
+    assert trainer.model.cfg.look_ahead == 0 < PRESETS["mini"].look_ahead
 
 
 def test_a_preset_is_a_recipe_for_another_model(begin):

@@ -76,7 +76,7 @@ def garbage_batch(dtype=torch.float64):
     return feats, torch.tensor(LENS)
 
 
-# --------------------------------------------------------------------------------------- StackTime
+# ------------------------------------------------------------------------ look-ahead and StackTime
 
 
 def test_look_ahead_is_a_convolution_over_each_frame_and_the_next_ones():
@@ -97,6 +97,7 @@ def test_look_ahead_begins_without_effect():
 def test_look_ahead_must_be_whole_encoder_frames():
     with pytest.raises(ValueError, match="look_ahead: 4, expected a multiple of stack, 3"):
         replace(TINY, look_ahead=4)
+
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 8])
 def test_stack_time_concatenates_frames_and_fills_the_last_group_with_zeros(factor):
@@ -194,7 +195,8 @@ def test_gradient_of_a_padded_batch_is_the_sum_over_its_utterances(cfg):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(groups=st.lists(st.integers(1, 4), min_size=1, max_size=6), removed=st.integers(0, 2),
-       cfg=st.sampled_from([TINY, NORMALIZED, CONV, LOOK, replace(CONV, look_ahead=2)]))
+       cfg=st.sampled_from([TINY, NORMALIZED, CONV, LOOK, replace(CONV, look_ahead=2),
+                            replace(LOOK, pre_layers=0)]))
 def test_encode_chunk_by_chunk_equals_encode_on_the_whole(groups, removed, cfg):
     # Every chunk is a multiple of the frames of an encoder frame; the last one lacks `removed`.
     model, lengths = make_model(cfg).eval(), [cfg.reduction * n for n in groups]
@@ -289,17 +291,24 @@ def test_torch_export_takes_the_encoder_with_the_length_of_the_example_only():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_chunks_through_an_exported_encode_chunk_equal_encode_on_the_whole():
-    model, n = make_model(NORMALIZED).eval(), 2 * NORMALIZED.reduction
-    feats = torch.randn(2, 5 * n, NORMALIZED.feature_size).double()
-    _, state = model.encode_chunk(feats[:, :n])
-    state = tree_map(torch.zeros_like, state)
+@pytest.mark.parametrize("cfg", [NORMALIZED, LOOK], ids=["normalized", "look-ahead"])
+def test_chunks_through_an_exported_encode_chunk_equal_encode_on_the_whole(cfg):
+    model, n = make_model(cfg).eval(), 2 * cfg.reduction
+    feats = torch.randn(2, 6 * n, cfg.feature_size).double()
+    first, state = model.encode_chunk(feats[:, :n])
+    if cfg.look_ahead:  # the first two chunks and the last one are Python's
+        second, state = model.encode_chunk(feats[:, n : 2 * n], state)
+        chunks, inner = [first, second], feats[:, 2 * n : 5 * n]
+    else:
+        state = tree_map(torch.zeros_like, state)
+        chunks, inner = [], feats
     exported = torch.export.export(Method(model, "encode_chunk"), (feats[:, :n], state)).module()
-    chunks = []
-    for chunk in feats.split(n, 1):
+    for chunk in inner.split(n, 1):
         encoded, state = exported(chunk, state)
         chunks.append(encoded)
-    whole, _ = model.encode(feats, torch.tensor([5 * n] * 2))
+    if cfg.look_ahead:
+        chunks.append(model.encode_chunk(feats[:, 5 * n :], state, is_last=True)[0])
+    whole, _ = model.encode(feats, torch.tensor([6 * n] * 2))
     torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -728,7 +737,7 @@ def test_parameter_count(cfg, expected):
     [(name, 0) for name in ("feature_size", "enc_hidden", "stack", "post_layers",
                             "pred_hidden", "pred_layers", "joint_hidden", "conv_channels")]
     + [("vocab_size", 1), ("pre_layers", -1), ("conv_layers", -1), ("ctc_split", -1),
-       ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
+       ("look_ahead", -2), ("look_ahead", 3), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
        ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
 )
 def test_config_errors_name_field_and_value(field, value):

@@ -389,14 +389,18 @@ def test_another_model_cannot_resume_and_the_field_is_named(tmp_path):
         return train.run_facts(cfg, model_cfg, features, Ranks(0, 1, 0), [], [])
 
     train.check_same_model("old.pt", facts(), facts())
+    younger = facts()
+    del younger["model_facts"]["look_ahead"]  # a field that is younger than the checkpoint
+    train.check_same_model("old.pt", younger, facts())
     for changed, message in (
         (facts(cfg=replace(cfg, preset="mini")), "preset demo, this run mini"),
         (facts(model_cfg=replace(model_cfg, pred_hidden=9)), "pred_hidden 96, this run 9"),
         (facts(model_cfg=replace(model_cfg, vocab_size=99)), "vocab_size 64, this run 99"),
         (facts(features=replace(features, hop=80)), "hop 160, this run 80"),
+        (facts(model_cfg=replace(model_cfg, look_ahead=4)), "look_ahead 0, this run 4"),
     ):
         with pytest.raises(ValueError, match=f"^old.pt has {message}$"):
-            train.check_same_model("old.pt", facts(), changed)
+            train.check_same_model("old.pt", younger, changed)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from features import FeatureConfig
 
 RATE = 16000
 TOKENIZER = Tokenizer(data.train_tokenizer(TEXTS, 16))
-# Convolutions and wide windows each change which samples a frame needs. These
+# Convolutions, look-ahead and wide windows each change which samples a frame needs. These
 # seeds give models whose labels change.
 KINDS = {
     "plain": (17, {}, {}),

@@ -229,8 +229,10 @@ def test_weights_at_the_start_depend_on_the_seed_alone():
     )
 
 
-def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32():
-    exact, rounded = make_trainer(), make_trainer(precision="bf16")
+@pytest.mark.parametrize("look_ahead", [0, 2 * SMALL.stack])
+def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32(look_ahead):
+    model_cfg = replace(SMALL, look_ahead=look_ahead)
+    exact, rounded = make_trainer(model_cfg), make_trainer(model_cfg, precision="bf16")
     losses = [train.train_step(t, [make_batch(0, 1, 2)], 1, 0.02)[0] for t in (exact, rounded)]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # 8 bits of mantissa
