@@ -317,6 +317,13 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         "data_spec_augment_time_max": features.time_mask_max,
     }
     notes = {"model_eval_ema_factor": {"warm_up": "min(factor, (1 + step) / (10 + step))"}}
+    if cfg.hold_share:  # the rate is held and falls in another way than MLPerf's
+        held = {"not_in_force": f"held for {cfg.hold_share} of {cfg.epochs} epochs, then linear"}
+        for name in ("lamb_learning_rate_hold_epochs", "lamb_learning_rate_decay_poly_power",
+                     "learning_rate_alt_decay_func"):
+            notes[f"opt_{name}"] = held
+    if cfg.init:
+        notes["model_weights_initialization_scale"] = {"not_in_force": f"weights of {cfg.init}"}
     for key, value in settings.items():
         log.mllog(key, value, **notes.get(key, {}))
 

@@ -191,7 +191,8 @@ def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
     stored = asdict(ModelConfig()) | asdict(FeatureConfig()) | checkpoint["model_facts"]
     for name, value in facts["model_facts"].items():
         if stored[name] != value:
-            raise ValueError(f"{path} has {name} {stored[name]}, this run {value}")
+            raise ValueError(f"{path} has {name} {stored[name]}, this run {value}; --init {path} "
+                             "with another --out begins a new run from its weights")
 
 
 def to_checkpoint(run: Run, state: State) -> dict:
@@ -465,8 +466,9 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
         with suppress(OSError):  # a full disk may be the error itself
             run.log.write("end", reason=f"error: {data.reason(error)}", step=state.step)
         raise
-    best_wer = state.best_wer if math.isfinite(state.best_wer) else None
-    run.log.write("end", reason=reason, best_wer=best_wer, step=state.step)
+    best = {"best_wer": state.best_wer, "best_cer": state.best_cer}
+    best = {name: rate if math.isfinite(rate) else None for name, rate in best.items()}
+    run.log.write("end", reason=reason, **best, step=state.step)
     return reason
 
 
@@ -619,6 +621,8 @@ if __name__ == "__main__":
         stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
+    except BrokenPipeError:  # the reader of standard output has ended, as in `| head`
+        leave(141, wait_s=0)
     except (OSError, ValueError, FloatingPointError) as error:
         leave(1, f"train.py: {data.reason(error)}")
     except KeyboardInterrupt:

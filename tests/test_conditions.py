@@ -116,5 +116,6 @@ def test_every_condition_has_a_line_and_a_figure(monkeypatch, capsys, tmp_path):
     lines, result = run_here(monkeypatch, capsys, "conditions", *write_model(tmp_path))
     assert list(result["wer"]) == [*CONDITIONS, "joined with pauses"]
     for name, line in zip(result["wer"], lines, strict=False):
-        assert line == f"{name:30} {100 * result['wer'][name]:6.2f} %"
+        wer, cer = 100 * result["wer"][name], 100 * result["cer"][name]
+        assert line == f"{name:30} WER {wer:6.2f} %  CER {cer:6.2f} %"
     assert lines[-1].startswith(f"{result['empty_with_words']} of 40 recordings without speech")

@@ -333,6 +333,16 @@ def test_a_repaired_source_is_imported_without_decoding_again(half, root, bring)
     assert {"ZERO", "NUMBER 1", "GOOD"} < {x[1] for x in read_corpus(root)}
 
 
+def test_a_chapter_whose_speaker_is_corrected_is_left(folder, root, bring):
+    source = folder / "train.tsv"
+    for speaker in ("ann", "bob"):
+        source.write_text(f"client_id\tpath\tsentence\n{speaker}\ta.wav\tgood\n")
+        assert bring(source)[-1] == f"{root}/train: 1 utterances, 0 left out"
+    ((utterance_id, text, *_),) = read_corpus(root)
+    assert utterance_id.startswith("bob-1-")
+    assert text == "GOOD"
+
+
 def test_a_split_of_another_source_is_not_touched(half, folder, root, bring, capsys):
     bring(half)
     before = read_tree(root)

@@ -668,7 +668,11 @@ def test_corpus_of_the_user_is_not_prepared(there, flags, is_prepared):
 def test_a_run_that_begins_from_a_checkpoint_gets_the_flag():
     command = plan_of(machine(), "--init", "out/other/best.pt").command
     assert command[-2:] == ["--init", "out/other/best.pt"]
-    assert "--resume" not in command
+    assert not {"--resume", "--preset"} & set(command)  # the preset is the checkpoint's
+    Path("out/demo").mkdir(parents=True)
+    Path("out/demo/best.pt").touch()
+    command = plan_of(machine(), "--init=out/other/best.pt").command
+    assert command[-2:] == ["--resume", "--init=out/other/best.pt"]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "checkpoint-00000012.pt"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tones import TINY, run_here, tiny_corpus, write_tones
 
+import recipe
 import report
 import train
 
@@ -138,6 +139,25 @@ def test_settings_are_those_of_the_configs(opened):
     assert {key: values[key] for key in expected} == expected
     factor = one(opened, "model_eval_ema_factor")
     assert factor["metadata"]["warm_up"] == "min(factor, (1 + step) / (10 + step))"
+
+
+def test_settings_that_are_not_in_force_are_marked():
+    """The demo's rate is held for half of the epochs, and --init replaces the first weights."""
+    class Recorder(dict):
+        def mllog(self, key, _value, **metadata):
+            self[key] = metadata
+
+    argv = ["--data", ".", "--train-splits", "a", "--dev-split", "b", "--out", ".",
+            "--preset", "demo"]
+    notes, init_notes = Recorder(), Recorder()
+    for recorder, words in ((notes, []), (init_notes, ["--init", "best.pt"])):
+        cfg, model_cfg, features = recipe.parse_configs([*argv, *words])
+        report.mllog_settings(recorder, cfg, model_cfg, features, 16, 32, 3, 500)
+    marked = {key for key, metadata in notes.items() if "not_in_force" in metadata}
+    assert marked == {"opt_lamb_learning_rate_hold_epochs", "opt_learning_rate_alt_decay_func",
+                      "opt_lamb_learning_rate_decay_poly_power"}
+    scale = init_notes["model_weights_initialization_scale"]
+    assert scale == {"not_in_force": "weights of best.pt"}
 
 
 @pytest.mark.parametrize(

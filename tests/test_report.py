@@ -117,7 +117,7 @@ def test_bench_curves_prints_the_end_of_every_run(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", argv)
     bench.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result[folder] == {"best_wer": 0.5, "hours": 0.07, "epochs": 2}
+    assert result[folder] == {"best_wer": 0.5, "best_cer": 0.25, "hours": 0.07, "epochs": 2}
     assert min(pixels(tmp_path / "run.png", "tab:blue")) > 100
 
 

@@ -399,7 +399,8 @@ def test_another_model_cannot_resume_and_the_field_is_named(tmp_path):
         (facts(features=replace(features, hop=80)), "hop 160, this run 80"),
         (facts(model_cfg=replace(model_cfg, look_ahead=4)), "look_ahead 0, this run 4"),
     ):
-        with pytest.raises(ValueError, match=f"^old.pt has {message}$"):
+        remedy = "; --init old.pt with another --out begins a new run from its weights"
+        with pytest.raises(ValueError, match=f"^old.pt has {message}{remedy}$"):
             train.check_same_model("old.pt", younger, changed)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from tones import REPO, heed_signals, write_tones
+from tones import REPO, TINY, heed_signals, tiny_corpus, write_tones
 
 from tools import bench, tune
 
@@ -71,6 +71,12 @@ def test_a_closed_pipe_ends_the_check_with_status_141(tmp_path):
 
 def test_a_closed_pipe_ends_a_dry_run_with_status_141():
     assert run_in_closed_pipe(["bash", "run.sh"], DRY_RUN="1") == (141, "")
+
+
+def test_a_closed_pipe_ends_training_with_status_141(tmp_path):
+    root = tiny_corpus(tmp_path / "corpus")
+    command = [sys.executable, "train.py", "--data", root, "--out", tmp_path / "out", *TINY]
+    assert run_in_closed_pipe(list(map(str, command))) == (141, "")
 
 
 def broken_pipe(*_args):

@@ -135,7 +135,7 @@ def empty_recordings() -> list[np.ndarray]:
 
 
 def bench_conditions(args: argparse.Namespace) -> None:
-    """Prints the WER of every condition and the number of empty recordings that give words."""
+    """Prints WER and CER of every condition and the number of empty recordings that give words."""
     torch.set_flush_denormal(True)
     model, tokenizer, cfg = decode.restore(load_checkpoint(args.checkpoint))
     utterances = data.read_split(args.data, args.split, cfg)
@@ -146,10 +146,11 @@ def bench_conditions(args: argparse.Namespace) -> None:
         return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))
 
     def score(name: str, texts: Sequence[str], references: Sequence[str]) -> None:
-        results[name] = decode.word_error_rate(*decode.word_errors(texts, references))
-        print(f"{name:30} {100 * results[name]:6.2f} %", flush=True)
+        rates["wer"][name] = wer = decode.word_error_rate(*decode.word_errors(texts, references))
+        rates["cer"][name] = cer = decode.word_error_rate(*decode.char_errors(texts, references))
+        print(f"{name:30} WER {100 * wer:6.2f} %  CER {100 * cer:6.2f} %", flush=True)
 
-    results: dict[str, float] = {}
+    rates: dict[str, dict[str, float]] = {"wer": {}, "cer": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, condition in CONDITIONS.items():
             recorded = []
@@ -173,4 +174,4 @@ def bench_conditions(args: argparse.Namespace) -> None:
             empty.append(Utterance(f"empty{i}", str(path), len(samples) / 16000, ""))
         heard = sum(bool(text) for text in recognise(empty).values())
     print(f"{heard} of {NUM_EMPTY} recordings without speech give words")
-    finish({"wer": results, "empty_with_words": heard, "empty": NUM_EMPTY})
+    finish({**rates, "empty_with_words": heard, "empty": NUM_EMPTY})

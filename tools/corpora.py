@@ -322,13 +322,15 @@ def write_clips(clips: Sequence[Clip]) -> Iterator[Clip | Problem]:
         yield clip
 
 
-def write_transcripts(clips: Sequence[Clip]) -> None:
-    """Write the transcript of every chapter anew."""
-    ordered = sorted(clips, key=lambda clip: (clip.path.parent, clip.path.name))
-    for folder, chapter in itertools.groupby(ordered, key=lambda clip: clip.path.parent):
-        lines = [f"{clip.path.stem} {clip.text}\n" for clip in chapter]
-        path = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
-        write_whole(path, "".join(lines).encode())
+def write_transcripts(split: Path, clips: Sequence[Clip]) -> None:
+    """Write the transcript of every chapter anew; that of a chapter without a clip is empty."""
+    texts = {path: "" for path in split.glob("*/*/*.trans.txt")}  # of an earlier import
+    for clip in sorted(clips, key=lambda clip: clip.path.name):
+        chapter = clip.path.parent
+        path = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
+        texts[path] = texts.get(path, "") + f"{clip.path.stem} {clip.text}\n"
+    for path, text in texts.items():
+        write_whole(path, text.encode())
 
 
 def claim(split: Path, source: Path) -> None:
@@ -374,7 +376,7 @@ def import_split(source: Path, root: Path, split: str, rule: TextRule) -> bool:
             written += done
             problems += failed
             bar.update(len(result))
-    write_transcripts(written)
+    write_transcripts(root / split, written)
     for line in describe(problems, most=len(problems)):
         print(line)
     print(f"{root / split}: {len(written):,} utterances, {len(problems):,} left out")

@@ -219,9 +219,12 @@ class Run(NamedTuple):
 
 
 def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
-    """Corpus and output by the knobs; train.py's flags among `argv` win."""
+    """Corpus and output by the knobs; train.py's flags among `argv` win.
+
+    A run that begins from a checkpoint has the preset of that checkpoint, unless `argv` names one.
+    """
     parser = argparse.ArgumentParser(prog="run.sh", allow_abbrev=False, add_help=False)
-    for name in ("--data", "--out", "--dev-split"):
+    for name in ("--data", "--out", "--dev-split", "--init"):
         parser.add_argument(name)
     parser.add_argument("--train-splits", nargs="+")
     flags, _ = parser.parse_known_args(argv)
@@ -246,7 +249,7 @@ def choose_run(env: Mapping[str, str], argv: Sequence[str]) -> Run:
     is_own = flags.data or flags.train_splits or flags.dev_split
     needs_corpus = not known.isdisjoint(splits) and not (is_there and is_own)
     arguments = ["--data", data, "--train-splits", *train_splits, "--dev-split", dev_split,
-                 "--out", out, "--preset", preset, *resume]
+                 "--out", out, *([] if flags.init else ["--preset", preset]), *resume]
     return Run(data, out, dev_split, splits, needs_corpus, arguments, state)
 
 
