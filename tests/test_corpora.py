@@ -7,10 +7,13 @@ python -m pytest tests/test_corpora.py
 import errno
 import json
 import os
+import subprocess
+import textwrap
 
 import numpy as np
 import pytest
 import soundfile
+from tones import REPO
 
 from tools import corpora, prepare
 
@@ -246,13 +249,16 @@ def test_an_end_up_to_half_a_second_late_is_that_of_the_recording(folder, root, 
 
 def test_bad_lines_of_a_kaldi_folder_are_named(folder, root, bring):
     lines = bring(write_kaldi(
-        folder, wav_scp="a a.wav\nb sph2pipe b.sph |\na other.wav\n",
-        text="1 one\n9 nine\n1 more\n",
-        segments="1 a 0 1\n2 a 1 2\n3 b 0 1\n4 c 0 1\n5 a 0\n",
+        folder, wav_scp="a a.wav\nb sph2pipe b.sph |\na other.wav\nd ../d.wav\n",
+        text="1 one\n9 nine\n1 more\n6 six\n7 seven\n",
+        segments="1 a 0 1\n2 a 1 2\n3 b 0 1\n4 c 0 1\n5 a 0\n6 d 0 1\n7 a 1 9\n",
     ), status=1)
     assert sorted(line.strip().replace(f"{folder}/", "") for line in lines[1:-1]) == sorted([
         "error: duplicate id: 2", "wav.scp:3: a has a line already", "text:3: 1 has a line already",
-        "error: audio missing: 3", "segments:4: c has no file in wav.scp",
+        "error: audio missing: 4", f"segments:6: '../d.wav' leads outside of {folder}",
+        "error: times not valid: 1",
+        "segments:7: a.wav: from 1 s to 9 s, but the recording ends at 2.00 s",
+        "segments:4: c has no file in wav.scp",
         "segments:3: b: 'sph2pipe b.sph |' is a command, expected a file",
         "text:2: 9 has no line in segments or wav.scp",
         "error: line not readable: 1",
@@ -260,6 +266,20 @@ def test_bad_lines_of_a_kaldi_folder_are_named(folder, root, bring):
         "error: no text: 1", "segments:2: no word in ''",
     ])
     assert [x[1] for x in read_corpus(root)] == ["ONE"]
+
+
+def test_bad_rows_of_tab_separated_values_are_named(folder, root, bring):
+    source = folder / "train.tsv"
+    rows = ["path\tsentence", "a.wav\tfine", "../a.wav\tx", "b.wav\tx", "a.wav\tfine", "a.wav\t!"]
+    source.write_text("\n".join(rows))
+    lines = bring(source, status=1)
+    assert sorted(line.strip() for line in lines[1:-1]) == sorted([
+        "error: audio missing: 2", f"{source}:3: '../a.wav' leads outside of {folder}",
+        f"{source}:4: '{folder}/b.wav' is not there, or no file",
+        "error: duplicate id: 1", f"{source}:5: {source}:2 is the same",
+        "error: no text: 1", f"{source}:6: no word in '!'",
+    ])
+    assert [x[1] for x in read_corpus(root)] == ["FINE"]
 
 
 def test_a_line_of_other_columns_is_named(folder, bring):
@@ -285,6 +305,27 @@ def test_a_split_that_is_no_folder_name_is_an_error(folder, root, capsys, name):
     assert capsys.readouterr().err == (
         f"tools.prepare: split {name!r}, expected the name of one folder\n")
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(("form", "files"), [
+    ("Multilingual LibriSpeech", {"transcripts.txt": "7_8_0001\tgood morning\n"}),
+    ("LibriTTS", {"7/8/7_8_0001.normalized.txt": "good\nmorning\n"}),
+])
+def test_the_tables_of_the_corpora_page_can_be_imported(folder, root, bring, form, files):
+    page = (REPO / "docs" / "corpora.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition(f"{form}, in the folder of a split")
+    script = rest[rest.index("\n\n    ") : rest.index("\n\n", rest.index("> split.tsv"))]
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for audio in ("audio/7/8/7_8_0001.flac", "7/8/7_8_0001.wav"):
+        (folder / audio).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / audio, NOISE, RATE_HZ)
+    subprocess.run(["bash", "-ec", textwrap.dedent(script)], cwd=folder, check=True)
+    bring(folder / "split.tsv")
+    ((speaker, text, samples),) = read_corpus(root)
+    assert (speaker, text) == ("7", "GOOD MORNING")
+    assert np.array_equal(samples, NOISE)
 
 
 # -------------------------------------------------------------------------------- making it again
@@ -338,9 +379,8 @@ def test_a_chapter_whose_speaker_is_corrected_is_left(folder, root, bring):
     for speaker in ("ann", "bob"):
         source.write_text(f"client_id\tpath\tsentence\n{speaker}\ta.wav\tgood\n")
         assert bring(source)[-1] == f"{root}/train: 1 utterances, 0 left out"
-    ((utterance_id, text, *_),) = read_corpus(root)
-    assert utterance_id.startswith("bob-1-")
-    assert text == "GOOD"
+    ((speaker, text, _),) = read_corpus(root)
+    assert (speaker, text) == ("bob", "GOOD")
 
 
 def test_a_split_of_another_source_is_not_touched(half, folder, root, bring, capsys):

@@ -114,6 +114,15 @@ def test_machine_without_kernel_files_has_one_node_of_cores(folder):
     assert launch.read_cores(range(4), folder) == [Core(0, cpu) for cpu in range(4)]
 
 
+def test_machine_has_the_cpus_of_its_affinity_and_the_quota_of_its_group(monkeypatch, folder):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {1}, raising=False)
+    (folder / "cpu").mkdir()
+    for name, value in (("quota", 150_000), ("period", 100_000)):  # version 1
+        (folder / f"cpu/cpu.cfs_{name}_us").write_text(f"{value}\n")
+    machine = launch.read_machine({**KNOBS, "VENV": str(folder), "CGROUPS": str(folder)})
+    assert (machine.num_cpus, [core.cpu for core in machine.cores], machine.quota) == (1, [1], 2)
+
+
 def test_machine_without_affinity_has_all_cpus(monkeypatch, folder):
     """macOS has neither affinity nor /sys nor /proc."""
     monkeypatch.delattr(os, "sched_getaffinity")
