@@ -397,6 +397,8 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             log.mllog("block_stop", first_epoch_num=epoch)
         if stopper.reason:
             break
+    if stopper.reason == "time limit":  # it may have come between two epochs
+        evaluate_and_save(run, state, is_last=True)
     return stopper.reason or ("target wer" if cfg.is_target(state.best_wer) else "epochs")
 
 
@@ -427,9 +429,9 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
                                total=run.steps_per_epoch, initial=state.batch)
 
 
-def evaluate_and_save(run: Run, state: State) -> None:
+def evaluate_and_save(run: Run, state: State, is_last: bool = False) -> None:
     """Scores the dev split unless that is done or not due, writes all results, draws the curves."""
-    is_due = state.batch > 0 or run.trainer.cfg.is_scored(state.epoch - 1)
+    is_due = is_last or state.batch > 0 or run.trainer.cfg.is_scored(state.epoch - 1)
     if state.evaluated == state.step or not is_due:
         return
     if state.step == 0:

@@ -503,6 +503,14 @@ def test_evaluations_may_be_some_epochs_apart(finished, corpus, tmp_path):
     assert [(e["epoch"], e["wer"]) for e in some] == [(e["epoch"], e["wer"]) for e in every[1:]]
 
 
+def test_a_time_limit_between_two_epochs_is_evaluated(corpus, tmp_path):
+    """An epoch has one step, so that the limit is noticed behind it."""
+    done = run_train(corpus, tmp_path / "run", "--batch-size", 8, "--eval-epochs", 3,
+                     "--time-limit-s", 1e-6)
+    assert done.returncode == 75, done.stderr
+    assert [e["epoch"] for e in events(tmp_path / "run", "eval")] == [1]
+
+
 @pytest.mark.slow
 def test_two_ranks_train_and_score_together_and_one_writes(corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
