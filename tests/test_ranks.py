@@ -59,8 +59,11 @@ def test_ranks_are_read_from_the_variables_of_each_launcher(environment, launche
     assert ranks.read_ranks() == Ranks(rank=3, world=5, local_rank=1)
 
 
-def test_variables_of_torchrun_win_inside_an_mpi_job(environment):
-    for launcher, values in (("Intel MPI", "010"), ("torchrun", "120")):
+@pytest.mark.parametrize(("inner", "outer"), [
+    ("torchrun", "Intel MPI"), ("Intel MPI", "Slurm"), ("Open MPI", "Slurm")])
+def test_variables_of_the_inner_launcher_win(environment, inner, outer):
+    """A batch job, or torchrun inside an MPI job."""
+    for launcher, values in ((outer, "010"), (inner, "120")):
         for name, value in zip(LAUNCHERS[launcher], values, strict=True):
             environment.setenv(name, value)
     assert ranks.read_ranks() == Ranks(1, 2, 0)
