@@ -397,10 +397,6 @@ def load_corpus(root: str | Path, train_splits: Sequence[str], dev_split: str, c
         hours = sum(u.duration_s for u in utterances) / 3600
         say(f"{name}: {len(utterances):,} utterances, {hours:.2f} h")
     say(f"train: longer than {cfg.max_utterance_s} s: {note}")
-    unknown = set().union(*(u.text for u in dev)) - set().union(*(u.text for u in train))
-    if unknown:
-        say(f"warning: no training text has the characters {''.join(sorted(unknown))!r} of the dev "
-            "texts: words with them will be errors")
     return train, dev
 
 
@@ -470,9 +466,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float,
-                say: Callable[[str], None]) -> None:
+def check_texts(train: Sequence[Utterance], dev: Sequence[Utterance], tokenizer: Tokenizer,
+                frame_s: float, say: Callable[[str], None]) -> None:
     """Every training text must have labels, and should have no more of them than encoder frames.
+
+    Characters of the dev texts that the tokenizer does not know are named.
 
     Args:
         frame_s: seconds of an encoder frame.
@@ -491,6 +489,12 @@ def check_texts(train: Sequence[Utterance], tokenizer: Tokenizer, frame_s: float
     if crowded:
         say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels than "
             f"encoder frames of {1000 * frame_s:.0f} ms")
+    pieces = tokenizer.pieces
+    unknown = [c for c in sorted(set().union(*(u.text for u in dev)))
+               if pieces.unk_id() in pieces.encode(c)]
+    if unknown:
+        say(f"warning: the tokenizer does not know the characters {''.join(unknown)!r} of the dev "
+            "texts, because no training text has them: words with them will be errors")
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -574,7 +574,7 @@ def main() -> int:
     if checkpoint is not None:
         check_same_model(path, checkpoint, facts)
     model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
-    data.check_texts(train, tokenizer, features.frame_s * model_cfg.reduction, log.say)
+    data.check_texts(train, dev, tokenizer, features.frame_s * model_cfg.reduction, log.say)
     heartbeat.compare("run", {
         "corpus": data.describe_corpus(train + dev),
         **asdict(cfg), **asdict(model_cfg), **asdict(features),

@@ -568,10 +568,14 @@ def load_tones(root, say) -> tuple[list[Utterance], list[Utterance]]:
 def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path):
     transcript = tiny_corpus(tmp_path) / "dev" / "1" / "2" / "1-2.trans.txt"
     transcript.write_text(transcript.read_text().replace("ONE", "one"))
-    said = []
     with pytest.warns(UserWarning, match="small letters"):
-        load_tones(tmp_path, said.append)
-    assert said[-1].startswith("warning: no training text has the characters 'eno' of the dev")
+        train, dev = load_tones(tmp_path, print)
+    for texts, named in ((TRAIN_TEXTS, " the characters 'eno' of the dev texts"),
+                         ([*TRAIN_TEXTS, "one"], None)):
+        said = []
+        tokenizer = data.Tokenizer(data.train_tokenizer(texts, 20))
+        data.check_texts(train, dev, tokenizer, 0.01, said.append)
+        assert [named in line for line in said] == ([True] if named else [])
 
 
 def test_the_errors_of_all_splits_are_listed_at_once(tmp_path):
@@ -586,7 +590,7 @@ def test_utterances_with_more_labels_than_frames_are_counted():
     tokenizer = data.Tokenizer(data.train_tokenizer(TRAIN_TEXTS, 20))
     spoken = [Utterance("a", "a.flac", seconds, "ONE TWO THREE") for seconds in (0.1, 3.0)]
     said = []
-    data.check_texts(spoken, tokenizer, 0.12, said.append)
+    data.check_texts(spoken, [], tokenizer, 0.12, said.append)
     assert said == ["warning: 1 of 2 training utterances have more labels than encoder frames of "
                     "120 ms"]
 
