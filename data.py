@@ -109,7 +109,8 @@ def line_error(line: str, path: Path) -> tuple[str, str] | None:
     """Kind and message of the error in a line of the transcript `path`, if it has one."""
     for character, (name, command) in REPAIRS.items():
         if character in line:
-            return "control character", f"{line!r} has {name}; remedy: {command} {shlex.quote(str(path))}"
+            remedy = f"{command} {shlex.quote(str(path))}"
+            return "control character", f"{line!r} has {name}; remedy: {remedy}"
     if any(unicodedata.category(c) == "Cc" for c in line):
         return "control character", f"{line!r} has a control character; remove it"
     utterance_id, _, text = line.partition(" ")

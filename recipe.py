@@ -253,9 +253,10 @@ def make_configs(given: dict, origin: dict | None = None,
         model = replace(PRESETS[preset], **values_for(ModelConfig))
         if origin is not None:
             # A field that is younger than the checkpoint has its default.
-            stored = FeatureConfig(**origin["feature_config"]), ModelConfig(**origin["model_config"])
-            features = replace(features, **architecture(asdict(stored[0]), given))
-            model = replace(model, **architecture(asdict(stored[1]), given))
+            stored = asdict(FeatureConfig(**origin["feature_config"]))
+            features = replace(features, **architecture(stored, given))
+            stored = asdict(ModelConfig(**origin["model_config"]))
+            model = replace(model, **architecture(stored, given))
         model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it

@@ -397,8 +397,6 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             log.mllog("block_stop", first_epoch_num=epoch)
         if stopper.reason:
             break
-    if stopper.reason == "time limit":  # it may have come between two epochs
-        evaluate_and_save(run, state, is_last=True)
     return stopper.reason or ("target wer" if cfg.is_target(state.best_wer) else "epochs")
 
 
@@ -462,6 +460,8 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
     could not be read."""
     try:
         reason = run_epochs(run, state, stopper)
+        if reason == "time limit":  # it may have come between two epochs
+            evaluate_and_save(run, state, is_last=True)
     except (OSError, ValueError, FloatingPointError) as error:
         if isinstance(error, BadInput):
             save(run, state)

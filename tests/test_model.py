@@ -737,8 +737,8 @@ def test_parameter_count(cfg, expected):
     [(name, 0) for name in ("feature_size", "enc_hidden", "stack", "post_layers",
                             "pred_hidden", "pred_layers", "joint_hidden", "conv_channels")]
     + [("vocab_size", 1), ("pre_layers", -1), ("conv_layers", -1), ("ctc_split", -1),
-       ("look_ahead", -2), ("look_ahead", 3), ("stack", -2), ("enc_dropout", 1.0), ("enc_dropout", -0.1),
-       ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
+       ("look_ahead", -2), ("look_ahead", 3), ("stack", -2), ("enc_dropout", 1.0),
+       ("enc_dropout", -0.1), ("pred_dropout", 1.5), ("joint_dropout", float("nan"))],
 )
 def test_config_errors_name_field_and_value(field, value):
     with pytest.raises(ValueError, match=f"^{field}: {value}, expected "):

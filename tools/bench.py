@@ -453,9 +453,10 @@ def bench_curves(args: argparse.Namespace) -> None:
             print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{100 * cer:>9.2f}"
                   f"{nats:>9.1f}{rate:>8.1f}")
     report.draw_curves(runs, args.png)
-    finish({name: {"best_wer": min(r["wer"] for r in evals),
-                   "best_cer": min(evals, key=lambda r: r["wer"]).get("cer"), "hours": evals[-1]["hours"],
-                   "epochs": evals[-1]["epoch"]} for name, (_, evals) in runs.items()})
+    best = {name: min(evals, key=lambda r: r["wer"]) for name, (_, evals) in runs.items()}
+    finish({name: {"best_wer": best[name]["wer"], "best_cer": best[name].get("cer"),
+                   "hours": evals[-1]["hours"], "epochs": evals[-1]["epoch"]}
+            for name, (_, evals) in runs.items()})
 
 
 # ------------------------------------------------------------------------------------ command line
