@@ -495,7 +495,7 @@ def check_texts(train: Sequence[Utterance], dev: Sequence[Utterance], tokenizer:
                if pieces.unk_id() in pieces.encode(c)]
     if unknown:
         say(f"warning: the tokenizer does not know the characters {''.join(unknown)!r} of the dev "
-            "texts, because no training text has them: words with them will be errors")
+            "texts: words with them will be errors")
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -548,10 +548,10 @@ class Stream:
 
     Audio is worked off in steps of one encoder frame, so it does not matter in which pieces it
     comes, and the words are those of the whole recording. They come as much later as the model
-    looks ahead, `mini` 0.32 s. A sentence ends when `pause_s` seconds
-    bring neither speech nor words; beyond the longest training utterance shorter pauses do, and
-    twice that length ends it in any case. Then all states start anew: a stream may run for days.
-    `sentences` has the ended sentences with their times; the caller may clear it.
+    looks ahead, `mini` 0.32 s. A sentence ends when `pause_s` seconds bring neither speech nor
+    words; beyond the longest training utterance shorter pauses do, and twice that length ends it
+    in any case. Then all states start anew: a stream may run for days. `sentences` has the ended
+    sentences with their times; the caller may clear it.
 
     He et al. (2019), arXiv:1811.06621.
     """

@@ -338,6 +338,10 @@ class LookAhead(nn.Module):
 
     Amodei et al. (2016), arXiv:1512.02595, section 3.7. Each feature has weights of its own, which
     begin as 1 for the frame itself and 0 for the others. Zeros follow the last frame.
+
+    Args:
+        frames: number of frames after it, at least 1.
+        size: H, features of a frame.
     """
 
     def __init__(self, frames: int, size: int) -> None:
@@ -346,9 +350,10 @@ class LookAhead(nn.Module):
 
     def forward(self, x: Tensor, waiting: Tensor | None = None,
                 is_last: bool = True) -> tuple[Tensor, Tensor]:
-        """(B, T, H), frames that wait -> sums of all frames whose future is known, the new waiting.
+        """(B, T, H) -> the sums of all frames whose next ones are known, and the frames that wait.
 
-        Unless these are the utterance's last frames, its last `frames` frames wait for the next.
+        The last `frames` frames of a chunk wait for the next one, which takes them as `waiting`.
+        Zeros follow a chunk that `is_last`, or a whole utterance, and all sums are returned.
         """
         frames = len(self.weight) - 1
         if waiting is not None:

@@ -157,13 +157,13 @@ RECIPES = {
         freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96, noise_prob=0.2,
         pad_max_s=0.5, empty_prob=0.03, band_prob=0.1,
     ),
-    # The demo's own recordings are clean and close: noise, silence and telephones are added. A room
-    # 50 dB below the speech is trimmed, since its short sentences are normalised with what is left.
+    # The demo's own recordings are clean and close: noise, silence and telephones are added. Quiet
+    # noise around its short sentences would shift the mean by which they are normalised: ends that
+    # are 50 dB below the loudest frame are trimmed.
     "demo": CTC_START | dict(
         epochs=12, eval_epochs=3, batch_size=16, lr=0.004, ema_decay=0.99, ctc_epochs=2,
         ctc_split=2, lattice_band=0, ramp_begin=2, ramp_epochs=6, noise_prob=0.5, pad_max_s=1.0,
-        empty_prob=0.06, gain_db=20.0, band_prob=0.2,
-        trim_db=-50.0,
+        empty_prob=0.06, gain_db=20.0, band_prob=0.2, trim_db=-50.0,
     ),
 }
 

@@ -146,13 +146,12 @@ def batch_losses(trainer: Trainer, batch: Batch) -> Losses:
             if not ctc_alone:
                 loss = cfg.ctc_weight * loss
         if not ctc_alone:
-            band, border_visits = None, MOST_BORDER_VISITS
+            band = None
+            border_visits = math.inf if cfg.is_band_hard(trainer.epoch) else MOST_BORDER_VISITS
             if cfg.lattice_band:
                 band = ctc_band(outputs.ctc_logits, batch.targets, outputs.enc_lens,
                                 batch.target_lens, model.cfg.blank, model.cfg.ctc_split,
                                 cfg.lattice_band)
-                if cfg.is_band_hard(trainer.epoch):
-                    border_visits = math.inf
             output = model.joint_network.output
             transducer = joint_transducer_loss(
                 outputs.encoded, outputs.predicted, output.weight, output.bias, batch.targets,

@@ -428,7 +428,10 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
 
 
 def evaluate_and_save(run: Run, state: State, is_last: bool = False) -> None:
-    """Scores the dev split unless that is done or not due, writes all results, draws the curves."""
+    """Scores the dev split unless that is done or not due, writes all results, draws the curves.
+
+    It is due after every `eval_epochs`, within an epoch, and when the run ends, `is_last`.
+    """
     is_due = is_last or state.batch > 0 or run.trainer.cfg.is_scored(state.epoch - 1)
     if state.evaluated == state.step or not is_due:
         return

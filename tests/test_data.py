@@ -565,7 +565,7 @@ def load_tones(root, say) -> tuple[list[Utterance], list[Utterance]]:
     return data.load_corpus(root, ["train"], "dev", cfg, skip_bad=False, say=say)
 
 
-def test_characters_of_the_dev_texts_that_no_training_text_has_are_named(tmp_path):
+def test_characters_of_the_dev_texts_that_the_tokenizer_does_not_know_are_named(tmp_path):
     transcript = tiny_corpus(tmp_path) / "dev" / "1" / "2" / "1-2.trans.txt"
     transcript.write_text(transcript.read_text().replace("ONE", "one"))
     with pytest.warns(UserWarning, match="small letters"):

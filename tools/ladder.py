@@ -200,7 +200,7 @@ def plain_joint_loss(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: T
 
     The gradient is right only where all costs have the same weight, as in train_step: it is
     computed at once for some utterances, so that their graph can be freed, and attached to the
-    cost by a term of value 0.
+    cost by a term of value 0. Arguments that only a band needs are ignored.
     """
     if band is not None:
         raise ValueError("--plain-loss computes whole lattices, expected --lattice-band 0")
