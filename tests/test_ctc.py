@@ -31,7 +31,6 @@ from data import Batch
 from features import FeatureConfig, features, spec_augment, warp_mels
 from loss import ctc_loss
 from model import ModelConfig, Transducer
-from optimizer import lr_at
 from ranks import Ranks, start_ranks
 from recipe import TrainConfig, parse_configs
 
@@ -155,22 +154,6 @@ def test_scale_dropout_sets_every_network():
 
 
 # ---------------------------------------------------------------------------------- the schedules
-
-
-def rates(epochs, hold_share, warmup_epochs=0.0, steps_per_epoch=2, lr_min=0.0):
-    return [lr_at(step, -(-step // steps_per_epoch), lr=1.0, warmup_epochs=warmup_epochs,
-                  hold_epochs=0, steps_per_epoch=steps_per_epoch, gamma=0.5, lr_min=lr_min,
-                  epochs=epochs, hold_share=hold_share)
-            for step in range(1, epochs * steps_per_epoch + 1)]
-
-
-def test_the_rate_is_held_and_then_falls_to_its_least_at_the_last_step():
-    assert rates(4, 0.5) == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
-    assert rates(2, 0.5, lr_min=0.1) == [1, 1, 0.5, 0.1]
-
-
-def test_more_epochs_stretch_the_schedule():
-    assert rates(8, 0.5)[1::2] == rates(4, 0.5)
 
 
 def config(**changes):
