@@ -50,17 +50,12 @@ class Problem(NamedTuple):
         return frames[:, :, None] & columns[:, None]
 
 
-def random_targets(shape: tuple, V: int, blank: int, generator: torch.Generator) -> Tensor:
-    """Labels of all classes but the blank."""
-    labels = torch.randint(V - 1, shape, generator=generator)
-    return labels + (labels >= blank)
-
-
 def random_problem(lens: list, target_lens: list, V: int, blank: int, seed: int = 1) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     B, T, U = len(lens), max(lens), max(target_lens)
     logits = 2 * torch.randn(B, T, U + 1, V, dtype=torch.float64, generator=generator)
-    targets = random_targets((B, U), V, blank, generator)
+    targets = torch.randint(V - 1, (B, U), generator=generator)
+    targets += targets >= blank  # any class but the blank
     return Problem(logits, targets, torch.tensor(lens), torch.tensor(target_lens), blank)
 
 
@@ -94,11 +89,12 @@ def costs_and_grad(loss_of, problem: Problem, weights: Tensor | None = None) -> 
     return costs.detach(), logits.grad
 
 
-def joint_arguments(B: int, T: int, U: int, V: int, J: int, seed: int = 1) -> list[Tensor]:
-    """Random encoded, predicted, weight, bias that require gradients, float64."""
-    generator = torch.Generator().manual_seed(seed)
+def joint_arguments(B: int, T: int, U: int, V: int, J: int,
+                    dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Random encoded, predicted, weight, bias that require gradients."""
+    generator = torch.Generator().manual_seed(1)
     shapes = ((B, T, J), (B, U + 1, J), (V, J), (V,))
-    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
             for s in shapes]
 
 
@@ -163,35 +159,6 @@ def test_published_small_case_B1_T2_U2_V5(loss_of, blank, cost, grad):
 
 
 @both
-def test_published_batch_B2_T4_U2_V3(loss_of):
-    # torchaudio's get_B2_T4_U3_D3_data: warp-transducer's big_test to six decimals.
-    logits = [
-        [0.065357, 0.787530, 0.081592, 0.529716, 0.750675, 0.754135, 0.609764, 0.868140, 0.622532],
-        [0.668522, 0.858039, 0.164539, 0.989780, 0.944298, 0.603168, 0.946783, 0.666203, 0.286882],
-        [0.094184, 0.366674, 0.736168, 0.166680, 0.714154, 0.399400, 0.535982, 0.291821, 0.612642],
-        [0.324241, 0.800764, 0.524106, 0.779195, 0.183314, 0.113745, 0.240222, 0.339470, 0.134160],
-        [0.505562, 0.051597, 0.640290, 0.430733, 0.829473, 0.177467, 0.320700, 0.042883, 0.302803],
-        [0.675178, 0.569537, 0.558474, 0.083132, 0.060165, 0.107958, 0.748615, 0.943918, 0.486356],
-        [0.418199, 0.652408, 0.024243, 0.134582, 0.366342, 0.295830, 0.923670, 0.689929, 0.741898],
-        [0.250005, 0.603430, 0.987289, 0.592606, 0.884672, 0.543450, 0.660770, 0.377128, 0.358021],
-    ]
-    targets, lens = torch.tensor([[1, 2], [1, 1]]), torch.tensor([4, 4])
-    problem = Problem(torch.tensor(logits).double().view(2, 4, 3, 3), targets, lens, lens // 2, 0)
-    costs, _ = costs_and_grad(loss_of, problem)
-    assert_close(costs, [4.280652859089074, 3.938436982250359], 1e-6)  # of the 16-digit logits
-
-
-@both
-def test_label_zero_is_a_label_when_blank_is_last_B1_T5_U3_V3(loss_of):
-    # NVIDIA/NeMo, tests/collections/asr/k2, test_case_small_blank_last.
-    am = torch.tensor([[0, 1, 2], [0, 0, 0], [0, 2, 4], [0, 3, 3], [2, 2, 0]]).double()
-    lm = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 0, 1], [2, 2, 0]]).double()
-    logits, targets = (am[:, None] + lm)[None], torch.tensor([[0, 1, 0]])
-    problem = Problem(logits, targets, torch.tensor([5]), torch.tensor([3]), 2)
-    assert_close(costs_and_grad(loss_of, problem)[0], 6.789285182952881, 1e-7)  # float32 source
-
-
-@both
 def test_blank_minus_one_is_the_last_class(loss_of):
     problem = random_problem([5, 2], [3, 4], V=5, blank=4)
     actual = costs_and_grad(loss_of, problem._replace(blank=-1))
@@ -240,27 +207,6 @@ def test_cost_and_gradient_are_those_of_all_paths(loss_of, T, U, blank):
     assert_close(grads, torch.autograd.grad(expected, logits)[0])
 
 
-def test_gradcheck_of_logits():
-    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
-    logits = problem.logits.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: loss.transducer_loss(x, *problem[1:], reduction="none"), [logits]
-    )
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradcheck_of_joint(dropout):
-    # gradcheck compares with differences of forward passes, all with one mask thanks to the seed.
-    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
-
-    def costs_of(*arguments):
-        torch.manual_seed(5)
-        return loss.joint_transducer_loss(*arguments, *problem[1:], dropout, "none")
-
-    arguments = joint_arguments(2, 3, 3, V=4, J=6)
-    assert torch.autograd.gradcheck(costs_of, arguments)
-
-
 @both
 def test_second_derivative_is_refused(loss_of):
     problem = random_problem([3, 2], [2, 3], V=4, blank=1)
@@ -296,30 +242,31 @@ def problem(request) -> Problem:
     return request.param
 
 
-@both
-def test_padding_does_not_change_anything(loss_of, problem):
+@pytest.mark.parametrize(
+    ("loss_of", "scale"),
+    # The joint loss multiplies by the whole table: NaN in its padding has a test of its own.
+    [(loss.transducer_loss, 1e6), (loss.transducer_loss, math.nan), (loss_of_table, 1e6)],
+    ids=["logits", "logits_nan", "joint"],
+)
+def test_padding_does_not_change_anything(loss_of, scale, problem):
     # The batch has one frame and one label more than its longest utterance. The padding holds huge
     # logits or NaN, and labels that do not exist.
-    generator = torch.Generator().manual_seed(2)
     expected, grads = costs_and_grad(loss_of, problem)
     assert not grads[~problem.inside()].any()
-    wider = F.pad(problem.logits, (0, 0, 0, 1, 0, 1))
     inside = F.pad(problem.inside(), (0, 1, 0, 1))
-    garbage = 1e6 * torch.randn(wider.shape, dtype=torch.float64, generator=generator)
+    wider = F.pad(problem.logits, (0, 0, 0, 1, 0, 1))
+    generator = torch.Generator().manual_seed(2)
+    garbage = scale * torch.randn(wider.shape, dtype=torch.float64, generator=generator)
+    logits = torch.where(inside[..., None], wider, garbage)
     targets = F.pad(problem.targets, (0, 1))
     unused = torch.arange(targets.shape[1]) >= problem.target_lens[:, None]
-    fillers = [garbage]
-    if loss_of is loss.transducer_loss:  # the joint loss multiplies by the whole table
-        fillers.append(garbage * torch.nan)
     for bad in (problem.blank, -1, 2**40):
-        for filler in fillers:
-            logits = torch.where(inside[..., None], wider, filler)
-            padded = Problem(logits, targets.masked_fill(unused, bad), *problem[2:])
-            costs, wider_grads = costs_and_grad(loss_of, padded)
-            assert_close(costs, expected)
-            assert_close(wider_grads[inside], grads[problem.inside()])
-            if filler is garbage:  # the gradient of a softmax of NaN is NaN
-                assert not wider_grads[~inside].any()
+        padded = Problem(logits, targets.masked_fill(unused, bad), *problem[2:])
+        costs, wider_grads = costs_and_grad(loss_of, padded)
+        assert_close(costs, expected)
+        assert_close(wider_grads[inside], grads[problem.inside()])
+        if math.isfinite(scale):  # the gradient of a softmax of NaN is NaN
+            assert not wider_grads[~inside].any()
 
 
 @both
@@ -357,13 +304,6 @@ def lattice_of(problem: Problem) -> tuple[loss.Lattice, Tensor]:
     return loss.Lattice(log_probs[..., problem.blank], label, *lens), emitted
 
 
-def test_paths_leave_every_frame_and_every_column_once(problem):
-    on_blank, on_label = lattice_of(problem)[0].posteriors
-    T, U1 = problem.logits.shape[1:3]
-    assert_close(on_blank.sum(2), torch.arange(T) < problem.lens[:, None])
-    assert_close(on_label.sum(1), torch.arange(U1) < problem.target_lens[:, None])
-
-
 # -------------------------------------------------------------------------------- the lattice
 
 
@@ -390,7 +330,7 @@ class NoFloat64(TorchDispatchMode):
 def test_a_device_without_float64_gets_a_lattice_of_float32(name):
     T, U, V, J = 200, 100, 8, 6
     problem = random_problem([T, 90], [U, 60], V, blank=0)
-    arguments = [x.detach().float().requires_grad_() for x in joint_arguments(2, T, U, V, J)]
+    arguments = joint_arguments(2, T, U, V, J, torch.float32)
 
     def costs_and_grads() -> list[Tensor]:
         if name == "joint":
@@ -469,8 +409,7 @@ def test_reduction_of_costs_and_gradients(loss_of, reduction):
 def joint_problem(dtype: torch.dtype, T: int = 9, U: int = 7) -> tuple[list[Tensor], tuple]:
     """Arguments of a joint network in `dtype`, of three unequal lattices and 30 classes."""
     problem = random_problem([T, T - 4, 1], [U - 3, U, 2], V=30, blank=29)
-    arguments = [x.detach().to(dtype).requires_grad_() for x in joint_arguments(3, T, U, 30, 16)]
-    return arguments, problem[1:]
+    return joint_arguments(3, T, U, 30, 16, dtype), problem[1:]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -483,36 +422,27 @@ def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
     assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments), tolerance)
 
 
-def hidden_of_all_nodes(encoded: Tensor, predicted: Tensor, sizes: list[tuple[int, int]],
-                        dropout: float) -> Tensor:
-    """(B, T, J), (B, U+1, J) -> (rows, J) of the nodes of lattices of `sizes` (n, u1)."""
-    (_, T, _), U1 = encoded.shape, predicted.shape[1]
-    nodes = torch.tensor([(b * T + t, b * U1 + u) for b, (n, u1) in enumerate(sizes)
-                          for t in range(n) for u in range(u1)]).T
-    return loss.joint_hidden(encoded.flatten(0, 1), predicted.flatten(0, 1), nodes, dropout,
-                             encoded.dtype)
+def kept_values(inside: Tensor, J: int, dropout: float, dtype=torch.float32) -> Tensor:
+    """(nodes, J): joint hidden values of the nodes `inside` (B, T, U+1), 1 without dropout."""
+    (B, T, U1), (b, t, u) = inside.shape, inside.nonzero(as_tuple=True)
+    ones, zeros = torch.ones(B * T, J, dtype=dtype), torch.zeros(B * U1, J, dtype=dtype)
+    nodes = torch.stack([b * T + t, b * U1 + u])
+    torch.manual_seed(3)
+    return loss.joint_hidden(ones, zeros, nodes, dropout, dtype)[: len(b)]
 
 
 def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
-    arguments, (targets, enc_lens, target_lens, blank) = joint_problem(torch.float64)
+    arguments, rest = joint_problem(torch.float64, T=9, U=7)
     encoded, predicted, weight, bias = arguments
     torch.manual_seed(3)
-    costs = loss.joint_transducer_loss(
-        *arguments, targets, enc_lens, target_lens, blank, 0.3, reduction="none"
-    )
-    torch.manual_seed(3)
-    sizes, expected = list(zip(enc_lens.tolist(), (target_lens + 1).tolist(), strict=True)), []
+    costs = loss.joint_transducer_loss(*arguments, *rest, 0.3, "none")
+    inside = loss.inside_lattice(9, 7 + 1, *rest[1:3])  # (B, T, U+1)
+    mask = torch.zeros(*inside.shape, 16, dtype=torch.float64)
+    mask[inside] = kept_values(inside, 16, 0.3, torch.float64)
+    assert 0.4 < mask[inside].mean() < 1
     scale = 2**15 / loss.kept_numbers(0.3)
-    ones, zeros = torch.ones_like(encoded), torch.zeros_like(predicted)
-    masks = hidden_of_all_nodes(ones, zeros, sizes, 0.3)  # (rows, J)
-    assert 0 < (masks == 0).double().mean() < 0.6
-    for b, (n, u1) in enumerate(sizes):
-        mask, masks = masks[: n * u1].view(n, u1, -1), masks[n * u1 :]
-        hidden = F.relu(encoded[b, :n, None] + predicted[b, :u1]) * mask * scale
-        lengths = torch.tensor([n]), torch.tensor([u1 - 1])
-        logits = F.linear(hidden, weight, bias)[None]
-        expected.append(loss.transducer_loss(logits, targets[b : b + 1, : u1 - 1], *lengths, blank))
-    expected = torch.stack(expected)
+    hidden = F.relu(encoded[:, :, None] + predicted[:, None]) * mask * scale
+    expected = loss.transducer_loss(F.linear(hidden, weight, bias), *rest, "none")
     assert_close(costs, expected.detach())
     assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments))
 
@@ -624,7 +554,7 @@ def test_softmax_of_bfloat16_logits_is_in_float32():
 def test_joint_holds_hidden_values_or_a_block_of_logits(V, J):
     B, T, U = 2, 150, 31
     problem = random_problem([T, T], [U, U], V, blank=0)
-    arguments = [x.detach().float().requires_grad_() for x in joint_arguments(B, T, U, V, J)]
+    arguments = joint_arguments(B, T, U, V, J, torch.float32)
     with Operations() as joint:
         loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
     with Operations() as plain:
@@ -632,18 +562,6 @@ def test_joint_holds_hidden_values_or_a_block_of_logits(V, J):
     nodes = B * T * (U + 1)
     assert plain.largest == nodes * max(V, J)  # logits are seen where they exist
     assert joint.largest == max(loss.BLOCK_ROWS * V, loss.whole_rows(nodes) * J)
-
-
-def test_softmaxes_have_few_distinct_numbers_of_rows():
-    # oneDNN builds and keeps a kernel for each number of rows of the products before them.
-    lens, target_lens, V = list(range(20, 60, 3)), list(range(8, 36, 2)), 16
-    problem = random_problem(lens, target_lens, V, blank=0)
-    arguments = joint_arguments(len(lens), max(lens), max(target_lens), V, 8)
-    with Operations() as operations:
-        loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
-    rows = {len(x) for x in operations.softmaxes}
-    assert len(rows) > 1
-    assert all(n % loss.ROW_UNIT == 0 and n <= loss.BLOCK_ROWS for n in rows)
 
 
 # ------------------------------------------------------------------------- nodes without gradient
@@ -669,26 +587,6 @@ def visits(problem: Problem) -> Tensor:
     return sum(lattice_of(exact)[0].posteriors)[0]
 
 
-def gradients_of_nodes(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(T, U+1, V) each: gradients of the joint loss in the problem's dtype, and the exact ones."""
-    exact = problem._replace(logits=problem.logits.double())
-    grads = costs_and_grad(loss_of_table, problem)[1][0]
-    return grads, costs_and_grad(loss.transducer_loss, exact)[1][0]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_skipped_nodes_lose_less_gradient_than_the_stated_bound(dtype):
-    T, U = 40, 30
-    least = loss.SKIP_BELOW * torch.finfo(dtype).eps
-    problem = peaked_table(T, U, dtype)
-    grads, exact = gradients_of_nodes(problem)
-    skipped = ~grads.any(-1)  # (T, U+1)
-    assert torch.equal(skipped, visits(problem) <= least)
-    assert 0.2 < skipped.double().mean() < 0.9  # a lattice with many of both kinds
-    lost = exact[skipped].abs().sum() / (T + U)
-    assert 0 < lost <= 2 * T * (U + 1) / (T + U) * least
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [
         (torch.bfloat16, 2**-7),  # the row is rounded
@@ -696,21 +594,31 @@ def test_skipped_nodes_lose_less_gradient_than_the_stated_bound(dtype):
         (torch.float64, 1e-9),
     ],
 )
-def test_gradients_of_visited_nodes_are_exact_to_rounding(dtype, tolerance):
-    problem = peaked_table(40, 30, dtype)
-    grads, exact = gradients_of_nodes(problem)
-    kept = grads.any(-1)
+def test_skipped_nodes_lose_less_gradient_than_the_stated_bound(dtype, tolerance):
+    T, U = 40, 30
+    least = loss.SKIP_BELOW * torch.finfo(dtype).eps
+    problem = peaked_table(T, U, dtype)
+    grads = costs_and_grad(loss_of_table, problem)[1][0]  # (T, U+1, V)
+    double = problem._replace(logits=problem.logits.double())
+    exact = costs_and_grad(loss.transducer_loss, double)[1][0]
+    skipped = ~grads.any(-1)  # (T, U+1)
+    assert torch.equal(skipped, visits(problem) <= least)
+    assert 0.2 < skipped.double().mean() < 0.9  # a lattice with many of both kinds
+    lost = exact[skipped].abs().sum() / (T + U)
+    assert 0 < lost <= 2 * T * (U + 1) / (T + U) * least
     off = (grads.double() - exact).abs().amax(-1)
-    assert (off <= tolerance * visits(problem))[kept].all()
+    assert (off <= tolerance * visits(problem))[~skipped].all()
 
 
 def test_backward_computes_the_softmax_of_visited_nodes_only():
     problem = peaked_table(40, 30, torch.float32)
     with Operations() as operations:
         grads = costs_and_grad(loss_of_table, problem)[1]
-    *forward, backward = [len(x) for x in operations.softmaxes]
+    *forward, backward = rows = [len(x) for x in operations.softmaxes]
     assert sum(forward) == loss.whole_rows(40 * 31)
     assert backward == loss.whole_rows(int(grads.any(-1).sum())) < 0.8 * 40 * 31
+    # oneDNN builds and keeps a kernel for each number of rows of the products before them.
+    assert all(n % loss.ROW_UNIT == 0 and n <= loss.BLOCK_ROWS for n in rows)
 
 
 def test_utterances_with_upstream_gradient_zero_get_no_gradient():
@@ -782,7 +690,7 @@ def test_nodes_outside_a_band_are_not_computed(monkeypatch):
     monkeypatch.setattr(loss, "ROW_UNIT", 1)
     problem = random_problem([5], [4], V=5, blank=2)
     with Operations() as operations:
-        loss_of_table(problem.logits, *problem[1:], band=band_of_five(), border_visits=math.inf)
+        loss_of_table(*problem, band=band_of_five(), border_visits=math.inf)
     assert [len(x) for x in operations.softmaxes] == [13]
 
 
@@ -791,7 +699,7 @@ def test_a_band_that_leaves_out_likely_paths_is_widened_to_the_lattice():
     band = torch.zeros(2, 5, 5, dtype=torch.bool)
     band[0] = band_of_five()
     band[1, :3, :3] = True
-    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    costs = loss_of_table(*problem, reduction="none", band=band)
     assert_close(costs, loss_of_table(*problem, reduction="none"))
     assert torch.equal(band, problem.inside())
 
@@ -800,8 +708,7 @@ def test_a_band_that_leaves_out_likely_paths_is_widened_to_the_lattice():
 def test_a_band_without_any_path_is_widened_to_the_lattice(border_visits):
     problem = random_problem([5], [4], V=5, blank=2)
     band = torch.zeros(1, 5, 5, dtype=torch.bool)
-    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band,
-                          border_visits=border_visits)
+    costs = loss_of_table(*problem, reduction="none", band=band, border_visits=border_visits)
     assert_close(costs, loss_of_table(*problem, reduction="none"))
     assert band.all()
 
@@ -811,7 +718,7 @@ def test_a_band_around_likely_paths_stays_and_changes_the_cost_little():
     band = (visits(problem) > 1e-6)[None]
     assert 0.1 < band.double().mean() < 0.7
     before = band.clone()
-    costs = loss_of_table(problem.logits, *problem[1:], reduction="none", band=band)
+    costs = loss_of_table(*problem, reduction="none", band=band)
     exact = loss_of_table(*problem, reduction="none")
     assert torch.equal(band, before)
     assert 0 <= (costs - exact).item() < loss.MOST_BORDER_VISITS
@@ -844,17 +751,13 @@ def test_band_of_a_head_with_two_positions_a_frame_does_not_depend_on_padding():
 # ----------------------------------------------------------------------------------------- dropout
 
 
-def kept_nodes(T: int, U1: int, J: int, dropout: float, dtype=torch.float32) -> Tensor:
-    """(2*T*(U+1), J) joint hidden values of two utterances that are 1 without dropout."""
-    torch.manual_seed(3)
-    ones, zeros = torch.ones(2, T, J, dtype=dtype), torch.zeros(2, U1, J, dtype=dtype)
-    return hidden_of_all_nodes(ones, zeros, [(T, U1)] * 2, dropout)[: 2 * T * U1]
+NODES = torch.ones(2, 50, 50, dtype=torch.bool)  # two whole lattices
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dropout_drops_its_share(dropout, dtype):
-    hidden = kept_nodes(50, 50, 64, dropout, dtype)
+    hidden = kept_values(NODES, 64, dropout, dtype)
     share = round(dropout * 2**15) / 2**15
     assert hidden.unique().tolist() == [0, 1]
     assert math.isclose(loss.kept_numbers(dropout) / 2**15, 1 - share)
@@ -864,7 +767,7 @@ def test_dropout_drops_its_share(dropout, dtype):
 
 
 def test_dropout_masks_of_nodes_are_independent():
-    kept = kept_nodes(15, 20, 64, 0.5) > 0  # (600, 64)
+    kept = kept_values(NODES[:, :15, :20], 64, 0.5) > 0  # (600, 64)
     equal = (kept[:, None] == kept).double().mean(-1)  # (600, 600)
     # The mean of 64 fair coins is 0.5 +- 0.0625; six deviations bound the extreme of 180,000 pairs.
     assert equal.fill_diagonal_(0.5).sub(0.5).abs().max() < 6 * 0.0625
@@ -873,7 +776,7 @@ def test_dropout_masks_of_nodes_are_independent():
 def test_dropout_masks_of_blocks_are_independent(monkeypatch):
     # All blocks take slices of the same random rows.
     monkeypatch.setattr(loss, "BLOCK_ROWS", 50)
-    kept = (kept_nodes(50, 50, 64, 0.5) > 0).float().view(100, 50 * 64) - 0.5  # (blocks, values)
+    kept = (kept_values(NODES, 64, 0.5) > 0).float().view(100, 50 * 64) - 0.5  # (blocks, values)
     equal_more_than_half = (2 * kept @ kept.T / (50 * 64)).fill_diagonal_(0)
     # The mean of 3200 fair coins is 0.5 +- 0.0088; six deviations bound the extreme of 4950 pairs.
     assert equal_more_than_half.abs().max() < 6 * 0.0088
@@ -917,8 +820,6 @@ WRONG_BATCHES = {
     "lens_int16": ({"lens": torch.tensor([3, 2]).short()}, r"LENS: .*int16, expected int32 or int"),
     "lens_zero": ({"lens": torch.tensor([3, 0])}, r"LENS\[1\]: 0,.*1 <= n <= 3"),
     "lens_too_large": ({"lens": torch.tensor([4, 3])}, r"LENS\[0\]: 4,.*1 <= n <= 3"),
-    "target_lens_shape": ({"target_lens": torch.tensor([[2, 1]])}, r"target_lens: .*\(1, 2\)"),
-    "target_lens_float": ({"target_lens": torch.ones(2)}, r"target_lens: .*torch\.float32"),
     "target_lens_negative": ({"target_lens": torch.tensor([2, -1])}, r"target_lens\[1\]: -1,.*0"),
     "target_lens_too_large": ({"target_lens": torch.tensor([3, 1])}, r"target_lens\[0\]: 3,.*2"),
     "blank_negative": ({"blank": -2}, r"blank: -2, expected -1 or 0 <= blank < 4"),
@@ -963,7 +864,6 @@ def test_logits_of_three_dimensions_are_an_error():
         (1, (1, 3, 6), r"encoded: shape \(2, 3, 6\), predicted: \(1, 3, 6\)"),
         (1, (3, 6), r"encoded: shape \(2, 3, 6\), predicted: \(3, 6\)"),
         (2, (4, 5), r"weight: shape \(4, 5\), bias: \(4,\), expected \(V, 6\)"),
-        (2, (4,), r"weight: shape \(4,\), bias: \(4,\), expected \(V, 6\)"),
         (3, (5,), r"weight: shape \(4, 6\), bias: \(5,\)"),
     ],
 )
