@@ -98,14 +98,21 @@ def joint_arguments(B: int, T: int, U: int, V: int, J: int,
             for s in shapes]
 
 
-def joint_logits(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.relu(encoded[:, :, None] + predicted[:, None]), weight, bias)
+def joint_costs(arguments: list[Tensor], rest: tuple) -> Tensor:
+    return loss.joint_transducer_loss(*arguments, *rest, reduction="none")
 
 
-def grads_of(costs: Tensor, arguments: list[Tensor]) -> list[Tensor]:
-    """Gradients of a sum of costs with unequal weights."""
+def explicit_costs(arguments: list[Tensor], rest: tuple) -> Tensor:
+    """The costs of the joint network's logits, all of which exist at once."""
+    encoded, predicted, weight, bias = arguments
+    logits = F.linear(F.relu(encoded[:, :, None] + predicted[:, None]), weight, bias)
+    return loss.transducer_loss(logits, *rest, reduction="none")
+
+
+def with_grads(costs: Tensor, arguments: list[Tensor]) -> list[Tensor]:
+    """Costs, and the gradients of their sum with unequal weights."""
     weights = torch.linspace(0.5, 2, len(costs), dtype=costs.dtype)
-    return list(torch.autograd.grad((costs * weights).sum(), arguments))
+    return [costs.detach(), *torch.autograd.grad((costs * weights).sum(), arguments)]
 
 
 def assert_close(actual: Tensor, expected, tolerance: float = 1e-9) -> None:
@@ -326,22 +333,14 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_device_without_float64_gets_a_lattice_of_float32(name):
+@pytest.mark.parametrize("costs_of", [explicit_costs, joint_costs], ids=LOSSES)
+def test_a_device_without_float64_gets_a_lattice_of_float32(costs_of):
     T, U, V, J = 200, 100, 8, 6
-    problem = random_problem([T, 90], [U, 60], V, blank=0)
+    rest = random_problem([T, 90], [U, 60], V, blank=0)[1:]
     arguments = joint_arguments(2, T, U, V, J, torch.float32)
-
-    def costs_and_grads() -> list[Tensor]:
-        if name == "joint":
-            costs = loss.joint_transducer_loss(*arguments, *problem[1:], reduction="none")
-        else:
-            costs = loss.transducer_loss(joint_logits(*arguments), *problem[1:], reduction="none")
-        return [costs, *grads_of(costs, arguments)]
-
-    exact = costs_and_grads()
+    exact = with_grads(costs_of(arguments, rest), arguments)
     with NoFloat64():
-        single = costs_and_grads()
+        single = with_grads(costs_of(arguments, rest), arguments)
     torch.testing.assert_close(single[0], exact[0], rtol=1e-5, atol=0)
     for actual, expected in zip(single[1:], exact[1:], strict=True):
         scale = expected.abs().max().item()
@@ -415,11 +414,10 @@ def joint_problem(dtype: torch.dtype, T: int = 9, U: int = 7) -> tuple[list[Tens
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_joint_is_the_loss_of_explicit_logits(dtype, tolerance):
     arguments, rest = joint_problem(dtype)
-    expected = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
-    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    assert costs.dtype == dtype
-    assert_close(costs, expected.detach(), tolerance)
-    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments), tolerance)
+    actual = with_grads(joint_costs(arguments, rest), arguments)
+    expected = with_grads(explicit_costs(arguments, rest), arguments)
+    assert actual[0].dtype == dtype
+    assert_all_close(actual, expected, tolerance)
 
 
 def kept_values(inside: Tensor, J: int, dropout: float, dtype=torch.float32) -> Tensor:
@@ -443,28 +441,23 @@ def test_joint_with_dropout_is_the_loss_of_the_logits_that_its_masks_give():
     scale = 2**15 / loss.kept_numbers(0.3)
     hidden = F.relu(encoded[:, :, None] + predicted[:, None]) * mask * scale
     expected = loss.transducer_loss(F.linear(hidden, weight, bias), *rest, "none")
-    assert_close(costs, expected.detach())
-    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments))
+    assert_all_close(with_grads(costs, arguments), with_grads(expected, arguments))
 
 
 @pytest.mark.parametrize(("rows", "unit"), [(1, 1), (7, 1), (7, 5), (64, 16)])
 def test_block_size_does_not_change_the_joint_loss(monkeypatch, rows, unit):
     arguments, rest = joint_problem(torch.float64)
-    expected = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    expected = with_grads(joint_costs(arguments, rest), arguments)
     monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
     monkeypatch.setattr(loss, "ROW_UNIT", unit)
-    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    assert_close(costs, expected.detach())
-    assert_all_close(grads_of(costs, arguments), grads_of(expected, arguments))
+    assert_all_close(with_grads(joint_costs(arguments, rest), arguments), expected)
 
 
 def relative_errors(arguments: list[Tensor], costs: Tensor, rest: tuple) -> Tensor:
     """Distance of costs and four gradients from float64, relative to their length: (5,)."""
     exact = [x.detach().double().requires_grad_() for x in arguments]
-    expected = loss.transducer_loss(joint_logits(*exact), *rest, reduction="none")
-    actual = [costs.detach(), *grads_of(costs, arguments)]
-    reference = [expected.detach(), *grads_of(expected, exact)]
-    pairs = zip(actual, reference, strict=True)
+    reference = with_grads(explicit_costs(exact, rest), exact)
+    pairs = zip(with_grads(costs, arguments), reference, strict=True)
     return torch.stack([(a - r).norm() / r.norm() for a, r in pairs])
 
 
@@ -488,8 +481,7 @@ def test_joint_under_autocast_is_as_accurate_as_autocast_on_explicit_logits(monk
     monkeypatch.setattr(loss, "ROW_UNIT", min(rows, loss.ROW_UNIT))
     arguments, rest = autocast_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        joint = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-        plain = loss.transducer_loss(joint_logits(*arguments), *rest, reduction="none")
+        joint, plain = joint_costs(arguments, rest), explicit_costs(arguments, rest)
     assert joint.dtype == torch.float32
     errors = relative_errors(arguments, joint, rest)
     assert (errors < 1.5 * relative_errors(arguments, plain, rest)).all()
@@ -524,19 +516,17 @@ def test_softmax_under_autocast_is_in_float32():
 
 def test_backward_pass_keeps_the_forward_pass_dtype_under_autocast():
     arguments, rest = joint_problem(torch.float32)
-    expected, costs = (
-        loss.joint_transducer_loss(*arguments, *rest, reduction="none") for _ in range(2)
-    )
-    expected = grads_of(expected, arguments)
+    expected = with_grads(joint_costs(arguments, rest), arguments)
+    costs = joint_costs(arguments, rest)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = grads_of(costs, arguments)
+        actual = with_grads(costs, arguments)
     assert all(map(torch.equal, actual, expected))
 
 
 def test_float64_stays_exact_under_autocast():
     arguments, rest = joint_problem(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+        costs = joint_costs(arguments, rest)
     assert relative_errors(arguments, costs, rest).max() < 1e-9
 
 
@@ -558,7 +548,7 @@ def test_joint_holds_hidden_values_or_a_block_of_logits(V, J):
     with Operations() as joint:
         loss.joint_transducer_loss(*arguments, *problem[1:], dropout=0.5).backward()
     with Operations() as plain:
-        loss.transducer_loss(joint_logits(*arguments), *problem[1:]).backward()
+        explicit_costs(arguments, problem[1:]).sum().backward()
     nodes = B * T * (U + 1)
     assert plain.largest == nodes * max(V, J)  # logits are seen where they exist
     assert joint.largest == max(loss.BLOCK_ROWS * V, loss.whole_rows(nodes) * J)
@@ -624,15 +614,13 @@ def test_backward_computes_the_softmax_of_visited_nodes_only():
 def test_utterances_with_upstream_gradient_zero_get_no_gradient():
     # Their values may be NaN: a caller leaves out an utterance by weight 0.
     arguments, rest = joint_problem(torch.float64)
-    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    expected = torch.autograd.grad(costs.sum(), arguments)
+    expected = torch.autograd.grad(joint_costs(arguments, rest).sum(), arguments)
     for skipped in ([0], [1], [0, 1, 2]):
         inputs = [x.detach().clone().requires_grad_() for x in arguments]
         inputs[0].data[skipped] = torch.nan
         upstream = torch.ones(3, dtype=torch.float64)
         upstream[skipped] = 0
-        costs = loss.joint_transducer_loss(*inputs, *rest, reduction="none")
-        grads = torch.autograd.grad(costs, inputs, upstream)
+        grads = torch.autograd.grad(joint_costs(inputs, rest), inputs, upstream)
         for actual, whole in zip(grads[:2], expected[:2], strict=True):
             assert not actual[skipped].any()
             assert_close(actual[upstream > 0], whole[upstream > 0])
@@ -642,24 +630,22 @@ def test_utterances_with_upstream_gradient_zero_get_no_gradient():
 def test_nan_in_the_padding_reaches_neither_costs_nor_gradients():
     arguments, rest = joint_problem(torch.float64)
     _, lens, target_lens, _ = rest
-    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    grads = grads_of(costs, arguments)
+    expected = with_grads(joint_costs(arguments, rest), arguments)
     T, U1 = arguments[0].shape[1], arguments[1].shape[1]
     padding = [torch.arange(T) >= lens[:, None], torch.arange(U1) > target_lens[:, None]]
     assert all(p.any() for p in padding)
     for x, padded in zip(arguments, padding, strict=False):
         x.data[padded] = torch.nan
-    padded_costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
-    assert torch.equal(padded_costs, costs)
-    assert all(map(torch.equal, grads_of(padded_costs, arguments), grads))
+    actual = with_grads(joint_costs(arguments, rest), arguments)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_nan_in_an_utterance_reaches_its_cost_and_gradients():
     arguments, rest = joint_problem(torch.float32)
     arguments[0].data[0, 0, 0] = torch.nan
-    costs = loss.joint_transducer_loss(*arguments, *rest, reduction="none")
+    costs, *grads = with_grads(joint_costs(arguments, rest), arguments)
     assert costs.isnan().tolist() == [True] + [False] * (len(costs) - 1)
-    encoded, predicted, weight, bias = grads_of(costs, arguments)
+    encoded, predicted, weight, bias = grads
     for grad in (encoded[0], predicted[0], weight, bias):
         assert grad.isnan().any()
     assert encoded[1:].isfinite().all()
