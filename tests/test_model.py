@@ -452,9 +452,7 @@ def test_layer_norm_acts_on_every_stack_in_training_and_in_evaluation():
             norm = stack.layer_norm
             standard = (out - norm.bias) / norm.weight
             # Division by a weight near 0 loses digits; eps = 1e-5 shrinks small variances.
-            torch.testing.assert_close(
-                standard.mean(-1), torch.zeros_like(standard[..., 0]), rtol=0, atol=1e-9
-            )
+            assert standard.mean(-1).abs().max() < 1e-9
             assert standard.var(-1, unbiased=False).min() > 0.98
 
 
@@ -616,15 +614,13 @@ def test_wide_lstm_unrolls_only_to_train_wide_inputs_in_bfloat16(
 # ------------------------------------------------------------------------ initialisation and sizes
 
 
-def fresh(**changes):
-    torch.manual_seed(0)
-    return Transducer(ModelConfig(feature_size=32, vocab_size=200, enc_hidden=64, pred_hidden=48,
-                                  joint_hidden=40, normalization=True, **changes))
-
-
 @pytest.mark.parametrize(("bias", "scale"), [(1.0, 0.5), (2.0, 0.25)])
 def test_lstms_start_with_their_forget_bias_and_below_the_scale_over_root_hidden(bias, scale):
-    model = fresh(forget_gate_bias=bias, weights_init_scale=scale)
+    torch.manual_seed(0)
+    model = Transducer(ModelConfig(
+        feature_size=32, vocab_size=200, enc_hidden=64, pred_hidden=48, joint_hidden=40,
+        normalization=True, forget_gate_bias=bias, weights_init_scale=scale,
+    ))
     lstms = [m for m in model.modules() if isinstance(m, nn.LSTM)]
     assert len(lstms) == 2 + 3 + 2
     for lstm in lstms:
@@ -638,17 +634,6 @@ def test_lstms_start_with_their_forget_bias_and_below_the_scale_over_root_hidden
             largest = parameter.abs().max().item()
             # The largest of at least 192 uniform draws is above 0.9 of the bound.
             assert 0.9 * scale / math.sqrt(H) < largest <= scale / math.sqrt(H), name
-
-
-def test_embedding_and_linear_layers_start_with_torch_defaults():
-    model = fresh()
-    # The sample deviation of 199 * 48 draws from N(0, 1) has a deviation of 0.007.
-    assert model.predictor.embed.weight.std().item() == pytest.approx(1, abs=0.03)
-    joint = model.joint_network
-    for layer in (joint.encoder_projection, joint.predictor_projection, joint.output):
-        bound = 1 / math.sqrt(layer.in_features)
-        assert 0.99 * bound < layer.weight.abs().max().item() <= bound
-        assert 0.9 * bound < layer.bias.abs().max().item() <= bound
 
 
 @pytest.mark.parametrize(
