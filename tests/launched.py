@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of run.sh for tests of its processes: with a stand-in for Python, or with the real one."""
 
-import contextlib
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,7 +130,7 @@ class Run:
         texts = ["ONE TWO", "THREE FOUR FIVE", "SIX", "SEVEN EIGHT"] * 8
         write_tones(folder / "data/demo", "train-demo", texts, [0.8] * 32)
         write_tones(folder / "data/demo", "dev-demo", texts[:4], [0.8] * 4)
-        self.log = folder / "out/demo/log.jsonl"
+        self.out = folder / "out/demo"
 
     def start(self, *flags, command=("bash", "run.sh"), **env):
         env = {**os.environ, "PATH": PATH, "RANKS": "2", "OMP_NUM_THREADS": "1", **env}
@@ -148,7 +145,8 @@ class Run:
         return (self.folder / "output").read_text()
 
     def num_steps(self):
-        return self.log.read_text().count('"event": "step"') if self.log.exists() else 0
+        log = self.out / "log.jsonl"
+        return log.read_text().count('"event": "step"') if log.exists() else 0
 
     def wait_for_steps(self, count):
         end = time.monotonic() + 300
@@ -174,62 +172,3 @@ class Run:
             pytest.fail(f"still running after {seconds} s:\n{self.output()}")
         assert processes(self.folder) == {}, self.output()
         return status
-
-
-# ---- hosts ------------------------------------------------------------------------------------
-
-SUBNET = "10.213.78."  # of the hosts that `made_hosts` makes, from 1
-
-# Hosts $prefix-1, $prefix-2, ... are network namespaces on a bridge, each with one link.
-MAKE_HOSTS = f"""
-ip link add $prefix type bridge
-ip link set $prefix up
-for i in $(seq $count); do
-  host=$prefix-$i
-  ip netns add $host
-  ip link add $host-p type veth peer name eth0 netns $host
-  ip link set $host-p master $prefix up
-  ip -n $host addr add {SUBNET}$i/24 dev eth0
-  ip -n $host link set eth0 up
-  ip -n $host link set lo up
-done
-"""
-# A namespace lives as long as its last process; its link is removed at once.
-REMOVE_HOSTS = """
-for i in $(seq $count); do
-  ip link del $prefix-$i-p || true
-  ip netns del $prefix-$i || true
-done
-ip link del $prefix
-"""
-
-
-@contextlib.contextmanager
-def made_hosts(count: int) -> Iterator[list[list[str]]]:
-    """Makes hosts on this machine that one network connects.
-
-    Yields:
-        For each host the first arguments of a command line that runs in it.
-    Raises:
-        OSError: without iproute2 or the rights to use it.
-    """
-    # A random name, since several processes may make hosts; Linux allows 15 letters.
-    prefix = f"rnnt{secrets.token_hex(3)}"
-    env = os.environ | {"prefix": prefix, "count": str(count)}
-    try:
-        made = subprocess.run(["bash", "-ec", MAKE_HOSTS], env=env, capture_output=True, text=True)
-        if made.returncode:
-            raise OSError(f"no hosts made, needs root and iproute2: {made.stderr.strip()}")
-        yield [["ip", "netns", "exec", f"{prefix}-{i}"] for i in range(1, count + 1)]
-    finally:
-        subprocess.run(["bash", "-c", REMOVE_HOSTS], env=env, capture_output=True)
-
-
-def can_make_hosts() -> bool:
-    """Whether this user may make hosts; prints why not."""
-    try:
-        with made_hosts(1):
-            return True
-    except OSError as error:
-        print(error)
-        return False

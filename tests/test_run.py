@@ -8,9 +8,9 @@ Quick tests replace Python by a stand-in that records its calls. Slow ones train
 tones, with torchrun and with mpirun if there is one.
 """
 
-import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -19,19 +19,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import (
-    FLAGS,
-    PATH,
-    PYTHON,
-    SUBNET,
-    Run,
-    StandIn,
-    can_make_hosts,
-    kill_processes,
-    made_hosts,
-    write_script,
-)
-from tones import REPO, SIMPLE
+from launched import FLAGS, PATH, PYTHON, Run, StandIn, kill_processes, write_script
+from tones import REPO, SIMPLE, events
 
 from checkpoint import load_checkpoint
 from tools import launch
@@ -360,10 +349,6 @@ def run(tmp_path):
     kill_processes(tmp_path)
 
 
-def events(path, kind):
-    return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
-
-
 def insert(run, name, marker, code):
     """Inserts code behind a marker in a file of the run."""
     source = (run.folder / name).read_text()
@@ -386,10 +371,10 @@ def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
     os.kill(run.rank(rank), signal.SIGKILL)
     assert run.expect_end(30) not in (0, 2)
     assert names_rank(run.output(), rank), run.output()
-    checkpoints = list((run.folder / "out/demo").glob("checkpoint-*.pt"))
-    assert checkpoints
-    for checkpoint in checkpoints:
-        load_checkpoint(checkpoint)
+    paths = list(run.out.glob("checkpoint-*.pt"))
+    assert paths
+    for path in paths:
+        load_checkpoint(path)
     if (launcher, rank) == ("torchrun", 1):
         before = run.num_steps()
         run.start(LAUNCHER=launcher).wait_for_steps(before + 3)
@@ -459,7 +444,7 @@ def test_tasks_of_srun_train_together(run):
     srun = ("bash", "-c", SRUN, "srun", "bash", "run.sh")
     run.start("--epochs", "1", command=srun, RANKS="")
     assert run.expect_end(300) == 0, run.output()
-    (start,) = events(run.log, "start")
+    (start,) = events(run.out, "start")
     assert start["ranks"] == 2
     assert run.output().count("\ntry     ") == 1
 
@@ -491,7 +476,7 @@ def test_ranks_that_use_mpi_end_with_status_0(mpi_run):
            "    if ranks.rank == 0:\n        time.sleep(8)\n        save(run, state, True)\n")
     mpi_run.start("--epochs", "1", **mpi_run.env)
     assert mpi_run.expect_end(300) == 0, mpi_run.output()
-    load_checkpoint(mpi_run.folder / "out/demo/best.pt")
+    load_checkpoint(mpi_run.out / "best.pt")
     assert "\ntry     " in mpi_run.output()
 
 
@@ -523,23 +508,57 @@ def test_error_of_one_rank_ends_all_that_use_mpi(mpi_run, rank):
 
 SYSTEM = f"{PATH}:/usr/sbin:/sbin"
 HOSTS = 4
-ADDRESS = f"{SUBNET}{{}}"
+SUBNET = "10.213.78."  # the last number of a host's address is its own, from 1
 
-
-def missing_for_hosts():
-    """The reason why several hosts cannot be made here, or ""."""
-    for program in ("ip", "sshd", "ssh", "ssh-keygen", "mpirun"):
-        if shutil.which(program, path=SYSTEM) is None:
-            return f"there is no {program}"
-    return "" if can_make_hosts() else "no right to make network namespaces here"
+# Hosts $prefix-1, $prefix-2, ... are network namespaces on a bridge, each with one link.
+MAKE_HOSTS = f"""
+ip link add $prefix type bridge
+ip link set $prefix up
+for i in $(seq {HOSTS}); do
+  host=$prefix-$i
+  ip netns add $host
+  ip link add $host-p type veth peer name eth0 netns $host
+  ip link set $host-p master $prefix up
+  ip -n $host addr add {SUBNET}$i/24 dev eth0
+  ip -n $host link set eth0 up
+  ip -n $host link set lo up
+done
+"""
+# A namespace lives as long as its last process; its link is removed at once.
+REMOVE_HOSTS = f"""
+for i in $(seq {HOSTS}); do
+  ip link del $prefix-$i-p || true
+  ip netns del $prefix-$i || true
+done
+ip link del $prefix
+"""
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def hosts():
+    """Makes hosts on this machine that one network connects.
+
+    Yields for each host the first arguments of a command line that runs in it.
+    """
+    # A random name, since several processes may make hosts; Linux allows 15 letters.
+    prefix = f"rnnt{secrets.token_hex(3)}"
+    env = {**os.environ, "PATH": SYSTEM, "prefix": prefix}
+    try:
+        made = subprocess.run(["bash", "-ec", MAKE_HOSTS], env=env, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"hosts need root and iproute2: {made.stderr.strip()}")
+        yield [["ip", "netns", "exec", f"{prefix}-{i}"] for i in range(1, HOSTS + 1)]
+    finally:
+        subprocess.run(["bash", "-c", REMOVE_HOSTS], env=env, capture_output=True)
+
+
+@pytest.fixture
+def cluster(tmp_path, hosts):
     """A script that is called like ssh and reaches the hosts, and the first words of a command on
     the first host. The hosts share this machine's file system and nothing else."""
-    if reason := missing_for_hosts():
-        pytest.skip(reason)
+    for program in ("sshd", "ssh", "ssh-keygen", "mpirun"):
+        if shutil.which(program, path=SYSTEM) is None:
+            pytest.skip(f"there is no {program}")
     folder = tmp_path / "ssh"
     folder.mkdir()
     os.makedirs("/run/sshd", exist_ok=True)  # sshd refuses to start without it
@@ -555,18 +574,17 @@ def cluster(tmp_path):
         f"#!/bin/sh\nexec ssh -F none -p 2222 -i {key} -o StrictHostKeyChecking=no"
         ' -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
-    with made_hosts(HOSTS) as hosts:
-        sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
-        daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
-        yield folder / "ssh", hosts[0]
-        for daemon in daemons:
-            daemon.terminate()
-            daemon.wait()
+    sshd = [shutil.which("sshd", path=SYSTEM), "-D", "-f", config]
+    daemons = [subprocess.Popen([*host, *sshd], env={"PATH": SYSTEM}) for host in hosts]
+    yield folder / "ssh", hosts[0]
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait()
 
 
 def start_on_first_host(run, cluster, addresses, *flags):
     ssh, first = cluster
-    (run.folder / "hosts").write_text("".join(f"{address}\n" for address in addresses))
+    (run.folder / "hosts").write_text("\n".join(addresses))
     return run.start(*flags, command=[*first, "bash", "run.sh"], PATH=SYSTEM, RANKS="",
                      SSH=str(ssh), I_MPI_HYDRA_IFACE="eth0")
 
@@ -576,11 +594,11 @@ def test_four_hosts_compute_what_one_process_computes(cluster, run):
     # Dropout depends on the rank, and bfloat16 rounds too much for a comparison.
     flags = [*SIMPLE, "--epochs", "1", "--precision", "fp32", "--enc-dropout", "0",
              "--pred-dropout", "0", "--joint-dropout", "0"]
-    addresses = [ADDRESS.format(i + 1) for i in range(HOSTS)]
+    addresses = [f"{SUBNET}{i + 1}" for i in range(HOSTS)]
     start_on_first_host(run, cluster, addresses, *flags, "--batch-size", "2")
     assert run.expect_end(600) == 0, run.output()
     assert f"1 on {', '.join(addresses)}, by " in run.output()
-    (start,) = events(run.log, "start")
+    (start,) = events(run.out, "start")
     assert start["ranks"] == HOSTS
 
     alone = [sys.executable, "train.py", "--data", "data/demo", "--train-splits", "train-demo",
@@ -589,8 +607,7 @@ def test_four_hosts_compute_what_one_process_computes(cluster, run):
         [*alone, "--batch-size", str(2 * HOSTS)], cwd=run.folder, check=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    ours, expected = (events(run.folder / "out" / name / "log.jsonl", "step")
-                      for name in ("demo", "alone"))
+    ours, expected = (events(run.folder / "out" / name, "step") for name in ("demo", "alone"))
     assert len(ours) == 4
     # The terms of a step are summed in another order, which later steps amplify.
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):
@@ -599,6 +616,6 @@ def test_four_hosts_compute_what_one_process_computes(cluster, run):
 
 @pytest.mark.slow
 def test_host_that_does_not_answer_is_named(cluster, run):
-    start_on_first_host(run, cluster, [ADDRESS.format(1), ADDRESS.format(99)])
+    start_on_first_host(run, cluster, [f"{SUBNET}1", f"{SUBNET}99"])
     assert run.expect_end(30) == 2
-    assert f"{ADDRESS.format(99)} (status " in run.output()
+    assert f"{SUBNET}99 (status " in run.output()
