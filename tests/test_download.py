@@ -197,10 +197,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def times(root):
-    return {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
-
-
 # -------------------------------------------------------------------------------- without failure
 
 
@@ -216,10 +212,11 @@ def test_a_corpus_arrives_whole_and_no_other_file_stays(get, root, server, packe
 def test_a_complete_corpus_causes_no_request_and_no_write(get, root, server):
     get()
     server.requests.clear()
-    before = times(root)
+    paths = [root, *root.rglob("*")]
+    before = [path.stat().st_mtime_ns for path in paths]
     assert get() == ""
     assert server.requests == []
-    assert times(root) == before
+    assert [path.stat().st_mtime_ns for path in paths] == before
 
 
 def test_only_the_missing_split_is_downloaded(get, root, server, packed):
@@ -231,39 +228,18 @@ def test_only_the_missing_split_is_downloaded(get, root, server, packed):
     assert [request[0] for request in server.requests] == [f"/copy{DEV_URL}"]
 
 
-def test_every_step_shows_a_bar_with_rate_and_remaining_time(get):
-    done = [line for line in re.split("[\r\n]+", get()) if "100%" in line]
-    assert [line.split(":")[0] for line in done] == [
-        f"{step} {split}.tar.gz.partial" for split in (TRAIN, DEV)
-        for step in ("download", "verify", "unpack")]
-    assert all("<00:00, " in line and line.endswith("B/s]") for line in done)
-
-
 def test_a_log_has_whole_lines_and_a_terminal_a_bar(get, root, monkeypatch):
     log = get()
     assert "\r" not in log
-    assert all(line.endswith("B/s]") for line in log.splitlines())
+    lines = log.splitlines()
+    assert all(line.endswith("B/s]") for line in lines)
+    done = [line for line in lines if "100%" in line and "<00:00, " in line]
+    assert [line.split(":")[0] for line in done] == [
+        f"{step} {split}.tar.gz.partial" for split in (TRAIN, DEV)
+        for step in ("download", "verify", "unpack")]
     shutil.rmtree(root)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert get().count("\r") >= 12  # six bars at their start and at their end
-
-
-def test_a_redirected_request_keeps_its_range(get, server, packed, partial):
-    partial(packed[TRAIN][:1000])
-    server.files["/elsewhere"] = packed[TRAIN]
-    server.script = [{"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
-    get()
-    assert server.requests[1] == ("/elsewhere", "bytes=1000-", len(packed[TRAIN]) - 1000)
-
-
-def test_published_addresses_and_sizes():
-    """https://www.openslr.org/12 and /31 list these sizes, rounded down."""
-    assert prepare.OPENSLR == "https://www.openslr.org/resources"
-    assert {split: (a.resource, a.num_bytes // 10**6) for split, a in prepare.ARCHIVES.items()} == {
-        "dev-clean": (12, 337), "dev-other": (12, 314), "test-clean": (12, 346),
-        "test-other": (12, 328), "train-clean-100": (12, 6387), "train-clean-360": (12, 23049),
-        "train-other-500": (12, 30593), "train-clean-5": (31, 332), "dev-clean-2": (31, 126),
-    }
 
 
 def test_published_corpora():
@@ -273,6 +249,12 @@ def test_published_corpora():
     # Database.md of espnet/espnet: the three training splits together, then dev-clean, dev-other,
     # test-clean and test-other.
     assert sum(archive.utterances for archive in full) == 281241 + 2703 + 2864 + 2620 + 2939
+    # https://www.openslr.org/12 and /31 list these sizes in MB, rounded down.
+    assert {split: (a.resource, a.num_bytes // 10**6) for split, a in prepare.ARCHIVES.items()} == {
+        "dev-clean": (12, 337), "dev-other": (12, 314), "test-clean": (12, 346),
+        "test-other": (12, 328), "train-clean-100": (12, 6387), "train-clean-360": (12, 23049),
+        "train-other-500": (12, 30593), "train-clean-5": (31, 332), "dev-clean-2": (31, 126),
+    }
     assert all(re.fullmatch("[0-9a-f]{32}", archive.md5) for archive in prepare.ARCHIVES.values())
 
 
@@ -285,7 +267,7 @@ NO_LENGTH = {"ranges": False, "headers": {"Content-Length": None}}
     ([{"drop": 1000}, {"drop": 500}], ["bytes=0-", "bytes=1000-", "bytes=1500-"]),
     ([{"drop": 1000}, {"drop": 0}], ["bytes=0-", "bytes=1000-", "bytes=1000-"]),
     ([NO_LENGTH | {"drop": 700}] * 2, ["bytes=0-", "bytes=700-", "bytes=700-"]),
-    *[([{"status": status}] * 2, ["bytes=0-"] * 3) for status in (500, 503, 429, 408)],
+    *[([{"status": status}] * 2, ["bytes=0-"] * 3) for status in (503, 429, 408)],
 ])
 def test_a_passing_failure_is_tried_again_from_the_last_byte(get, server, waits, script, ranges):
     server.script = script.copy()
@@ -323,31 +305,19 @@ def test_attempts_and_waits_are_bounded(get, server, waits, monkeypatch):
 
 
 def test_another_call_continues_the_partial_file(get, root, server, packed, monkeypatch):
+    """openslr.org redirects to a mirror, which gets the same range."""
     monkeypatch.setattr(prepare, "ATTEMPTS", 1)
     size = len(packed[TRAIN])
-    server.script = [{"drop": 1000}]
+    server.files["/elsewhere"] = packed[TRAIN]
+    server.script = [{"drop": 1000},
+                     {"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
     assert f"(1000 bytes read, {size - 1000} more expected); attempt 1 of 1; " in get(status=1)
     assert names(root) == [PARTIAL]
     assert f"download {PARTIAL}: {100 * 1000 / size:3.0f}%|" in get()
-    assert server.requests[1] == (TRAIN_URL, "bytes=1000-", size - 1000)
-
-
-def test_a_whole_partial_file_is_not_downloaded_again(get, server, packed, partial):
-    partial(packed[TRAIN])
-    get()
-    assert [request[0] for request in server.requests] == [DEV_URL]
-
-
-def test_a_server_without_ranges_starts_over(get, server, packed, partial):
-    partial(b"x" * 1000)
-    server.script = [{"ranges": False, "drop": 700}, {"ranges": False}]
-    get()
-    assert server.ranges()[:2] == ["bytes=1000-", "bytes=700-"]
-    assert server.requests[1][2] == len(packed[TRAIN])
+    assert server.requests[2] == ("/elsewhere", "bytes=1000-", size - 1000)
 
 
 @pytest.mark.parametrize("answer", [
-    NO_LENGTH,
     NO_LENGTH | {"append": b"more than the published size"},
     {"headers": {"Content-Encoding": "gzip"}},  # a false claim: the archive itself is a gzip file
 ])
@@ -361,13 +331,9 @@ def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer)
 
 
 @pytest.mark.parametrize(("answer", "message"), [
-    ({"status": 403}, "403 Client Error: Forbidden for url: {url}"),
     ({"status": 404}, "404 Client Error: Not Found for url: {url}"),
-    ({"status": 416}, "416 Client Error: Requested Range Not Satisfiable for url: {url}"),
     ({"headers": {"Content-Range": "bytes 0-99/100"}},
      "{url}: Content-Range is 'bytes 0-99/100', expected 'bytes 1000-{last}/{size}'"),
-    ({"ranges": False, "headers": {"Content-Length": "100"}},
-     "{url}: Content-Length is '100', expected '{size}'"),
     ({"ranges": False, "data": b"<html>log in first</html>"},
      "{url}: Content-Length is '25', expected '{size}'"),
 ])
@@ -426,14 +392,11 @@ def member(name, kind, target=""):
 
 @pytest.mark.parametrize(("name", "kind", "target"), [
     ("../evil", tarfile.REGTYPE, ""),
-    ("LibriSpeech/../../evil", tarfile.REGTYPE, ""),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "{outside}"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.SYMTYPE, "../../../../outside"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "{outside}"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.LNKTYPE, "../../outside"),
     (f"LibriSpeech/{TRAIN}/evil", tarfile.FIFOTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.CHRTYPE, ""),
-    (f"LibriSpeech/{TRAIN}/evil", tarfile.BLKTYPE, ""),
 ])
 def test_a_malicious_member_is_an_error_and_none_is_written(
         get, root, server, tmp_path, name, kind, target):
@@ -604,9 +567,3 @@ def test_a_local_archive_of_another_name_or_none_is_an_error(get, root, local):
     error = get("--archive", local[TRAIN], local[DEV], status=1)
     assert f"{local[TRAIN]}: no such file" in error
     assert not root.exists()
-
-
-def test_mirror_and_archive_exclude_each_other(get, local, server):
-    with pytest.raises(SystemExit) as stop:
-        get("--mirror", server.url, "--archive", *local.values())
-    assert stop.value.code == 2
