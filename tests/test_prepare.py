@@ -93,7 +93,7 @@ def test_recipe_1_has_these_prompts(prompts):
 
 
 def test_dev_sentences_are_new_and_different(prompts):
-    """All words of dev are trained, and each of 60 words or more is trained 20 times."""
+    """Every dev word is trained; there are 60 or more, each trained 20 times or more."""
     train, dev = ([x.text for x in split] for split in prompts.values())
     assert not set(dev) & set(train)
     assert len(set(dev)) == len(dev)
