@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_bench import run_here
 from tones import REPO
 
 import data
@@ -19,25 +20,20 @@ import features
 from loss import joint_transducer_loss
 from model import PRESETS
 from recipe import parse_configs
-from tools import bench, ladder
+from tools import ladder
 from tools.ladder import Rung
-
-
-def random_batch(batch: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """Arguments of the loss with unequal lengths: T <= 6, U <= 4, J = 8, V = 5."""
-    torch.manual_seed(1)
-    shapes = ((batch, 6, 8), (batch, 5, 8), (5, 8), (5,))
-    inputs = tuple(torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes)
-    lens = torch.arange(batch) % 6 + 1, torch.arange(batch) % 5
-    return inputs, (torch.randint(0, 4, (batch, 4)), *lens)
 
 
 @pytest.mark.parametrize("batch", [1, ladder.PLAIN_ROWS, 2 * ladder.PLAIN_ROWS + 1])
 def test_plain_loss_of_the_first_rungs_has_the_fused_value_and_gradient(batch):
-    inputs, lattice = random_batch(batch, torch.float64)
+    torch.manual_seed(1)
+    shapes = ((batch, 6, 8), (batch, 5, 8), (5, 8), (5,))  # T = 6, U = 4, J = 8, V = 5
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    targets = torch.randint(0, 4, (batch, 4))
+    enc_lens, target_lens = torch.arange(batch) % 6 + 1, torch.arange(batch) % 5
     results = []
     for function in (joint_transducer_loss, ladder.plain_joint_loss):
-        costs = function(*inputs, *lattice, 4, 0.0, "none")
+        costs = function(*inputs, targets, enc_lens, target_lens, 4, 0.0, "none")
         grads = torch.autograd.grad(costs.sum() / batch, inputs)
         results.append((costs, *grads))
     for fused, plain in zip(*results, strict=True):
@@ -57,21 +53,6 @@ def test_each_rung_adds_one_idea_and_alone_it_is_added_to_the_originals():
     assert list(alone) == list(steps)[ladder.ORIGINAL_RUNGS :]
     for rung in alone.values():
         assert sum(a != b for a, b in zip(rungs[3], rung, strict=True)) == 1
-
-
-def write_run(folder: Path, wers: list[float]) -> Path:
-    folder.mkdir()
-    evals = [{"event": "eval", "epoch": epoch, "wer": wer, "cer": wer / 2}
-             for epoch, wer in enumerate(wers, 1)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    return folder
-
-
-def test_epochs_to_a_target(tmp_path):
-    run = write_run(tmp_path / "run", [1.0, 0.1, 0.05])
-    assert ladder.epochs_to(run, 0.1) == {"epochs": 2, "ran": 3, "best_wer": 0.05,
-                                           "best_cer": 0.025}
-    assert ladder.epochs_to(run, 0.01)["epochs"] is None
 
 
 def test_synthetic_recordings_have_the_given_lengths_and_labels(tmp_path):
@@ -126,12 +107,14 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
         return {"step_s": [0.5 * seconds, 1.5 * seconds], "parameters": 10**6, "threads": 1}
 
     monkeypatch.setattr(ladder, "measure_rung", measure_rung)
-    run = write_run(tmp_path / "run", [1 / e for e in range(1, 12)])
-    argv = ["--shapes", write_shapes(tmp_path / "shapes.json"), "--png", tmp_path / "ladder.png",
-            "--runs", run]
-    monkeypatch.setattr(sys, "argv", ["bench.py", "ladder", *map(str, argv)])
-    bench.main()
-    lines = capsys.readouterr().out.splitlines()
+    for name, num_epochs in (("run", 11), ("short", 2)):
+        (tmp_path / name).mkdir()
+        evals = [{"event": "eval", "epoch": e, "wer": 1 / e, "cer": 0.5 / e}
+                 for e in range(1, num_epochs + 1)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, evals)))
+    lines, result = run_here(
+        monkeypatch, capsys, "ladder", "--shapes", write_shapes(tmp_path / "shapes.json"),
+        "--png", tmp_path / "ladder.png", "--runs", tmp_path / "run", tmp_path / "short")
     assert len(calls) == 20
     assert len(set(calls)) == 11
     assert calls[11:] == calls[2:11]
@@ -146,12 +129,13 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert stored["hours_of_49_epochs"]["here"] == pytest.approx(49 * 100 / 3600)
     assert stored["epochs_to_target"]["run"]["epochs"] == 10
     assert "run: WER 10 % after 10 epochs, best 9.1 %, CER 4.5 %" in lines
+    assert "short: WER 10 % not in 2 epochs, best 50.0 %, CER 25.0 %" in lines
     table = next(i for i, line in enumerate(lines) if line.split()[:1] == ["s"])
     assert lines[table].split() == ["s", "an", "epoch", "speedup", "cumulative", "alone",
                                     "original"]
     assert lines[table + 4].split() == ["normalisation", "800", "1.00x", "2.00x", "-", "1.07x"]
     assert lines[table + 6].split() == ["bf16", "200", "2.00x", "8.00x", "2.00x", "-"]
-    assert json.loads(lines[-1])["epoch_s"]["bf16"] == 200
+    assert result["epoch_s"]["bf16"] == 200
     assert "apart by 0.0 % (median), 20.0 % at most" in "\n".join(lines)
     assert any(line.startswith("49 epochs of train-clean-100 take 1.4 hours") for line in lines)
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
@@ -223,10 +207,7 @@ def test_table_and_projection(monkeypatch, capsys, tmp_path, has_hosts):
     monkeypatch.setattr(ladder, "run_rung", run_rung)
     monkeypatch.setattr(ladder, "can_limit_network", lambda: has_hosts)
     path = tmp_path / "scaling.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "scaling", "--json", str(path)])
-    bench.main()
-    *lines, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
+    lines, result = run_here(monkeypatch, capsys, "scaling", "--json", path)
     assert json.loads(path.read_text()) == result
     assert result["torch"] == torch.__version__
     pair = next(line for line in lines if line.startswith("2 ranks"))

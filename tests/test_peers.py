@@ -149,14 +149,6 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.0")
 
 
-@pytest.fixture
-def nothing_installed(monkeypatch):
-    def version(package):
-        raise importlib.metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-
-
 # ------------------------------------------------------------------------------------- losses
 
 
@@ -181,7 +173,11 @@ def test_every_library_gives_our_cost_and_gradients(stand_ins, monkeypatch, caps
     assert [line for line in lines if line.endswith("another objective")]
 
 
-def test_libraries_that_are_not_installed_are_named(nothing_installed, monkeypatch, capsys):
+def test_libraries_that_are_not_installed_are_named(monkeypatch, capsys):
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(peers, "SHAPES", [(9, 8, 6, 7)])
     lines, result = run_here(monkeypatch, capsys, "loss", "--peers", "--batch-size", 2,
                              "--turns", 1, "--precision", "fp32")
