@@ -17,13 +17,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from tones import TINY, run_here, run_train, tiny_corpus
+from test_bench import run_here as bench_here
+from tones import TINY, run_here, run_train
 from torch.profiler import ProfilerActivity, profile
 
 import data
 import features
 import report
-from tools import bench
 
 
 def step(number, epoch, **changes):
@@ -57,12 +57,6 @@ def write_log(folder, records=LOG):
 
 
 # ---------------------------------------------------------------------------------- log and curves
-
-
-def test_steps_and_evaluations_are_read_as_they_were_logged(tmp_path):
-    steps, evals = report.read_run(write_log(tmp_path / "run"))
-    assert steps == [r for r in LOG if r["event"] == "step"]
-    assert evals == [r for r in LOG if r["event"] == "eval"]
 
 
 def test_rewinding_keeps_the_records_up_to_the_checkpoint(tmp_path):
@@ -112,21 +106,16 @@ def test_every_run_has_its_colour_against_epochs_and_hours(tmp_path):
 
 
 def test_bench_curves_prints_the_end_of_every_run(tmp_path, monkeypatch, capsys):
-    folder = str(write_log(tmp_path / "run"))
-    argv = ["bench.py", "curves", folder, "--png", str(tmp_path / "run.png")]
-    monkeypatch.setattr(sys, "argv", argv)
-    bench.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result[folder] == {"best_wer": 0.5, "best_cer": 0.25, "hours": 0.07, "epochs": 2}
+    folder = write_log(tmp_path / "run")
+    _, result = bench_here(monkeypatch, capsys, "curves", folder, "--png", tmp_path / "run.png")
+    assert result[str(folder)] == {"best_wer": 0.5, "best_cer": 0.25, "hours": 0.07, "epochs": 2}
     assert min(pixels(tmp_path / "run.png", "tab:blue")) > 100
 
 
-def test_bench_curves_refuses_a_run_without_evaluation(tmp_path, monkeypatch):
+def test_bench_curves_refuses_a_run_without_evaluation(tmp_path, monkeypatch, capsys):
     folder = write_log(tmp_path / "run", LOG[:3])
-    argv = ["bench.py", "curves", str(folder), "--png", str(tmp_path / "x.png")]
-    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="run/log.jsonl: no evaluation yet"):
-        bench.main()
+        bench_here(monkeypatch, capsys, "curves", folder, "--png", tmp_path / "x.png")
 
 
 # ----------------------------------------------------------------------------------------- warnings
@@ -147,6 +136,10 @@ def warned(capsys):
         return [line.removeprefix("warning: ") for line in printed if line.startswith("warning: ")]
 
     return lines
+
+
+def end_epoch(monitor, loss, best_wer):
+    monitor.epoch(best_wer, 0, epoch=1, step=4, loss=loss, utts_per_s=4.0, seconds=9.0)
 
 
 def test_a_bad_sign_is_told_when_it_appears_and_not_while_it_stays(monitor, warned):
@@ -174,18 +167,14 @@ def test_a_loss_that_is_flat_for_an_epoch_is_warned_of(monitor, warned):
         (98.1, 0.9, False),  # falls by more than a hundredth
         (98.0, 0.4, False),  # a low WER is where training ends
     ):
-        record = {"epoch": 1, "step": 4, "loss": loss, "utts_per_s": 4.0, "seconds": 9.0}
-        monitor.epoch(best_wer, 0, **record)
-        lines = warned()
-        assert len(lines) == is_flat
-        if is_flat:
-            assert "the loss is flat, 99.10 after 100.00" in lines[0]
+        end_epoch(monitor, loss, best_wer)
+        expected = ["the loss is flat, 99.10 after 100.00 an epoch ago"] if is_flat else []
+        assert [line.partition(":")[0] for line in warned()] == expected
 
 
 def test_a_loss_that_rises_by_half_in_an_epoch_is_called_divergence(monitor, warned):
     for loss in (10.0, 14.0, 22.0):
-        record = {"epoch": 1, "step": 4, "loss": loss, "utts_per_s": 4.0, "seconds": 9.0}
-        monitor.epoch(0.1, 0, **record)
+        end_epoch(monitor, loss, best_wer=0.1)
     (warning,) = warned()
     assert warning.startswith("the loss rose from 14.00 to 22.00 in an epoch")
     assert "--lr" in warning
@@ -242,17 +231,16 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
+def shown(corpus, tmp_path_factory):
     """Run directory, standard output and standard error of a run with --profile on a terminal."""
-    root = tiny_corpus(tmp_path_factory.mktemp("shown"))
-    argv = ["--data", root, "--out", root / "run", *TINY, "--batch-size", 1, "--epochs", 2,
+    out = tmp_path_factory.mktemp("shown")
+    argv = ["--data", corpus, "--out", out, *TINY, "--batch-size", 1, "--epochs", 2,
             "--profile", "--log-every", 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
         patch.setattr(sys, "stderr", Terminal())
         run_here(*argv, draw=True)
-        streams = sys.stdout.getvalue(), sys.stderr.getvalue()
-    return root / "run", *streams
+        return out, sys.stdout.getvalue(), sys.stderr.getvalue()
 
 
 def test_progress_bars_with_the_time_left_are_for_terminals(shown):
@@ -307,22 +295,20 @@ def test_the_stages_of_a_profile_add_up_to_its_seconds():
 
 
 @pytest.mark.slow
-def test_the_profile_of_two_ranks_sees_their_communication(tmp_path):
-    root = tiny_corpus(tmp_path)
+def test_the_profile_of_two_ranks_sees_their_communication(corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = ["--train-splits", *["train"] * 3, "--batch-size", 1, "--epochs", 1, "--profile"]
-    done = run_train(root, root / "run", *argv, launcher=launcher)
+    done = run_train(corpus, tmp_path, *argv, launcher=launcher)
     assert done.returncode == 0, done.stderr
     (share,) = re.findall(r"Communication was under way ([0-9.]+) % of the time", done.stdout)
     assert 0 < float(share) < 100
 
 
-def test_a_run_that_waits_for_its_data_says_so_in_the_epoch(tmp_path, monkeypatch, capsys):
+def test_a_run_that_waits_for_its_data_says_so_in_the_epoch(corpus, tmp_path, monkeypatch, capsys):
     """The epochs of a large corpus last for hours, so the warning must not wait for their end."""
-    root = tiny_corpus(tmp_path)
     real = features.load_audio
     monkeypatch.setattr(data, "load_audio", lambda *a: time.sleep(0.1) or real(*a))
-    run_here("--data", root, "--out", root / "run", *TINY, "--train-splits", *["train"] * 6,
+    run_here("--data", corpus, "--out", tmp_path, *TINY, "--train-splits", *["train"] * 6,
              "--batch-size", 2, "--epochs", 1)
     said = capsys.readouterr().out.splitlines()
     (warning,) = [i for i, line in enumerate(said) if "goes by waiting for data" in line]
