@@ -92,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
             status = 403  # some servers refuse the default names of Python's libraries
         body = data[start:] + how.get("append", b"") if status in (200, 206) else b""
         headers = {"Content-Length": len(body)}
+        if body:  # some servers claim a .tar.gz to be a gzip-encoded .tar
+            headers["Content-Encoding"] = "gzip"
         if status == 206:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = body[: how.get("drop")]
@@ -175,17 +177,6 @@ def get(server, waits, root, capsys):
     return get
 
 
-@pytest.fixture
-def partial(root):
-    """Writes the partial training archive of an earlier call."""
-
-    def partial(contents):
-        root.mkdir(parents=True)
-        (root / PARTIAL).write_bytes(contents)
-
-    return partial
-
-
 def assert_complete(root):
     expected = split_files(TRAIN) | split_files(DEV)
     expected = {name.removeprefix("LibriSpeech/"): data for name, data in expected.items()}
@@ -209,7 +200,8 @@ def test_a_corpus_arrives_whole_and_no_other_file_stays(get, root, server, packe
     assert f"{TRAIN}: 6 utterances" in capsys.readouterr().out
 
 
-def test_a_complete_corpus_causes_no_request_and_no_write(get, root, server):
+def test_only_what_is_missing_is_downloaded(get, root, server, packed):
+    """A call that finds the whole corpus makes no request and changes no file."""
     get()
     server.requests.clear()
     paths = [root, *root.rglob("*")]
@@ -217,11 +209,6 @@ def test_a_complete_corpus_causes_no_request_and_no_write(get, root, server):
     assert get() == ""
     assert server.requests == []
     assert [path.stat().st_mtime_ns for path in paths] == before
-
-
-def test_only_the_missing_split_is_downloaded(get, root, server, packed):
-    get()
-    server.requests.clear()
     shutil.rmtree(root / DEV)
     server.files[f"/copy{DEV_URL}"] = packed[DEV]
     get("--mirror", f"{server.url}/copy/")
@@ -266,7 +253,8 @@ NO_LENGTH = {"ranges": False, "headers": {"Content-Length": None}}
 @pytest.mark.parametrize(("script", "ranges"), [
     ([{"drop": 1000}, {"drop": 500}], ["bytes=0-", "bytes=1000-", "bytes=1500-"]),
     ([{"drop": 1000}, {"drop": 0}], ["bytes=0-", "bytes=1000-", "bytes=1000-"]),
-    ([NO_LENGTH | {"drop": 700}] * 2, ["bytes=0-", "bytes=700-", "bytes=700-"]),
+    ([NO_LENGTH | {"drop": 700}] * 2 + [NO_LENGTH | {"append": b"more than the published size"}],
+     ["bytes=0-", "bytes=700-", "bytes=700-"]),
     *[([{"status": status}] * 2, ["bytes=0-"] * 3) for status in (503, 429, 408)],
 ])
 def test_a_passing_failure_is_tried_again_from_the_last_byte(get, server, waits, script, ranges):
@@ -317,16 +305,6 @@ def test_another_call_continues_the_partial_file(get, root, server, packed, monk
     assert server.requests[2] == ("/elsewhere", "bytes=1000-", size - 1000)
 
 
-@pytest.mark.parametrize("answer", [
-    NO_LENGTH | {"append": b"more than the published size"},
-    {"headers": {"Content-Encoding": "gzip"}},  # a false claim: the archive itself is a gzip file
-])
-def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer):
-    server.script = [answer]
-    get()
-    assert len(server.requests) == 2
-
-
 # --------------------------------------------------------------------------- failures that last
 
 
@@ -338,8 +316,9 @@ def test_an_odd_answer_with_the_published_bytes_is_accepted(get, server, answer)
      "{url}: Content-Length is '25', expected '{size}'"),
 ])
 def test_a_lasting_failure_is_an_error_at_once(
-        get, root, server, waits, packed, partial, answer, message):
-    partial(packed[TRAIN][:1000])
+        get, root, server, waits, packed, answer, message):
+    root.mkdir(parents=True)
+    (root / PARTIAL).write_bytes(packed[TRAIN][:1000])
     server.script = [answer]
     size = len(packed[TRAIN])
     message = message.format(url=server.url + TRAIN_URL, size=size, last=size - 1)
@@ -374,20 +353,15 @@ def test_a_file_with_a_wrong_md5_is_removed_and_downloaded_anew(get, root, serve
     assert server.ranges()[1] == "bytes=0-"
 
 
-def test_too_long_a_partial_file_is_removed(get, root, packed, partial):
-    partial(packed[TRAIN] + b"more")
+def test_too_long_a_partial_file_is_removed(get, root, packed):
+    root.mkdir(parents=True)
+    (root / PARTIAL).write_bytes(packed[TRAIN] + b"more")
     size = len(packed[TRAIN])
     assert f"{size + 4:,} bytes, expected {size:,}" in get(status=1)
     assert names(root) == []
 
 
 # --------------------------------------------------------------------------------------- unpacking
-
-
-def member(name, kind, target=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
 
 
 @pytest.mark.parametrize(("name", "kind", "target"), [
@@ -402,21 +376,13 @@ def test_a_malicious_member_is_an_error_and_none_is_written(
         get, root, server, tmp_path, name, kind, target):
     outside = tmp_path / "outside"
     outside.mkdir()
-    evil = member(name, kind, target.format(outside=outside))
+    evil = tarfile.TarInfo(name)
+    evil.type, evil.linkname = kind, target.format(outside=outside)
     server.publish(TRAIN, pack(split_files(TRAIN), evil))
     assert f"tools.prepare: {root / PARTIAL}: {name!r} " in get(status=1)
     assert names(root) == [PARTIAL]
     assert names(tmp_path) == ["corpora", "outside"]
     assert names(tmp_path / "corpora") == ["root"]
-    assert names(outside) == []
-
-
-def test_a_member_with_an_absolute_path_is_not_written_there(get, root, server, tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    evil = member(f"{outside}/evil", tarfile.REGTYPE)
-    server.publish(TRAIN, pack(split_files(TRAIN), evil))
-    get()
     assert names(outside) == []
 
 
@@ -450,12 +416,12 @@ def test_an_incomplete_split_is_an_error_before_any_request(get, root, server):
 # ------------------------------------------------------------------------------ disk, interruption
 
 
-def test_space_for_all_splits_and_the_largest_archive_is_needed(
-        get, root, server, monkeypatch, partial):
+def test_space_for_all_splits_and_the_largest_archive_is_needed(get, root, server, monkeypatch):
     archives = prepare.ARCHIVES.values()
     needed = sum(archive.num_bytes + 2**14 * archive.utterances for archive in archives)
     needed += prepare.ARCHIVES[TRAIN].num_bytes - 1000
-    partial(bytes(1000))
+    root.mkdir(parents=True)
+    (root / PARTIAL).write_bytes(bytes(1000))
     usage = shutil.disk_usage(root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     error = get(status=1)
