@@ -241,12 +241,6 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_unknown_voice_is_an_error(spoken, tmp_path):
-    espeak = demo.Espeak(tmp_path)
-    with pytest.raises(RuntimeError, match="no voice gmw/en-nowhere[+]m1"):
-        espeak.say("HELLO", VOICE._replace(name="gmw/en-nowhere+m1"), seed=1)
-
-
 def test_every_variant_exists():
     # espeak-ng ignores a variant that it does not know.
     loader = pytest.importorskip("espeakng_loader", reason="espeakng-loader brings the voices")

@@ -142,13 +142,6 @@ def end_epoch(monitor, loss, best_wer):
     monitor.epoch(best_wer, 0, epoch=1, step=4, loss=loss, utts_per_s=4.0, seconds=9.0)
 
 
-def test_a_bad_sign_is_told_when_it_appears_and_not_while_it_stays(monitor, warned):
-    for is_present in (False, True, True, False, True):
-        monitor.warn("sign", is_present, "look")
-    monitor.warn("another", True, "there")
-    assert warned() == ["look", "look", "there"]
-
-
 @pytest.mark.parametrize(("norm", "before", "expected"), [
     (10.1, [1.0] * 19 + [3.0], ["the gradient norm is 10.1 where 1.0 was usual"]),
     (9.9, [1.0] * 20, []),
