@@ -133,8 +133,8 @@ SMALL = [
     [[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.6, 0.1, 0.1], [0.1, 0.1, 0.2, 0.8, 0.1]],
     [[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.1, 0.1], [0.7, 0.1, 0.2, 0.1, 0.1]],
 ]
-# The gradient that warp-transducer's test prints.
-SMALL_GRAD = [
+# The gradient that warp-transducer's test and torchaudio's get_B1_T2_U3_D5_data print.
+SMALL_GRAD_BLANK_FIRST = [
     [-0.13116688, -0.3999269, 0.17703125, 0.17703125, 0.17703125],
     [-0.18572757, 0.12247056, -0.18168412, 0.12247056, 0.12247056],
     [-0.32091254, 0.06269141, 0.06928472, 0.12624499, 0.06269141],
@@ -142,18 +142,56 @@ SMALL_GRAD = [
     [0.12073959, 0.12073959, -0.48295835, 0.12073959, 0.12073959],
     [-0.6925882, 0.16871116, 0.18645467, 0.16871116, 0.16871116],
 ]
+SMALL_GRAD_BLANK_LAST = [
+    [0.17703132, -0.39992708, 0.17703132, 0.17703132, -0.13116692],
+    [0.12247062, 0.12247062, -0.181684, 0.12247062, -0.1857276],
+    [0.06269141, 0.06269141, 0.06928471, 0.12624498, -0.32091248],
+    [0.05456069, -0.2182428, 0.05456069, 0.05456069, 0.05456069],
+    [0.12073967, 0.12073967, -0.48295838, 0.12073967, 0.12073967],
+    [0.30741188, 0.16871123, 0.18645471, 0.16871123, -0.83128875],
+]
 
 
 @both
-def test_published_small_case_B1_T2_U2_V5(loss_of):
+@pytest.mark.parametrize(
+    ("blank", "cost", "grad"),
+    [(0, 4.495666, SMALL_GRAD_BLANK_FIRST), (4, 5.09566688538, SMALL_GRAD_BLANK_LAST)],
+)
+def test_published_small_case_B1_T2_U2_V5(loss_of, blank, cost, grad):
     lens = torch.tensor([2])
-    problem = Problem(torch.tensor([SMALL]).double(), torch.tensor([[1, 2]]), lens, lens, 0)
+    problem = Problem(torch.tensor([SMALL]).double(), torch.tensor([[1, 2]]), lens, lens, blank)
     costs, grads = costs_and_grad(loss_of, problem)
-    assert_close(costs, 4.495666, 1e-6)  # printed with six decimals, from float32
-    assert_close(grads, SMALL_GRAD, 1e-6)
-    # torchaudio's get_B1_T2_U3_D5_data has the last class as blank.
-    costs, _ = costs_and_grad(loss_of, problem._replace(blank=4))
-    assert_close(costs, 5.09566688538, 1e-6)
+    assert_close(costs, cost, 1e-6)  # printed with six decimals, from float32
+    assert_close(grads, grad, 1e-6)
+
+
+@both
+def test_published_batch_B2_T4_U2_V3(loss_of):
+    # torchaudio's get_B2_T4_U3_D3_data: warp-transducer's big_test to six decimals.
+    logits = [
+        [0.065357, 0.787530, 0.081592, 0.529716, 0.750675, 0.754135, 0.609764, 0.868140, 0.622532],
+        [0.668522, 0.858039, 0.164539, 0.989780, 0.944298, 0.603168, 0.946783, 0.666203, 0.286882],
+        [0.094184, 0.366674, 0.736168, 0.166680, 0.714154, 0.399400, 0.535982, 0.291821, 0.612642],
+        [0.324241, 0.800764, 0.524106, 0.779195, 0.183314, 0.113745, 0.240222, 0.339470, 0.134160],
+        [0.505562, 0.051597, 0.640290, 0.430733, 0.829473, 0.177467, 0.320700, 0.042883, 0.302803],
+        [0.675178, 0.569537, 0.558474, 0.083132, 0.060165, 0.107958, 0.748615, 0.943918, 0.486356],
+        [0.418199, 0.652408, 0.024243, 0.134582, 0.366342, 0.295830, 0.923670, 0.689929, 0.741898],
+        [0.250005, 0.603430, 0.987289, 0.592606, 0.884672, 0.543450, 0.660770, 0.377128, 0.358021],
+    ]
+    targets, lens = torch.tensor([[1, 2], [1, 1]]), torch.tensor([4, 4])
+    problem = Problem(torch.tensor(logits).double().view(2, 4, 3, 3), targets, lens, lens // 2, 0)
+    costs, _ = costs_and_grad(loss_of, problem)
+    assert_close(costs, [4.280652859089074, 3.938436982250359], 1e-6)  # of the 16-digit logits
+
+
+@both
+def test_label_zero_is_a_label_when_blank_is_last_B1_T5_U3_V3(loss_of):
+    # NVIDIA/NeMo, tests/collections/asr/k2, test_case_small_blank_last.
+    am = torch.tensor([[0, 1, 2], [0, 0, 0], [0, 2, 4], [0, 3, 3], [2, 2, 0]]).double()
+    lm = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 0, 1], [2, 2, 0]]).double()
+    logits, targets = (am[:, None] + lm)[None], torch.tensor([[0, 1, 0]])
+    problem = Problem(logits, targets, torch.tensor([5]), torch.tensor([3]), 2)
+    assert_close(costs_and_grad(loss_of, problem)[0], 6.789285182952881, 1e-7)  # float32 source
 
 
 @both
@@ -203,6 +241,27 @@ def test_cost_and_gradient_are_those_of_all_paths(loss_of, T, U, blank):
     expected = enumerated_cost(logits, problem.targets[0].tolist(), blank)
     assert_close(costs, expected.detach())
     assert_close(grads, torch.autograd.grad(expected, logits)[0])
+
+
+def test_gradcheck_of_logits():
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+    logits = problem.logits.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: loss.transducer_loss(x, *problem[1:], reduction="none"), [logits]
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_joint(dropout):
+    # gradcheck compares with differences of forward passes, all with one mask thanks to the seed.
+    problem = random_problem([3, 2], [2, 3], V=4, blank=1)
+
+    def costs_of(*arguments):
+        torch.manual_seed(5)
+        return loss.joint_transducer_loss(*arguments, *problem[1:], dropout, "none")
+
+    arguments = joint_arguments(2, 3, 3, V=4, J=6)
+    assert torch.autograd.gradcheck(costs_of, arguments)
 
 
 @both
