@@ -636,6 +636,18 @@ def test_lstms_start_with_their_forget_bias_and_below_the_scale_over_root_hidden
             assert 0.9 * scale / math.sqrt(H) < largest <= scale / math.sqrt(H), name
 
 
+def test_embedding_and_linear_layers_start_with_torch_defaults():
+    torch.manual_seed(0)
+    model = Transducer(ModelConfig(vocab_size=200, pred_hidden=48, joint_hidden=40))
+    # The sample deviation of 199 * 48 draws from N(0, 1) has a deviation of 0.007.
+    assert model.predictor.embed.weight.std().item() == pytest.approx(1, abs=0.03)
+    joint = model.joint_network
+    for layer in (joint.encoder_projection, joint.predictor_projection, joint.output):
+        bound = 1 / math.sqrt(layer.in_features)
+        assert 0.99 * bound < layer.weight.abs().max().item() <= bound
+        assert 0.9 * bound < layer.bias.abs().max().item() <= bound
+
+
 @pytest.mark.parametrize(
     ("cfg", "expected"),
     [
