@@ -130,14 +130,15 @@ def newest_checkpoint(out: Path, warn: Callable[[str], None]) -> tuple[Path, dic
     return None
 
 
-def keep_newest(out: Path, count: int = 2) -> None:
-    """Deletes all checkpoints but the newest ones; with two, one is left if the other is lost."""
-    for path in list_checkpoints(out)[:-count]:
+def keep_newest(out: Path) -> None:
+    """Deletes all checkpoints but the newest two: one is left if the other is damaged."""
+    for path in list_checkpoints(out)[:-2]:
         path.unlink()
 
 
 def try_space(out: Path, size: int) -> None:
-    """Takes the space that a run will need for its checkpoints for a moment.
+    """Reserves the space that a run's checkpoints will need, and frees it at once, so that a full
+    disk is noticed before training.
 
     Beside best.pt and the newest two, a run writes a fourth file before it deletes the oldest.
     Systems that cannot reserve space are not tried.

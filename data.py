@@ -261,7 +261,7 @@ def probe_audio(utterance: Utterance, cfg: FeatureConfig,
     return [utterance._replace(duration_s=frames / rate), *problems]
 
 
-SEARCHED_FOLDERS = 1000  # so many show the form of a corpus, and any disk lists them soon
+SEARCHED_FOLDERS = 1000  # describe_layout lists so many at most: slow disks answer soon
 
 
 def describe_layout(folder: Path) -> str:
@@ -469,9 +469,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 def check_texts(train: Sequence[Utterance], dev: Sequence[Utterance], tokenizer: Tokenizer,
                 frame_s: float, say: Callable[[str], None]) -> None:
-    """Every training text must have labels, and should have no more of them than encoder frames.
+    """Refuses training texts that the tokenizer cannot spell.
 
-    Characters of the dev texts that the tokenizer does not know are named.
+    Warns of texts with more labels than encoder frames, and of characters of the dev texts that the
+    tokenizer does not know.
 
     Args:
         frame_s: seconds of an encoder frame.
@@ -508,7 +509,7 @@ class Batch(NamedTuple):
     feat_lens: Tensor  # (B,)
     targets: Tensor  # (B, U)
     target_lens: Tensor  # (B,)
-    chars: Tensor  # (B, C) the same texts, a label for every character
+    chars: Tensor  # (B, chars) the same texts, a label for every character
     char_lens: Tensor  # (B,)
     ids: list[str]
     num_requested: int  # utterances of the batch before `skip_bad` left any out

@@ -53,7 +53,7 @@ from writers import Segment, Transcription, Word
 # LibriSpeech's longest utterances, 35 s, have fewer than 300 sentencepieces.
 MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
-MAX_FRAMES = 2**15  # padded input frames of one batch of files: 32 files of half a minute
+MAX_FRAMES = 2**15  # padded input frames of one batch; 32 pieces of 30 s at 30 ms a frame
 
 
 # -------------------------------------------------------------------------------- greedy search
@@ -323,7 +323,7 @@ def ctc_greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor) -> li
     Equal neighbours count once and blanks not at all (Graves et al. 2006). It shows what the
     encoder has learnt while the CTC head is trained alone.
     """
-    logits, lens = model.ctc_logits(feats, feat_lens)  # (B, N, V), (B,)
+    logits, lens = model.ctc_logits(feats, feat_lens)  # (B, T*split, V), (B,)
     hypotheses = []
     for classes, n in zip(logits.argmax(-1), lens.tolist(), strict=True):
         labels = classes[:n].unique_consecutive().tolist()
@@ -379,8 +379,8 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     if labels < words / 10:
         print(f"the model emits (almost) only blanks: {labels:,} symbols for {words:,} words")
     if counts["cut"]:
-        print(f"{counts['cut']} hypotheses end after {MAX_SYMBOLS} symbols, the most that "
-              "evaluation allows")
+        print(f"{counts['cut']} hypotheses were cut: after {MAX_SYMBOLS} symbols evaluation "
+              "searches no further frame")
 
 
 # ----------------------------------------------------------------------------- transcribing files
@@ -388,7 +388,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
 
 @torch.no_grad()
 def find_paths(model: Transducer, feats: list[Tensor]) -> list[list[Arc]]:
-    """Path of each file, (T_in, D), through its lattice, without a limit on all symbols.
+    """Searches pieces, (T_in, D) each, without a limit on all symbols; returns their paths.
 
     A batch of more than MAX_FRAMES padded frames is decoded in halves.
     """
@@ -434,7 +434,7 @@ def transcribe_files(paths: Sequence[str], cfg: FeatureConfig, batch_size: int,
     file. A progress bar shows the share of the files that is decoded.
     """
     queue: list[tuple[Transcription, Piece]] = []
-    complete: list[Transcription] = []  # no piece of these is missing but those in the queue
+    complete: list[Transcription] = []  # files read to their end; only pieces in the queue are left
     bar = tqdm(total=len(paths), desc="files", disable=None, leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
 
@@ -546,12 +546,12 @@ class Stream:
             print(stream.accept(samples))
         print(stream.finish())
 
-    Audio is worked off in steps of one encoder frame, so it does not matter in which pieces it
+    Audio is decoded in steps of one encoder frame, so it does not matter in which pieces it
     comes, and the words are those of the whole recording. They come as much later as the model
     looks ahead, `mini` 0.32 s. A sentence ends when `pause_s` seconds bring neither speech nor
-    words; beyond the longest training utterance shorter pauses do, and twice that length ends it
-    in any case. Then all states start anew: a stream may run for days. `sentences` has the ended
-    sentences with their times; the caller may clear it.
+    words. A sentence longer than the longest training utterance ends at a shorter pause, and at
+    twice that length without one. Then all states start anew: a stream may run for days.
+    `sentences` has the ended sentences with their times; the caller may clear it.
 
     He et al. (2019), arXiv:1811.06621.
     """
@@ -725,10 +725,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", help="folder below --data, e.g. dev-clean")
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
-    parser.add_argument("--json", nargs="?", const="-", help="likewise as JSON; with --stream, and "
-                        "without a file, prints one object per sentence")
+    parser.add_argument("--json", nargs="?", const="-", help="where to write words with times as "
+                        "JSON; --stream without a file prints one object per sentence")
     parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
-    parser.add_argument("--vtt", help="likewise as WebVTT")
+    parser.add_argument("--vtt", help="where to write them in WebVTT's form")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
                         "input while it comes: 16-bit little-endian, one channel, the model's rate")

@@ -56,11 +56,11 @@ class FeatureConfig:
     that it does not have are off, but for round_frames and round_labels, which only pad."""
 
     sample_rate_hz: int = 16000  # recordings at other rates are resampled
-    preemphasis: float = 0.97  # share of the last sample that is subtracted
+    preemphasis: float = 0.97  # share of the previous sample that is subtracted
     window: int = 0  # samples; 0: 20 ms
     hop: int = 0  # samples; 0: 10 ms
     fft_size: int = 512  # points of the Fourier transform
-    num_mels: int = 80  # Slaney filters, 0 to 8000 Hz
+    num_mels: int = 80  # Slaney's filters, from 0 Hz to half the sample rate
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
     trim: bool = True  # cut off the silent ends, which takes the whole recording
@@ -69,23 +69,23 @@ class FeatureConfig:
     dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
     normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
     speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
-    speed_max: float = 1.15  # likewise, the largest factor
+    speed_max: float = 1.15  # largest factor on the number of samples
     band_prob: float = 0.0  # share of recordings with a low-pass at one of BANDS_HZ; training only
     pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
     empty_prob: float = 0.0  # share of recordings that become silence or noise, without words
     noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
     snr_min_db: float = 5.0  # smallest signal-to-noise ratio of noise_prob, in decibels
-    snr_max_db: float = 40.0  # largest; the draw is uniform in decibels
+    snr_max_db: float = 40.0  # largest signal-to-noise ratio; the draw is uniform in decibels
     gain_db: float = 0.0  # largest change of level, up or down; training only
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
     freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
-    freq_mask_max: int = 20  # mel bins
-    time_masks: int = 10  # spans of frames that are masked
-    time_mask_max: float = 0.03  # share of the utterance's own length
+    freq_mask_max: int = 20  # widest frequency mask, in mel bins
+    time_masks: int = 10  # number of time masks
+    time_mask_max: float = 0.03  # widest time mask, as a share of the utterance's own length
     max_utterance_s: float = 16.7  # longer utterances are not trained on
     num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
-    round_labels: int = 8  # padded U likewise
+    round_labels: int = 8  # padded U is a multiple of this
 
     @property
     def feature_size(self) -> int:
@@ -322,8 +322,8 @@ def change_speed(samples: np.ndarray, factor: float, band: float = 1.0) -> np.nd
     """(n,) -> (ceil(factor * n),) samples, to be played at the old rate.
 
     A `band` below 1 removes the frequencies above that share of the band. The factor is rounded to
-    hundredths so that filters can be cached; soxr designs its filters at every call. For a
-    convolution, oneDNN would build a kernel for every length.
+    hundredths so that `speed_filters` can keep its filters: soxr designs its own at every call, and
+    for a convolution oneDNN would build a kernel for every length.
     """
     new = round(100 * factor)
     filters, reach = speed_filters(new, band)
@@ -401,7 +401,8 @@ def draw_noise(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def happens(rng: np.random.Generator, probability: float) -> bool:
-    """Draws a number only for a probability above 0: flags that are off leave later draws alone."""
+    """True with this probability; draws no number for 0, so that a flag that is off changes no
+    other draw."""
     return probability > 0 and rng.random() < probability
 
 
@@ -416,7 +417,10 @@ class Layout(NamedTuple):
 
 def draw_layout(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
                 strength: float = 1.0) -> Layout:
-    """The first numbers that `features` draws. A quarter of all ends get no background."""
+    """Draws speed, background and emptiness; a quarter of all ends get no background.
+
+    `features` draws them first, so an equal `rng` tells the length before the file is read.
+    """
     speed = rng.uniform(cfg.speed_min, cfg.speed_max)
     longest, ends = cfg.pad_max_s * strength, [0.0, 0.0]
     if longest > 0:
@@ -438,9 +442,9 @@ def perturb(samples: np.ndarray, rng: np.random.Generator, cfg: FeatureConfig = 
             strength: float = 1.0) -> np.ndarray:
     """(n,) -> (m,) samples as another speaker, line, place and microphone would give them.
 
-    Speed perturbation and low-pass, background around or instead of the recording, noise, gain.
-    Levels of noise are relative to the recording's own power. All but the speed has `strength`
-    times its full probability or size.
+    It changes speed and bandwidth, puts background around the recording or in its place, adds noise
+    and changes the level. Levels of noise are relative to the recording's own power. All but the
+    speed has `strength` times its full probability or size.
     """
     layout, band = draw_layout(rng, cfg, strength), 1.0
     if happens(rng, cfg.band_prob * strength):
@@ -531,8 +535,8 @@ def normalize(mels: Tensor) -> Tensor:
     return x.float()
 
 
-# Mean and deviation, in nats, of log-mel values of speech at -25 dBFS with its pauses. Dither alone
-# lies at -23. So 0, which SpecAugment and padding write, is an average moment of speech.
+# Log-mel values of speech at -25 dBFS, pauses included, have about this mean and deviation, in
+# nats; dither alone gives -23. So the 0 of SpecAugment and padding stands for average speech.
 SPEECH_MEAN, SPEECH_DEVIATION = -12.0, 4.0
 
 

@@ -137,7 +137,7 @@ def check_batch(B: int, T: int, U: int, V: int, targets: Tensor, enc_lens: Tenso
                 target_lens: Tensor, blank: int, lens_name: str) -> int:
     """Raises ValueError that names an argument and its value unless they make a batch.
 
-    `lens_name` is the name of `enc_lens` that the caller knows. Returns the index of the blank.
+    `lens_name` is the caller's name for `enc_lens`, for messages. Returns the index of the blank.
     """
     if not -1 <= blank < V:
         raise ValueError(f"blank: {blank}, expected -1 or 0 <= blank < {V}")
@@ -246,7 +246,7 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
     An alignment needs a position for every label and one more between two equal labels.
 
     Args:
-        logits: (B, N, V) unnormalised scores of N label positions.
+        logits: (B, P, V) unnormalised scores of P label positions.
         targets: (B, U) label ids; entries past `target_lens` are ignored.
         logit_lens: (B,) valid positions.
         target_lens: (B,) valid labels.
@@ -256,7 +256,7 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
         and its gradient are 0 there.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = F.log_softmax(logits, -1, dtype=dtype).transpose(0, 1)  # (N, B, V)
+    log_probs = F.log_softmax(logits, -1, dtype=dtype).transpose(0, 1)  # (P, B, V)
     costs = F.ctc_loss(log_probs, targets, logit_lens, target_lens, blank, reduction="none",
                        zero_infinity=True)
     used = torch.arange(targets.shape[1], device=targets.device) < target_lens[:, None]  # (B, U)
@@ -264,7 +264,7 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
     return costs, target_lens + repeats <= logit_lens
 
 
-# Nodes that the CTC head's alignments visit less often are not in the band around them.
+# The CTC head's alignments visit a node if their probability of passing it is above this.
 LEAST_VISIT = 1e-3
 
 
@@ -274,8 +274,8 @@ def ctc_band(logits: Tensor, targets: Tensor, enc_lens: Tensor, target_lens: Ten
     """(B, T, U+1) booleans: the nodes of the transducer's lattice near a CTC head's alignments.
 
     The head's probabilities stand for a joint network that sees no history: their lattice's paths
-    emit a label where CTC does. A node is near if a path visits another with a probability of
-    more than LEAST_VISIT that lies at most so many `frames` and `labels` away.
+    emit a label where CTC does. A node is near if paths visit a node, with a probability of more
+    than LEAST_VISIT, that lies at most so many `frames` and `labels` away.
 
     Args:
         logits: (B, T*split, V) unnormalised scores of the head, `split` positions a frame.
@@ -411,21 +411,21 @@ def sum_by_key(rows: Tensor, keys: Tensor, count: int) -> Tensor:
     return F.embedding_bag(order, rows, starts, mode="sum")
 
 
-# The most visits to nodes at a band's border, summed over them, of a band that is wide enough.
+# A band is wide enough if a path visits at most this many of its border nodes on average.
 MOST_BORDER_VISITS = 0.02
 
 
 def widen(band: Tensor, inside: Tensor, lattice: Lattice, most_visits: float) -> bool:
-    """Makes the band whole, in place, for utterances whose paths come too near to its border.
+    """Extends the band to the whole lattice for utterances whose paths come near to its border.
 
     All tensors are (B, T, U+1). A path can only leave the band from a node at its border, so paths
     that seldom visit the border seldom go beyond it. This is an estimate and no bound: it knows the
-    arcs inside alone. Returns whether any band was widened.
+    arcs inside alone. `band` is changed in place. Returns whether any band was widened.
     """
     missing = inside & ~band
     leads_out = F.pad(missing[:, 1:], (0, 0, 0, 1)) | F.pad(missing[:, :, 1:], (0, 1))
     visits = (sum(lattice.posteriors) * leads_out).sum((1, 2))  # (B,)
-    # No path may stay in the band at all; its visits are NaN or 0 then.
+    # If no path stays inside the band, its visits are NaN or 0 and the cost is infinite.
     too_narrow = ~(visits <= most_visits) | lattice.costs.isinf()
     too_narrow &= missing.any(2).any(1)
     band |= inside & too_narrow[:, None, None]
@@ -449,7 +449,7 @@ class JointCosts(torch.autograd.Function):
         inside = inside_lattice(T, U1, enc_lens, target_lens)
         scale = 2**15 / kept_numbers(dropout)
         output = (weight * scale).to(dtype), bias.to(dtype)
-        while True:
+        while True:  # a widened band repeats the whole batch, with new dropout masks
             chosen = inside if band is None else inside & band
             b, t, u = chosen.nonzero(as_tuple=True)
             nodes = torch.stack([b * T + t, b * U1 + u])  # (2, count)

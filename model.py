@@ -9,11 +9,11 @@ This file stands alone: copy it and loss.py into another project (both need torc
     logits = model.joint(encoded, predicted)                    # (B, T, U+1, V)
 
 Shape letters, used in every file:
-    B  utterances in a batch          T_in  input frames before StackTime
+    B  utterances in a batch          T_in  input frames
     T  encoder frames                 U     target labels (the lattice axis is U+1)
     V  output classes, blank included D     size of an input frame
     H  LSTM hidden size               J     joint hidden size
-    T_low  frames between the lower LSTMs and StackTime; T_in without convolutions
+    T_low  frames before StackTime: T_in, or fewer behind convolutions
 Lengths are int64 (B,) and count valid items before padding: feat_lens, enc_lens, target_lens.
 
 Graves (2012), arXiv:1211.3711: the transducer. He et al. (2019), arXiv:1811.06621: LSTM
@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
-# The frame before each convolution's input, the state of the LSTMs before StackTime, and the frames
-# that wait for those that they look ahead to, if the model looks ahead.
+# A LowerState holds the frame before each convolution's input, the state of the LSTMs before
+# StackTime, and, if the model looks ahead, the frames that wait for those they look ahead to.
 LowerState = tuple[list[Tensor], LstmState | None, list[Tensor]]
 EncoderState = tuple[LowerState, LstmState | None]  # before and after StackTime
 
@@ -50,18 +50,18 @@ class ModelConfig:
     pred_hidden: int = 512  # H of the prediction network, and its embedding size
     pred_layers: int = 2  # LSTM layers of the prediction network
     joint_hidden: int = 512  # J
-    enc_dropout: float = 0.1  # after every LSTM layer of the encoder
-    pred_dropout: float = 0.3  # after every LSTM layer of the prediction network
-    joint_dropout: float = 0.3  # on the joint hidden layer
+    enc_dropout: float = 0.1  # dropout probability after every LSTM layer of the encoder
+    pred_dropout: float = 0.3  # likewise in the prediction network
+    joint_dropout: float = 0.3  # likewise on the joint hidden layer
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
-    conv_channels: int = 32  # of the first two convolutions; later ones have twice as many
+    conv_channels: int = 32  # channels of the first two convolutions; later ones have twice as many
     look_ahead: int = 0  # frames before StackTime that the encoder looks ahead; multiple of stack
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
     orthogonal_init: bool = False  # LSTM weights: orthogonal and Xavier instead of uniform
-    forget_gate_bias: float = 1.0  # of bias_ih, before weights_init_scale
+    forget_gate_bias: float = 1.0  # initial bias of the forget gate, before weights_init_scale
     weights_init_scale: float = 0.5  # multiplies LSTM weights and biases at the start
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class ModelConfig:
 
 PRESETS = {
     "baseline": ModelConfig(),
-    # This is Intel's "democratized" model: 21,001,216 parameters, a quarter of the encoder frames.
+    # This is Intel's "democratized" model: 21,001,216 parameters, a quarter of baseline's frames.
     "democratized": ModelConfig(enc_hidden=512, stack=8, post_layers=2, normalization=True,
                                 orthogonal_init=True, weights_init_scale=1.0),
     # Five hours of speech overfit less with a small vocabulary and prediction network.
@@ -375,9 +375,9 @@ class StackTime(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T_in, H) -> (B, T, factor*H) with T = ceil(T_in / factor)."""
-        B, T_in, H = x.shape
-        x = F.pad(x, (0, 0, 0, -T_in % self.factor))
+        """(B, T_low, H) -> (B, T, factor*H) with T = ceil(T_low / factor)."""
+        B, T_low, H = x.shape
+        x = F.pad(x, (0, 0, 0, -T_low % self.factor))
         return x.reshape(B, -1, self.factor * H)
 
 
@@ -408,7 +408,7 @@ class Encoder(nn.Module):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, state: EncoderState | None = None,
                 is_last: bool = True) -> tuple[Tensor, EncoderState]:
-        """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, be it padding.
+        """(B, T_in, D), (B,), state -> (B, T, H), state after the last frame, padding included.
 
         `is_last` tells that no chunk of the utterances follows.
         """
@@ -428,9 +428,9 @@ class Encoder(nn.Module):
         if self.feature_norm is not None:
             x = self.feature_norm(x, lens)  # (B, T_in, D)
         if self.conv is not None:
-            x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_conv, H)
+            x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_low, H)
         if self.pre is not None:
-            x, pre_state = self.pre(x, pre_state)  # (B, T_conv, H)
+            x, pre_state = self.pre(x, pre_state)  # (B, T_low, H)
         # Look-ahead and StackTime put padding frames beside the last valid ones. They must hold
         # zeros, as for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)

@@ -165,7 +165,7 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> dist.Store:
               "process for each task; RANK=0 WORLD_SIZE=1 makes this process the only one.",
               file=sys.stderr, flush=True)
     try:
-        # Without a name gloo takes the interface of this host's own name, often the loopback.
+        # Unless told, gloo takes the interface of this host's own name, often the loopback.
         interface = interface_to(address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -23,17 +23,17 @@ class TrainConfig:
     """How to train. The defaults are MLPerf v1.0's; a preset of RECIPES changes some."""
 
     data: str  # corpus root, in LibriSpeech's form
-    train_splits: tuple[str, ...]  # folders below it
+    train_splits: tuple[str, ...]  # folders of the corpus to train on
     dev_split: str  # folder that is scored
     out: str  # run directory
     preset: str = "democratized"  # model and recipe
-    epochs: int = 49  # at most
+    epochs: int = 49  # of the whole run, unless a target or a limit ends it
     batch_size: int = 32  # utterances per rank and forward pass
     accumulation: int = 1  # forward passes per step, exactly one big batch
     lr: float = 0.004  # the largest learning rate
     lr_min: float = 1e-5  # the smallest learning rate
     warmup_epochs: float = 6  # epochs in which the rate grows to lr
-    hold_epochs: float = 40  # epochs at lr after them
+    hold_epochs: float = 40  # epochs at the full rate after the warm-up
     lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
@@ -57,16 +57,16 @@ class TrainConfig:
     init: str = ""  # begin with the averaged weights of this checkpoint, best.pt for example
     restart: bool = False  # delete the run in the run directory
     skip_bad: bool = False  # leave bad utterances out of the training set instead of stopping
-    seed: int = 1  # of weights, order, augmentation and dropout
-    loader_workers: int = 2  # processes that prepare batches, when the cores are free
+    seed: int = 1  # seed of weights, order, augmentation and dropout
+    loader_workers: int = 2  # worker processes that prepare batches
     eval_batch_size: int = 32  # utterances that are decoded at a time
     log_every: int = 10  # steps between lines on the console; log.jsonl has all
-    tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard, too
+    tensorboard: bool = False  # also write the numbers of log.jsonl for TensorBoard
     profile: bool = False  # measure where the time of five steps goes
     timeout_s: float = 600.0  # longest wait for another rank; half of it for a batch
     submission_division: str = "open"  # division in mllog.log; closed is for MLPerf's own recipe
-    submission_org: str = "none"  # who submits
-    ranks: int = 0  # refuse to start with another number of them; 0: any
+    submission_org: str = "none"  # organisation that mllog.log names
+    ranks: int = 0  # number of ranks that the launcher must have started; 0: any
     backend: str = "gloo"  # backend of torch.distributed: gloo, ccl (oneCCL) or mpi
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
@@ -145,8 +145,8 @@ CTC_START = dict(
     char_weight=0.5, lattice_band=4, ramp_begin=5, num_buckets=12,
 )
 # The fields that a preset changes beside model.PRESETS. Twelve buckets instead of MLPerf's six:
-# fewer frames of a batch are padding. `ctc_split` stands here because the head exists only with a
-# CTC loss and is counted apart.
+# fewer frames of a batch are padding. `ctc_split` stands here and not in model.PRESETS because
+# make_configs sets it to 0 without a CTC loss.
 RECIPES = {
     "baseline": dict(ctc_split=1),
     # StackTime leaves fewer frames than labels, so the CTC head needs several positions per frame.
@@ -178,8 +178,8 @@ FREE_FIELDS = {
 # The fields that a run needs before it has read a checkpoint.
 START_FIELDS = {"data", "train_splits", "dev_split", "out", "ranks", "backend", "timeout_s",
                 "tensorboard", "resume", "restart", "init"}
-# A recipe begins so that random weights find the alignment; the weights of --init have found it,
-# unless a new tokenizer makes the layers of the labels start anew.
+# These values replace the start of the recipe in a run with --init, whose weights align already.
+# With a new tokenizer the layers of the labels begin at random, and the recipe's start stays.
 NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 
 

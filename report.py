@@ -65,7 +65,8 @@ def plot_means(row: Sequence[Any], parts: Sequence[list[dict]], key: str, colour
 def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> None:
     """Loss, dev WER, learning rate and speed of some runs, against epochs and against hours.
 
-    The loss that training minimises is solid; the part of a CTC head is dashed.
+    The loss that training minimises is solid. The losses of the CTC heads, without their weights,
+    are dashed (pieces) and dotted (characters).
 
     Args:
         runs: name in the legend -> steps and evaluations, as `read_run` returns them.
@@ -281,7 +282,7 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         train_samples: utterances of the whole batches of an epoch; in MLPerf's published logs
             too a last batch that is not full does not count.
         eval_samples: utterances of the dev split.
-        max_symbols: the longest hypothesis, in labels.
+        max_symbols: labels after which evaluation searches no further frame.
     """
     settings = {
         "seed": cfg.seed,
@@ -377,7 +378,7 @@ class Monitor:
 
         Args:
             left_out: utterances that could not be read.
-            num_unaligned: utterances with more labels than the CTC head has positions.
+            num_unaligned: utterances without a CTC alignment of their pieces.
         """
         self.log.write("epoch", **record)
         self.log.say(f"epoch {record['epoch']} | avg train utts/s {record['utts_per_s']:.1f} | "
@@ -385,8 +386,8 @@ class Monitor:
         if left_out:
             self.log.say(f"epoch {record['epoch']} | {left_out} bad utterances left out")
         if num_unaligned:
-            self.log.say(f"epoch {record['epoch']} | {num_unaligned} utterances have more labels "
-                         "than the CTC head has positions: left out of its loss")
+            self.log.say(f"epoch {record['epoch']} | {num_unaligned} utterances need more positions "
+                         "than the CTC head has: left out of its loss")
         self.check_loss(record["loss"], best_wer)
 
     def evaluation(self, is_warm: bool, search: str = "transducer", **record: Any) -> None:

@@ -25,10 +25,10 @@ BLOCK_S = 60  # seconds that are read at once, and whose levels give the noise f
 FRAME_S = 0.01  # levels are measured in frames of this length
 SMOOTH = 10  # frames over which power is averaged
 FLOOR_PERCENTILE, LOUD_PERCENTILE = 10, 95  # of levels: the noise floor, and loud speech
-SILENCE_DB = -90.0  # least level; digital silence has it, and tells nothing of the noise
+SILENCE_DB = -90.0  # least level, that of digital silence, which tells nothing of the noise
 PAUSE_FRAMES = 40  # shortest pause that ends a piece
 PAD_FRAMES = 20  # kept of a pause on either side of a piece: soft beginnings and ends of words
-RANGE_DB = 50.0  # a pause further below the loudest sound of a piece is not kept at all
+RANGE_DB = 50.0  # ends of a piece that are further below its loudest frame are cut off
 SHORTEST_FRAMES = 15  # a shorter sound is a click
 
 
@@ -38,7 +38,7 @@ SHORTEST_FRAMES = 15  # a shorter sound is a click
 def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
     """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
 
-    Counts on stderr the files that a folder has besides. Returns also the number of folders that
+    Prints on stderr how many other files a folder has. Returns also the number of folders that
     cannot be read; each is named on stderr.
     """
     files: list[str] = []
@@ -73,7 +73,7 @@ class Piece(NamedTuple):
 
     start_s: float
     samples: np.ndarray  # (n,) float32 at the model's rate
-    share: float  # of the recording, from the end of the piece before to the end of this one
+    share: float  # of the recording's length, for the progress bar
 
 
 def read_pieces(path: str | Path, cfg: FeatureConfig) -> Iterator[Piece]:

@@ -41,8 +41,8 @@ def processor_multiplies_bf16() -> bool:
 
     Intel's AVX-512 BF16 instructions without AMX multiply at half of float32's rate.
     """
-    words = set(report.processor_info().split())
-    return bool(words & {"amx_bf16", "bf16"}) or {"AuthenticAMD", "avx512_bf16"} <= words
+    flags = set(report.processor_info().split())
+    return bool(flags & {"amx_bf16", "bf16"}) or {"AuthenticAMD", "avx512_bf16"} <= flags
 
 
 def matrix_dtype(precision: str) -> torch.dtype:
@@ -123,15 +123,17 @@ class Losses(NamedTuple):
     transducer: Tensor  # 0 while the CTC heads are trained alone
     ctc: Tensor  # of pieces; 0 without a CTC head and where no alignment exists
     char: Tensor  # of characters; likewise
-    has_no_alignment: Tensor  # of pieces
-    share_of_nodes: Tensor  # of the lattice that were computed
+    has_no_alignment: Tensor  # True where the pieces have no CTC alignment
+    share_of_nodes: Tensor  # share of the lattice's nodes that were computed
 
 
 def batch_losses(trainer: Trainer, batch: Batch) -> Losses:
+    """Runs the model on a micro-batch and computes the losses that the epoch needs."""
     model, cfg = trainer.model, trainer.cfg
     ctc_alone = cfg.is_ctc_alone(trainer.epoch)
     zero = torch.zeros(len(batch.ids))
-    loss, transducer, ctc, char, has_alignment, share = *[zero] * 4, zero == 0, zero + 1
+    loss = transducer = ctc = char = zero
+    has_alignment, share = zero == 0, zero + 1
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
         if outputs.ctc_logits is not None:
@@ -191,8 +193,8 @@ class StepResult(NamedTuple):
     transducer_loss: float
     ctc_loss: float
     char_loss: float
-    num_unaligned: int  # utterances with more labels than the CTC head has positions
-    share_of_nodes: float  # of the lattices that were computed
+    num_unaligned: int  # utterances without a CTC alignment of their pieces
+    share_of_nodes: float  # share of the lattices' nodes that were computed
     num_left_out: int  # utterances that could not be read
 
 

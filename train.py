@@ -14,6 +14,7 @@ The fields of the three configurations are flags; presets change their defaults:
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
 a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).
+A second Ctrl-C saves nothing; 141: the reader of standard output has ended.
 """
 
 import gc
@@ -92,7 +93,7 @@ class State:
     batch: int = 0  # steps of this epoch that are done
     step: int = 0  # steps of the run that are done
     loss_sum: float = 0.0  # over the steps of this epoch
-    num_unaligned: int = 0  # utterances of this epoch without a CTC alignment
+    num_unaligned: int = 0  # utterances of this epoch without a CTC alignment of their pieces
     left_out: int = 0  # utterances of this epoch that could not be read
     epoch_s: float = 0.0  # seconds spent in the steps of this epoch
     loss: float = math.nan  # mean over this epoch, or the last one if this has no step yet
@@ -100,7 +101,7 @@ class State:
     seconds: float = 0.0  # spent in steps and evaluations, over all restarts
     best_wer: float = math.inf
     best_cer: float = math.inf  # of the evaluation with the best WER
-    evaluated: int = 0  # step of the newest evaluation
+    evaluated: int = 0  # step of the newest evaluation; -1 asks for one before the first step
 
     def count_step(self, result: StepResult, step_s: float, utterances: int) -> None:
         self.step, self.batch = self.step + 1, self.batch + 1
@@ -408,7 +409,7 @@ def loss_fields(run: Run, result: StepResult) -> dict:
         record |= {"transducer_loss": result.transducer_loss, "ctc_loss": result.ctc_loss}
     if run.trainer.model.cfg.char_head:
         record |= {"char_loss": result.char_loss}
-    if run.trainer.cfg.lattice_band:
+    if run.trainer.cfg.lattice_band and not run.trainer.cfg.is_ctc_alone(run.trainer.epoch):
         record |= {"share_of_nodes": result.share_of_nodes}
     return record
 
@@ -536,6 +537,7 @@ def log_end(run: Run, state: State, reason: str, started_s: float) -> None:
     best = f"{100 * state.best_wer:.2f} %, cer {100 * state.best_cer:.2f} %"
     best = best if math.isfinite(state.best_wer) else "not measured"
     log.say(f"end: {reason}, best dev wer {best}")
+    # MLPerf's reference scripts end in this line: benchmark, seconds, start.
     log.say(f"RESULT,RNN_SPEECH_RECOGNITION,{time.time() - started_s:.0f},"
             + time.strftime("%Y-%m-%d %I:%M:%S %p", time.localtime(started_s)))
 

@@ -37,7 +37,7 @@ class Word(NamedTuple):
 class Segment(NamedTuple):
     """Part of a recording that was decoded on its own: a whole short file, a part of a long one."""
 
-    start_s: float  # begin of the first encoder frame
+    start_s: float  # start of the first encoder frame
     end_s: float  # end of the last one
     text: str
     words: list[Word]
@@ -113,7 +113,8 @@ def make_cues(transcription: Transcription) -> list[Cue]:
     """One cue a segment, or several where it is long; segments without words have none.
 
     Words are emitted after they begin, so the first cue of a segment appears with the segment,
-    but not more than LEAD_S before its first word. Its last cue stands as much longer.
+    but not more than LEAD_S before its first word. Its last cue stays as much
+    longer.
     """
     cues = []
     for segment in transcription.segments:

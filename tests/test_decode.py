@@ -606,7 +606,7 @@ def test_a_score_names_the_errors_and_the_share_of_blanks(scene, score):
     assert score[0][1:] == [
         *decode.describe_errors(scene.scored, TEXTS),
         f"blank ratio: {frames / (frames + symbols):.3f}, {symbols / frames:.3f} symbols a frame",
-        "1 hypotheses end after 300 symbols, the most that evaluation allows",
+        "1 hypotheses were cut: after 300 symbols evaluation searches no further frame",
     ]
 
 

@@ -144,7 +144,7 @@ class Prompt(NamedTuple):
 
 def draw_voices(variants: Sequence[str], accent_step: int, first_speaker: int,
                 rng: random.Random) -> list[Voice]:
-    """Combine every variant with every `accent_step`-th accent, each from another one on."""
+    """Combine variant i with every `accent_step`-th accent from accent i % accent_step on."""
     names = [f"{accent}+{variant}" for i, variant in enumerate(variants)
              for accent in ACCENTS[i % accent_step :: accent_step]]
     return [Voice(speaker, name, rng.randint(*RATE_WPM), rng.randint(*PITCH),

@@ -169,7 +169,8 @@ def resolve(host: str) -> str:
 def is_this_machine(host: str) -> bool:
     """Is `host` this machine's name, with or without a domain, or one of its addresses?"""
     name, own = host.lower(), socket.gethostname().lower()
-    if name == "localhost" or name.split(".")[0] == own.split(".")[0]:
+    with_domain = "." in name and "." in own
+    if name in ("localhost", own) or not with_domain and name.split(".")[0] == own.split(".")[0]:
         return True
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind((resolve(host) or "unknown", 0))  # fails for the addresses of other machines
