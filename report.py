@@ -386,8 +386,8 @@ class Monitor:
         if left_out:
             self.log.say(f"epoch {record['epoch']} | {left_out} bad utterances left out")
         if num_unaligned:
-            self.log.say(f"epoch {record['epoch']} | {num_unaligned} utterances need more positions "
-                         "than the CTC head has: left out of its loss")
+            self.log.say(f"epoch {record['epoch']} | {num_unaligned} utterances need more label "
+                         "positions than the CTC head has: left out of its loss")
         self.check_loss(record["loss"], best_wer)
 
     def evaluation(self, is_warm: bool, search: str = "transducer", **record: Any) -> None:

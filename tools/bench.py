@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every performance figure of the documentation, one subcommand each; the last line is JSON.
+"""Benchmarks, one subcommand each; the last line is JSON.
 
     python -m tools.bench step [--data ROOT --split S] [flags of train.py]  # speed and its stages
     python -m tools.bench loss [--peers]  # joint network and loss, fused and plain; other libraries
