@@ -20,7 +20,7 @@ import features
 from loss import joint_transducer_loss
 from model import PRESETS
 from recipe import parse_configs
-from tools import ladder
+from tools import ladder, measure
 from tools.ladder import Rung
 
 
@@ -57,17 +57,17 @@ def test_each_rung_adds_one_idea_and_alone_it_is_added_to_the_originals():
 
 def test_synthetic_recordings_have_the_given_lengths_and_labels(tmp_path):
     shapes = [(0.5, 3), (1.25, 7), (0.3, 1)]
-    ladder.synthesize(tmp_path, shapes)
+    measure.synthesize(tmp_path, shapes)
     utterances = data.read_split(tmp_path, "noise")
     assert [u.duration_s for u in utterances] == pytest.approx([s for s, _ in shapes])
-    assert [len(ladder.LabelCount(32).encode(u.text)) for u in utterances] == [3, 7, 1]
+    assert [len(measure.LabelCount(32).encode(u.text)) for u in utterances] == [3, 7, 1]
 
 
 # ---- shapes of train-clean-100 ----------------------------------------------------------------
 
 
 def test_stored_shapes_are_those_of_six_buckets():
-    buckets, utterances = ladder.read_shapes()
+    buckets, utterances = measure.read_shapes()
     assert utterances == 28_253
     assert [len(bucket) for bucket in buckets] == [32] * 6
     seconds = [s for bucket in buckets for s, _ in bucket]
@@ -162,7 +162,7 @@ def test_ladder_of_a_tiny_model(tmp_path):
 
 @pytest.mark.slow
 def test_rung_repeats_the_buckets_until_its_time_is_up(tmp_path):
-    ladder.synthesize(tmp_path, [(0.4, 2), (0.5, 3), (0.8, 5), (1.0, 4)])
+    measure.synthesize(tmp_path, [(0.4, 2), (0.5, 3), (0.8, 5), (1.0, 4)])
     result = run_bench("rung", "--data", tmp_path, "--split", "noise", "--batch", 2, "--batch-size",
                        2, "--seconds", 15, "--loader-workers", 1, *SMALL)
     assert result.returncode == 0, result.stderr

@@ -39,7 +39,7 @@ from features import FeatureConfig
 from loss import joint_transducer_loss, transducer_loss
 from model import StackTime, Transducer
 from optimizer import Lamb, clip_gradients, lr_at
-from tools import ladder
+from tools import measure
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ORACLES, LIBRISPEECH = SHARED / "oracles", SHARED / "librispeech"
@@ -247,7 +247,7 @@ def test_stored_shapes_of_the_bench_are_drawn_from_train_clean_100():
             part = part[np.argsort(labels[part], kind="stable")]
             chosen = part[int((i * 11 % 32 + 0.5) / 32 * len(part))]
             buckets[-1].append((round(float(seconds[chosen]), 2), int(labels[chosen])))
-    assert ladder.read_shapes() == (buckets, len(rows))
+    assert measure.read_shapes() == (buckets, len(rows))
 
 
 # -------------------------------------------------------------- a tiny model of the original

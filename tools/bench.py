@@ -47,7 +47,17 @@ from model import PRESETS, ModelConfig, Transducer
 from ranks import all_sum, leave
 from step import Trainer, epoch_steps, matrix_dtype, train_step
 from tools import conditions, ladder, peers, streaming
-from tools.ladder import LabelCount, draw_shapes, finish, median_seconds, plain_loss, rss_gb
+from tools.measure import (
+    LabelCount,
+    draw_shapes,
+    finish,
+    make_trainer,
+    median_seconds,
+    plain_loss,
+    rss_gb,
+    spread,
+    synthesize,
+)
 
 ROOT = Path(__file__).resolve().parent.parent  # folder of run.sh and decode.py
 MOST_RECORDINGS = 512  # synthetic files; larger workloads repeat them
@@ -65,14 +75,9 @@ def recordings(args: argparse.Namespace, count: int,
         yield data.drop_long(data.read_split(args.data, args.split, cfg), cfg)[0]
         return
     with tempfile.TemporaryDirectory() as folder:
-        ladder.synthesize(Path(folder), draw_shapes(min(count, MOST_RECORDINGS)))
+        synthesize(Path(folder), draw_shapes(min(count, MOST_RECORDINGS)))
         utterances = data.read_split(folder, "noise", cfg)
         yield (utterances * math.ceil(count / len(utterances)))[:count]
-
-
-def spread(utterances: Sequence[data.Utterance], count: int) -> list[data.Utterance]:
-    """At most `count` utterances from all over a split."""
-    return utterances[:: max(1, len(utterances) // count)][:count]
 
 
 # -------------------------------------------------------------------------------------------- step
@@ -159,7 +164,7 @@ def bench_step(args: argparse.Namespace, argv: Sequence[str]) -> None:
     A lattice band leaves out nothing as long as the CTC head knows nothing: --init C measures the
     steps of a trained one.
     """
-    trainer, cfg, origin = ladder.make_trainer(argv)
+    trainer, cfg, origin = make_trainer(argv)
     ranks, batch = trainer.ranks, trainer.global_batch
     tokenizer = LabelCount(trainer.model.cfg.vocab_size)
     num_steps = args.warmup + args.steps + report.PROFILE_STEPS
@@ -419,7 +424,7 @@ def bench_neighbour(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "--speed-max", "1", *argv]
     steps_s = {name: ([], []) for name in launches}  # alone, beside the busy process
     with tempfile.TemporaryDirectory() as folder:
-        ladder.synthesize(Path(folder), draw_shapes(args.batch_size))
+        synthesize(Path(folder), draw_shapes(args.batch_size))
         for _ in range(args.turns):
             for name, (ranks, variables) in launches.items():
                 flags = [*argv, "--data", folder, "--batch-size", str(args.batch_size // ranks)]

@@ -26,7 +26,7 @@ import decode
 from checkpoint import load_checkpoint
 from data import Utterance
 from features import load_audio, resample
-from tools.ladder import finish
+from tools.measure import finish
 
 NUM_EMPTY = 40  # recordings without speech
 JOINED_S = 600.0  # least length of joined recordings

@@ -32,7 +32,7 @@ from checkpoint import load_checkpoint
 from decode import MAX_SYMBOLS_PER_FRAME, greedy_search, restore
 from features import features, load_audio
 from model import LstmState, Transducer
-from tools.ladder import draw_shapes, finish, plain_loss, rss_gb
+from tools.measure import draw_shapes, finish, plain_loss, rss_gb, spread
 
 # V, J, mean encoder frames T, mean nodes of a frame U+1: preset democratized, and a model with
 # twice as many encoder frames as mini.
@@ -75,7 +75,7 @@ def padded_logits(inputs: Sequence[Tensor]) -> Tensor:
     return output_layer(encoded[:, :, None] + predicted[:, None], weight, bias)
 
 
-# An adapter takes a library's module, `inputs` and `lattice` of ladder.plain_loss and the index of
+# An adapter takes a library's module, `inputs` and `lattice` of measure.plain_loss and the index of
 # the blank. It returns the sum of all costs.
 
 
@@ -174,7 +174,7 @@ LOSSES = {
 
 
 def random_inputs(enc_lens: Tensor, target_lens: Tensor, J: int, V: int) -> tuple:
-    """`inputs` and `lattice` of ladder.plain_loss, the same numbers at every call."""
+    """`inputs` and `lattice` of measure.plain_loss, the same numbers at every call."""
     B, T, U = len(enc_lens), int(enc_lens.max()), int(target_lens.max())
     torch.manual_seed(1)
     inputs = (torch.randn(B, T, J), torch.randn(B, U + 1, J), torch.randn(V, J) / math.sqrt(J),
@@ -380,8 +380,7 @@ def bench_searches(args: argparse.Namespace) -> None:
     searches = {name: (search, 1) for name, search in alone.items()} | {
         f"{name}, batches of {args.batch_size}": (alone[name], args.batch_size)
         for name in ("ours", "SpeechBrain") if name in alone}
-    utterances = data.read_split(args.data, args.split, cfg)
-    utterances = utterances[:: max(1, len(utterances) // NUM_SEARCHED)][:NUM_SEARCHED]
+    utterances = spread(data.read_split(args.data, args.split, cfg), NUM_SEARCHED)
     feats = [features(load_audio(u.path, cfg), cfg) for u in utterances]
     feats.sort(key=len)  # so that batches need little padding
     encode_all(model, feats[-1:])  # builds oneDNN's kernels

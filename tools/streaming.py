@@ -24,7 +24,7 @@ import torch
 from decode import Stream, align
 from features import resample
 from tools.demo import DEMO_SEED, DEMO_TRAIN_UTTERANCES, Espeak, plan_demo, vary
-from tools.ladder import finish
+from tools.measure import finish
 
 PIECE_S = 0.02
 WINDOW = 12  # pieces whose computing time is one measurement: 240 ms of audio
