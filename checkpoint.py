@@ -136,7 +136,7 @@ def keep_newest(out: Path) -> None:
         path.unlink()
 
 
-def try_space(out: Path, size: int) -> None:
+def reserve_space(out: Path, size: int) -> None:
     """Reserves the space that a run's checkpoints will need, and frees it at once, so that a full
     disk is noticed before training.
 

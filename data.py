@@ -102,7 +102,7 @@ REPAIRS = {
     "\t": ("a tab, expected a space", r"sed -i 's/\t/ /g'"),
     "\ufeff": ("a byte order mark, expected none", r"sed -i '1s/^\xEF\xBB\xBF//'"),
 }
-IMPORT = "docs/corpora.md tells how to import other forms"
+IMPORT_HINT = "docs/corpora.md tells how to import other forms"
 
 
 def line_error(line: str, path: Path) -> tuple[str, str] | None:
@@ -181,7 +181,8 @@ def match_texts(audio: Sequence[Path],
     for chapter in sorted({path.parent for path in audio} - {path.parent for path in transcripts}):
         others = sorted(path.name for path in chapter.iterdir() if not is_audio(path.name))
         transcript = f"{chapter.parent.name}-{chapter.name}.trans.txt"
-        message = f"found {' and '.join(['audio', *others[:1]])}, expected {transcript}; {IMPORT}"
+        found = " and ".join(["audio", *others[:1]])
+        message = f"found {found}, expected {transcript}; {IMPORT_HINT}"
         yield Problem("error", "transcript file missing", str(chapter), message)
     recordings = {path.with_suffix(""): path for path in reversed(audio)}  # the first file wins
     seen: set[str] = set()
@@ -284,7 +285,7 @@ def describe_layout(folder: Path) -> str:
         return f"found no audio below {folder}"
     texts = [str(path) for path in files if path.suffix in (".txt", ".tsv", ".csv", ".json")]
     found = " and ".join((*audio[:1], *texts[:1]))
-    return f"found {found}, expected <split>/<speaker>/<chapter>/*.trans.txt; {IMPORT}"
+    return f"found {found}, expected <split>/<speaker>/<chapter>/*.trans.txt; {IMPORT_HINT}"
 
 
 def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
@@ -326,7 +327,7 @@ def scan_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
         yield from (Problem("warning", "small letters", u.id, u.text) for u in small)
 
 
-def describe(problems: Sequence[Problem], most: int = 10) -> list[str]:
+def describe_problems(problems: Sequence[Problem], most: int = 10) -> list[str]:
     """Lines for people: every kind with its count, and the first `most` problems of each kind."""
     lines = []
     for (level, kind), count in Counter((p.level, p.kind) for p in problems).items():
@@ -351,11 +352,11 @@ def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
     utterances, problems = separate(scan_split(root, split, cfg))
     errors = [p for p in problems if p.level == "error"]
     if errors and not (skip_bad and utterances):
-        raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe(errors)]))
+        raise ValueError("\n".join([f"{root}/{split} cannot be used:", *describe_problems(errors)]))
     if errors:
         warnings.warn(f"{split}: {len(errors)} errors; the utterances they concern are left out",
                       stacklevel=2)
-    for line in describe(problems, most=1):
+    for line in describe_problems(problems, most=1):
         warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
     return utterances
 
@@ -487,7 +488,7 @@ def check_texts(train: Sequence[Utterance], dev: Sequence[Utterance], tokenizer:
         except ValueError as error:
             problems.append(Problem("error", "text", utterance.id, str(error)))
     if problems:
-        raise ValueError("\n".join(["texts cannot be used:", *describe(problems)]))
+        raise ValueError("\n".join(["texts cannot be used:", *describe_problems(problems)]))
     if crowded:
         say(f"warning: {crowded:,} of {len(train):,} training utterances have more labels than "
             f"encoder frames of {1000 * frame_s:.0f} ms")
@@ -645,7 +646,7 @@ def start_worker(_worker: int) -> None:
     warnings.filterwarnings("ignore", message="audio of ")
 
 
-def reason(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """The message of an error. A worker's error quotes a traceback that ends in the message."""
     text = str(error).strip()
     return text.splitlines()[-1] if text.startswith("Caught ") else text

@@ -783,7 +783,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, ValueError) as error:
-        print(data.reason(error), file=sys.stderr)
+        print(data.error_message(error), file=sys.stderr)
         return 1
 
 

@@ -128,7 +128,7 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", "
             ".snd", ".sph", ".nist", ".caf", ".w64", ".rf64")
 LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
 BLOCK = 2**20  # samples per channel that are read at once
-UNKNOWN = 2**60  # libsndfile reports at least so many samples where a header does not tell
+UNKNOWN_LENGTH = 2**60  # libsndfile reports at least so many samples where a header does not tell
 
 
 def is_audio(name: str) -> bool:
@@ -217,7 +217,7 @@ def read_blocks(audio: AudioFile, size: int) -> Iterator[np.ndarray]:
 
 def count_samples(audio: AudioFile) -> int:
     """Samples per channel. A file whose header does not tell is read; raises as `read_audio`."""
-    if audio.frames < UNKNOWN:
+    if audio.frames < UNKNOWN_LENGTH:
         return audio.frames
     return sum(len(block) for block in read_blocks(audio, BLOCK))
 
@@ -256,7 +256,7 @@ def open_seekable(path: str | Path) -> Iterator[BinaryIO]:
 def is_truncated(audio: AudioFile) -> bool:
     """Whether samples that the header promises are missing. Only the last sample is read."""
     # Compressed WAV is not seekable.
-    if soundfile.SoundFile.seekable(audio) and audio.frames < UNKNOWN:
+    if soundfile.SoundFile.seekable(audio) and audio.frames < UNKNOWN_LENGTH:
         try:
             audio.seek(audio.frames - 1)
             last = audio.read(1)

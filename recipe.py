@@ -139,7 +139,7 @@ class TrainConfig:
 # turns every tensor by the same share of its norm, also where the gradient of a small batch is
 # mostly noise; without weight decay it is Adam, which suits batches of 8. The CTC heads find the
 # first alignments, and the learning rate falls to almost zero at the end.
-CTC_START = dict(
+CTC_RECIPE = dict(
     batch_size=8, lr=0.002, lr_min=1e-6, warmup_epochs=0.5, hold_share=0.5, beta2=0.98,
     clip_norm=500.0, weight_decay=0.0, ema_decay=0.998, ctc_epochs=3, ctc_weight=0.3,
     char_weight=0.5, lattice_band=4, ramp_begin=5, num_buckets=12,
@@ -150,9 +150,9 @@ CTC_START = dict(
 RECIPES = {
     "baseline": dict(ctc_split=1),
     # StackTime leaves fewer frames than labels, so the CTC head needs several positions per frame.
-    "democratized": CTC_START | dict(epochs=26, ctc_split=4, ramp_epochs=8),
+    "democratized": CTC_RECIPE | dict(epochs=26, ctc_split=4, ramp_epochs=8),
     # Without background, noise and recordings without words a model hears words in any noise.
-    "mini": CTC_START | dict(
+    "mini": CTC_RECIPE | dict(
         epochs=44, eval_epochs=4, ctc_split=1, ramp_epochs=12, splice=1, align=16,
         freq_mask_max=20, time_mask_max=0.05, mel_warp=0.1, round_frames=96, noise_prob=0.2,
         pad_max_s=0.5, empty_prob=0.03, band_prob=0.1,
@@ -160,7 +160,7 @@ RECIPES = {
     # The demo's own recordings are clean and close: noise, silence and telephones are added. Quiet
     # noise around its short sentences would shift the mean by which they are normalised: ends that
     # are 50 dB below the loudest frame are trimmed.
-    "demo": CTC_START | dict(
+    "demo": CTC_RECIPE | dict(
         epochs=12, eval_epochs=3, batch_size=16, lr=0.004, ema_decay=0.99, ctc_epochs=2,
         ctc_split=2, lattice_band=0, ramp_begin=2, ramp_epochs=6, noise_prob=0.5, pad_max_s=1.0,
         empty_prob=0.06, gain_db=20.0, band_prob=0.2, trim_db=-50.0,
@@ -176,11 +176,11 @@ FREE_FIELDS = {
     "time_mask_max", "max_utterance_s", "num_buckets", "round_frames", "round_labels",
 }
 # The fields that a run needs before it has read a checkpoint.
-START_FIELDS = {"data", "train_splits", "dev_split", "out", "ranks", "backend", "timeout_s",
+EARLY_FIELDS = {"data", "train_splits", "dev_split", "out", "ranks", "backend", "timeout_s",
                 "tensorboard", "resume", "restart", "init"}
 # These values replace the start of the recipe in a run with --init, whose weights align already.
 # With a new tokenizer the layers of the labels begin at random, and the recipe's start stays.
-NO_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
+ALIGNED_START = dict(ctc_epochs=0, ramp_begin=0.0, ramp_epochs=0.0)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -218,7 +218,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def architecture(stored: dict, given: dict) -> dict:
+def fields_of_checkpoint(stored: dict, given: dict) -> dict:
     """The fields of a checkpoint's config that a run with --init keeps: all but FREE_FIELDS.
 
     Raises:
@@ -232,7 +232,7 @@ def architecture(stored: dict, given: dict) -> dict:
 
 
 def make_configs(given: dict, origin: dict | None = None,
-                 start: dict = NO_START) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
+                 start: dict = ALIGNED_START) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
     """Flags -> the three configs; a wrong value ends the program with status 2.
 
     Args:
@@ -256,9 +256,9 @@ def make_configs(given: dict, origin: dict | None = None,
         if origin is not None:
             # A field that is younger than the checkpoint has its default.
             stored = asdict(FeatureConfig(**origin["feature_config"]))
-            features = replace(features, **architecture(stored, given))
+            features = replace(features, **fields_of_checkpoint(stored, given))
             stored = asdict(ModelConfig(**origin["model_config"]))
-            model = replace(model, **architecture(stored, given))
+            model = replace(model, **fields_of_checkpoint(stored, given))
         model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it

@@ -44,15 +44,15 @@ from checkpoint import (
     load_checkpoint,
     lock_run,
     newest_checkpoint,
+    reserve_space,
     save_checkpoint,
-    try_space,
 )
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig
 from model import ModelConfig
 from optimizer import lr_at
 from ranks import Ranks, leave, start_ranks
-from recipe import NO_START, RECIPES, START_FIELDS, TrainConfig, make_configs, make_parser
+from recipe import ALIGNED_START, EARLY_FIELDS, RECIPES, TrainConfig, make_configs, make_parser
 from report import Log, Monitor
 from step import (
     StepResult,
@@ -168,7 +168,7 @@ def find_checkpoint(cfg: TrainConfig, log: Log) -> tuple[Path, dict] | None:
 def find_origin(cfg: TrainConfig,
                 resumed: tuple[Path, dict] | None) -> tuple[dict | None, dict]:
     """The checkpoint whose architecture a run with --init keeps, None for any other run, and the
-    values of NO_START's fields.
+    values of ALIGNED_START's fields.
 
     Such a run needs the file of --init at its beginning only: resumed, it keeps its own values.
 
@@ -176,13 +176,13 @@ def find_origin(cfg: TrainConfig,
         ValueError: the resumed run began otherwise.
     """
     if resumed is None:
-        return (load_checkpoint(cfg.init) if cfg.init else None), NO_START
+        return (load_checkpoint(cfg.init) if cfg.init else None), ALIGNED_START
     path, checkpoint = resumed
     begun = checkpoint["train_config"].get("init", "")
     if cfg.init and Path(cfg.init).resolve() != Path(begun).resolve():
         raise ValueError(f"{path}: its run did not begin with --init {cfg.init}; give another "
                          "--out, or --restart to delete it")
-    start = {name: checkpoint["train_config"][name] for name in NO_START}
+    start = {name: checkpoint["train_config"][name] for name in ALIGNED_START}
     return (checkpoint if begun else None), start
 
 
@@ -332,7 +332,7 @@ class Stopper:
             try:
                 batches = next(steps, None)
             except (OSError, ValueError) as error:
-                problem = data.reason(error)
+                problem = data.error_message(error)
             if batches is None and not problem:
                 return
             if self.should_stop(is_input_bad=bool(problem)):
@@ -470,7 +470,7 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
         if isinstance(error, BadInput):
             save(run, state)
         with suppress(OSError):  # a full disk may be the error itself
-            run.log.write("end", reason=f"error: {data.reason(error)}", step=state.step)
+            run.log.write("end", reason=f"error: {data.error_message(error)}", step=state.step)
         raise
     best = {"best_wer": state.best_wer, "best_cer": state.best_cer}
     best = {name: rate if math.isfinite(rate) else None for name, rate in best.items()}
@@ -550,7 +550,7 @@ def main() -> int:
     given = vars(make_parser(__doc__).parse_args(sys.argv[1:]))
     may_continue = given.get("resume") or given.get("init")
     cfg, model_cfg, features = make_configs(
-        {name: value for name, value in given.items() if name in START_FIELDS or not may_continue}
+        {name: value for name, value in given.items() if name in EARLY_FIELDS or not may_continue}
     )
     out = Path(cfg.out)
 
@@ -600,7 +600,7 @@ def main() -> int:
         lock = lock or lock_run(out)  # it is held as long as this variable lives
         clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
         # A checkpoint holds the weights, their average and the two moments of the optimiser.
-        try_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
+        reserve_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
     if checkpoint is None:
         state = State() if origin is None else begin_from(run, origin)
         report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
@@ -631,7 +631,7 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the reader of standard output has ended, as in `| head`
         leave(141, wait_s=0)
     except (OSError, ValueError, FloatingPointError) as error:
-        leave(1, f"train.py: {data.reason(error)}")
+        leave(1, f"train.py: {data.error_message(error)}")
     except KeyboardInterrupt:
         leave(EXIT_STATUS["SIGINT"], wait_s=0)
     except SystemExit as end:  # argparse has printed its message

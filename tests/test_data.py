@@ -468,7 +468,7 @@ def test_the_documentation_has_every_kind_of_problem():
 def test_problems_are_counted_by_kind_and_the_first_ten_shown():
     problems = [Problem("error", "no text", f"a:{i}", "nothing") for i in range(12)]
     problems.insert(1, Problem("warning", "channels", "7-9-0000", "2 channels"))
-    assert data.describe(problems) == [
+    assert data.describe_problems(problems) == [
         "error: no text: 12", *(f"    a:{i}: nothing" for i in range(10)), "    ... and 2 more",
         "warning: channels: 1", "    7-9-0000: 2 channels",
     ]
@@ -534,7 +534,8 @@ def test_training_with_skip_bad_needs_one_good_utterance(found):
 
 def test_check_prints_the_problems_of_a_scan_and_fails_at_errors(found, capsys):
     assert prepare.check(Path("checked"), ["dev"]) is False
-    assert capsys.readouterr().out.splitlines()[1:] == [f"  {x}" for x in data.describe(FOUND[1:])]
+    expected = [f"  {line}" for line in data.describe_problems(FOUND[1:])]
+    assert capsys.readouterr().out.splitlines()[1:] == expected
     del found[1:3]
     assert prepare.check(Path("checked"), ["dev"]) is True
 
@@ -974,4 +975,4 @@ def test_the_reason_of_a_worker_s_error_is_its_own_message(tokenizer):
     dataset = data.SpeechDataset([Utterance("a", "a.flac", 1.0, "A")], tokenizer, features.DEFAULT)
     with pytest.raises(OSError, match="Traceback") as error:
         next(data.batch_loader(dataset, [[0]], 1))
-    assert data.reason(error.value) == "FileNotFoundError: a.flac: No such file or directory"
+    assert data.error_message(error.value) == "FileNotFoundError: a.flac: No such file or directory"

@@ -136,7 +136,7 @@ def server(packed, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prepare, "TIMEOUT_S", 5)
     monkeypatch.setattr(prepare, "ARCHIVES", {})
-    monkeypatch.setattr(prepare, "CORPORA", {"tiny": (TRAIN, DEV)})
+    monkeypatch.setattr(prepare, "DOWNLOADS", {"tiny": (TRAIN, DEV)})
     server = Server()
     for split, data in packed.items():
         server.publish(split, data)
@@ -230,9 +230,9 @@ def test_a_log_has_whole_lines_and_a_terminal_a_bar(get, root, monkeypatch):
 
 
 def test_published_corpora():
-    assert prepare.CORPORA["mini-librispeech"] == ("train-clean-5", "dev-clean-2")
-    assert prepare.CORPORA["librispeech-100"] == ("train-clean-100", "dev-clean", "test-clean")
-    full = [prepare.ARCHIVES[split] for split in prepare.CORPORA["librispeech-960"]]
+    assert prepare.DOWNLOADS["mini-librispeech"] == ("train-clean-5", "dev-clean-2")
+    assert prepare.DOWNLOADS["librispeech-100"] == ("train-clean-100", "dev-clean", "test-clean")
+    full = [prepare.ARCHIVES[split] for split in prepare.DOWNLOADS["librispeech-960"]]
     # Database.md of espnet/espnet: the three training splits together, then dev-clean, dev-other,
     # test-clean and test-other.
     assert sum(archive.utterances for archive in full) == 281241 + 2703 + 2864 + 2620 + 2939

@@ -160,7 +160,7 @@ def test_new_labels_need_the_recipes_start_also_after_a_restart(origin, other_le
     for argv in ([], ["--resume"]):
         assert run_here(*run, *argv, "--time-limit-s", "1e-6") == 75
     for event in events(tmp_path / "run", "start"):
-        for name in recipe.NO_START:
+        for name in recipe.ALIGNED_START:
             assert event["train_config"][name] == recipe.RECIPES["demo"][name] > 0, name
 
 

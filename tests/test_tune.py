@@ -349,14 +349,15 @@ def test_worse_than_the_median_at_the_same_epoch_is_hopeless():
     for first, second in ((0.9, 0.5), (0.8, 0.4), (0.7, 0.3)):
         study.add_trial(optuna.create_trial(
             values=[1.0, second], user_attrs={"wers": {"1": first, "2": second}}))
-    assert tune.hopeless(study, 3, {"1": 0.81}) == (
+    assert tune.prune_reason(study, 3, {"1": 0.81}) == (
         "WER 0.810 after epoch 1, median of 3 others 0.800"
     )
-    assert tune.hopeless(study, 3, {"1": 0.8}) is None
-    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.4}) is None
-    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41}) is not None
-    assert tune.hopeless(study, 3, {"1": 0.81, "2": 0.41, "3": 0.9}) is None  # no other has epoch 3
-    assert tune.hopeless(study, 0, {"1": 0.9}) is None  # two others are too few
+    assert tune.prune_reason(study, 3, {"1": 0.8}) is None
+    assert tune.prune_reason(study, 3, {"1": 0.81, "2": 0.4}) is None
+    assert tune.prune_reason(study, 3, {"1": 0.81, "2": 0.41}) is not None
+    # No other trial has an epoch 3.
+    assert tune.prune_reason(study, 3, {"1": 0.81, "2": 0.41, "3": 0.9}) is None
+    assert tune.prune_reason(study, 0, {"1": 0.9}) is None  # two others are too few
 
 
 def test_hopeless_trials_are_ended_with_all_their_processes(case):

@@ -19,7 +19,7 @@ QUIET = {KeyboardInterrupt: 130, BrokenPipeError: 141}  # exception: exit status
 
 def end_quietly(kind: type[BaseException], error: BaseException,
                 traceback: TracebackType | None) -> None:
-    """Exit with the status of an exception in QUIET; print the traceback of any other one."""
+    """Exits with the status of an exception in QUIET; prints the traceback of any other one."""
     if kind not in QUIET:
         sys.__excepthook__(kind, error, traceback)
         return
@@ -36,7 +36,7 @@ if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait for the lock of a folder, then hold it. A killed process releases its lock."""
+    """Waits for the lock of a folder, then holds it. A killed process releases its lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -533,7 +533,7 @@ def main() -> None:
     except BrokenPipeError:
         raise  # tools/__init__.py ends the process
     except (OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
-        message = f"bench.py: {data.reason(error)}"
+        message = f"bench.py: {data.error_message(error)}"
         if dist.is_initialized():
             leave(1, message)
         sys.exit(message)

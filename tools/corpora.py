@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from data import Problem, describe, line_error, separate
+from data import Problem, describe_problems, line_error, separate
 from features import DEFAULT, read_audio, resample
 
 # ------------------------------------------------------------------------------- the three sources
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield "file:line" and the text of every line that is not blank.
+    """Yields "file:line" and the text of every line that is not blank.
 
     A byte order mark and carriage returns are removed. Bytes that are not UTF-8 become surrogates:
     file names may have them.
@@ -68,7 +68,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json_lines(path: Path) -> Iterator[Row | Problem]:
-    """Yield the rows of NeMo's manifest; null is as good as no value."""
+    """Yields the rows of NeMo's manifest; null is as good as no value."""
     for where, line in read_lines(path):
         try:
             item = {key: x for key, x in json.loads(line).items() if x is not None}
@@ -84,7 +84,7 @@ def read_json_lines(path: Path) -> Iterator[Row | Problem]:
 
 
 def read_tsv(path: Path) -> Iterator[Row | Problem]:
-    """Yield the rows of Common Voice's table."""
+    """Yields the rows of Common Voice's table."""
     lines = read_lines(path)
     columns = next(lines)[1].split("\t")
     for where, line in lines:
@@ -99,7 +99,7 @@ def read_tsv(path: Path) -> Iterator[Row | Problem]:
 
 
 def read_table(path: Path, problems: list[Problem]) -> dict[str, tuple[str, str]]:
-    """Map the first word of every line of a Kaldi file to "file:line" and the rest of the line."""
+    """Maps the first word of every line of a Kaldi file to "file:line" and the rest of the line."""
     table: dict[str, tuple[str, str]] = {}
     for where, line in read_lines(path) if path.is_file() else ():
         key, *rest = line.split(maxsplit=1)
@@ -112,7 +112,7 @@ def read_table(path: Path, problems: list[Problem]) -> dict[str, tuple[str, str]
 
 
 def read_kaldi(folder: Path) -> Iterator[Row | Problem]:
-    """Yield the utterances of Kaldi's data folder, then the problems of its files."""
+    """Yields the utterances of Kaldi's data folder, then the problems of its files."""
     problems: list[Problem] = []
     recordings, texts, segments, speakers = (
         read_table(folder / name, problems) for name in ("wav.scp", "text", "segments", "utt2spk"))
@@ -144,7 +144,7 @@ def read_kaldi(folder: Path) -> Iterator[Row | Problem]:
 
 
 def read_source(source: Path) -> tuple[Iterator[Row | Problem], Path]:
-    """Return the rows of a source, and the folder at which its relative paths start.
+    """Returns the rows of a source, and the folder at which its relative paths start.
 
     Raises:
         ValueError: it has none of the three forms.
@@ -205,12 +205,12 @@ class TextRule(NamedTuple):
 
 
 def safe(name: str) -> str:
-    """Reduce a name to letters, digits and `_`: no path leads outside, and ids split at `-`."""
+    """Reduces a name to letters, digits and `_`: no path leads outside, and ids split at `-`."""
     return re.sub(r"\W+", "_", unicodedata.normalize("NFC", name))[:28]  # names have 255 bytes
 
 
 def locate(audio: str, folder: Path) -> Path:
-    """Return the path of a recording; a relative one starts at `folder`.
+    """Returns the path of a recording; a relative one starts at `folder`.
 
     Raises:
         ValueError: a relative path leads outside, or there is no such file.
@@ -225,7 +225,7 @@ def locate(audio: str, folder: Path) -> Path:
 
 
 def plan(row: Row, folder: Path, split: Path, rule: TextRule) -> Clip | Problem:
-    """Find the recording of a row, and its id and text in the split; a problem leaves it out."""
+    """Finds the recording of a row, and its id and text in the split; a problem leaves it out."""
     try:
         audio = locate(row.audio, folder)
     except ValueError as error:
@@ -250,7 +250,7 @@ def plan(row: Row, folder: Path, split: Path, rule: TextRule) -> Clip | Problem:
 
 def plan_all(rows: Iterator[Row | Problem], folder: Path, split: Path,
              rule: TextRule) -> Iterator[Clip | Problem]:
-    """Plan every row; a row that repeats an earlier one is a problem."""
+    """Plans every row; a row that repeats an earlier one is a problem."""
     first: dict[Path, str] = {}
     for row in rows:
         item = row if isinstance(row, Problem) else plan(row, folder, split, rule)
@@ -267,7 +267,7 @@ OVERSHOOT_S = 0.5  # an end may lie beyond that of the recording by so much, as 
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file that is whole or not there."""
+    """Writes a file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_bytes(contents)
@@ -275,7 +275,7 @@ def write_whole(path: Path, contents: bytes) -> None:
 
 
 def cut(samples: np.ndarray, rate: int, row: Row) -> np.ndarray:
-    """Cut the samples of a row out of its recording: (n,) at `rate` -> int16 (m,) at 16 kHz.
+    """Cuts the samples of a row out of its recording: (n,) at `rate` -> int16 (m,) at 16 kHz.
 
     Raises:
         ValueError: the row lies beyond the end of the recording.
@@ -292,7 +292,7 @@ def cut(samples: np.ndarray, rate: int, row: Row) -> np.ndarray:
 
 
 def write_clips(clips: Sequence[Clip]) -> Iterator[Clip | Problem]:
-    """Write the clips of one recording that are not there yet; yields each, or its problem."""
+    """Writes the clips of one recording that are not there yet; yields each, or its problem."""
     missing = []
     for clip in clips:
         if clip.path.exists():
@@ -323,7 +323,7 @@ def write_clips(clips: Sequence[Clip]) -> Iterator[Clip | Problem]:
 
 
 def write_transcripts(split: Path, clips: Sequence[Clip]) -> None:
-    """Write the transcript of every chapter anew; that of a chapter without a clip is empty."""
+    """Writes the transcript of every chapter anew; that of a chapter without a clip is empty."""
     texts = {path: "" for path in split.glob("*/*/*.trans.txt")}  # of an earlier import
     for clip in sorted(clips, key=lambda clip: clip.path.name):
         chapter = clip.path.parent
@@ -334,7 +334,7 @@ def write_transcripts(split: Path, clips: Sequence[Clip]) -> None:
 
 
 def claim(split: Path, source: Path) -> None:
-    """Make the folder of a split, with the path of its source in source.txt.
+    """Makes the folder of a split, with the path of its source in source.txt.
 
     Raises:
         FileExistsError: it holds something other than an import of `source`.
@@ -348,7 +348,7 @@ def claim(split: Path, source: Path) -> None:
 
 
 def import_split(source: Path, root: Path, split: str, rule: TextRule) -> bool:
-    """Write the utterances of a source to `root`/`split`; returns True if none is left out.
+    """Writes the utterances of a source to `root`/`split`; returns True if none is left out.
 
     Raises:
         ValueError: the source has none of the three forms, or no utterance.
@@ -377,7 +377,7 @@ def import_split(source: Path, root: Path, split: str, rule: TextRule) -> bool:
             problems += failed
             bar.update(len(result))
     write_transcripts(root / split, written)
-    for line in describe(problems, most=len(problems)):
+    for line in describe_problems(problems, most=len(problems)):
         print(line)
     print(f"{root / split}: {len(written):,} utterances, {len(problems):,} left out")
     return not problems

@@ -75,17 +75,17 @@ GRAMMAR = {
 
 
 def expand(name: str, rng: random.Random) -> str:
-    """Draw an alternative of GRAMMAR[name] and expand every <name> in it likewise."""
+    """Draws an alternative of GRAMMAR[name] and expands every <name> in it likewise."""
     return re.sub(r"<(\w+)>", lambda inner: expand(inner[1], rng), rng.choice(GRAMMAR[name]))
 
 
 def is_held_out(text: str) -> bool:
-    """Return True for the fifth of all sentences that only the dev split may say."""
+    """Returns True for the fifth of all sentences that only the dev split may say."""
     return zlib.crc32(text.encode()) % 5 == 0
 
 
 def draw_train_sentences(count: int, rng: random.Random) -> list[str]:
-    """Draw `count` training sentences; they may repeat, so that several voices say the same."""
+    """Draws `count` training sentences; they may repeat, so that several voices say the same."""
     sentences = []
     while len(sentences) < count:
         text = expand("sentence", rng)
@@ -95,7 +95,7 @@ def draw_train_sentences(count: int, rng: random.Random) -> list[str]:
 
 
 def draw_dev_sentences(count: int, known_words: set[str], rng: random.Random) -> list[str]:
-    """Draw `count` different held-out sentences that have only words of `known_words`."""
+    """Draws `count` different held-out sentences that have only words of `known_words`."""
     sentences: dict[str, None] = {}  # keys are a set in the order of drawing
     while len(sentences) < count:
         text = expand("sentence", rng)
@@ -144,7 +144,7 @@ class Prompt(NamedTuple):
 
 def draw_voices(variants: Sequence[str], accent_step: int, first_speaker: int,
                 rng: random.Random) -> list[Voice]:
-    """Combine variant i with every `accent_step`-th accent from accent i % accent_step on."""
+    """Combines variant i with every `accent_step`-th accent from accent i % accent_step on."""
     names = [f"{accent}+{variant}" for i, variant in enumerate(variants)
              for accent in ACCENTS[i % accent_step :: accent_step]]
     return [Voice(speaker, name, rng.randint(*RATE_WPM), rng.randint(*PITCH),
@@ -153,7 +153,7 @@ def draw_voices(variants: Sequence[str], accent_step: int, first_speaker: int,
 
 
 def assign_prompts(split: str, voices: Sequence[Voice], sentences: Sequence[str]) -> list[Prompt]:
-    """Give the sentences to the voices in turn. A voice has one chapter, numbered 1."""
+    """Gives the sentences to the voices in turn. A voice has one chapter, numbered 1."""
     prompts = []
     for i, text in enumerate(sentences):
         number, turn = divmod(i, len(voices))
@@ -163,7 +163,7 @@ def assign_prompts(split: str, voices: Sequence[Voice], sentences: Sequence[str]
 
 
 def plan_demo(num_train: int, num_dev: int, seed: int) -> list[Prompt]:
-    """Draw speakers and sentences of the demo corpus."""
+    """Draws speakers and sentences of the demo corpus."""
     rng = random.Random(seed)
     train_voices = draw_voices(TRAIN_VARIANTS, 2, 101, rng)
     dev_voices = draw_voices(DEV_VARIANTS, 4, 201, rng)
@@ -184,7 +184,7 @@ PAUSE_S = (0.10, 0.20)  # before the first word and after the last
 
 @contextmanager
 def late_interrupts() -> Iterator[None]:
-    """Handle Ctrl-C after the body: ctypes prints and drops an exception of a callback from C."""
+    """Handles Ctrl-C after the body: ctypes prints and drops an exception of a callback from C."""
     pending: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
     try:
@@ -267,7 +267,7 @@ class Espeak:
         return 0  # 1 would stop the synthesis
 
     def say(self, text: str, voice: Voice, seed: int) -> np.ndarray:
-        """Speak a text: float32 samples at `sample_rate_hz`, without a pause at either end.
+        """Speaks a text: float32 samples at `sample_rate_hz`, without a pause at either end.
 
         The seed is that of the breath noise, which espeak-ng would draw from the time of day.
         """
@@ -291,13 +291,13 @@ class Espeak:
 
 
 def vary(voice: Voice, rng: random.Random) -> Voice:
-    """Change rate and pitch a little: nobody says two sentences exactly alike."""
+    """Changes rate and pitch a little: nobody says two sentences exactly alike."""
     return voice._replace(rate_wpm=round(voice.rate_wpm * rng.uniform(0.94, 1.06)),
                           pitch=voice.pitch + rng.randint(-4, 4))
 
 
 def record(speech: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Scale float32 speech to a random level, pad it with pauses and add white noise.
+    """Scales float32 speech to a random level, pads it with pauses and adds white noise.
 
     The int16 samples do not clip: the peak of the noise is 1.8 times its RMS, which is at most a
     tenth of the RMS of the speech.
@@ -313,7 +313,7 @@ def record(speech: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def write_demo(folder: Path, prompts: Sequence[Prompt], seed: int) -> float:
-    """Speak all prompts into `folder`, which has to be empty; returns the hours of audio."""
+    """Speaks all prompts into `folder`, which has to be empty; returns the hours of audio."""
     rng = random.Random(seed)
     num_samples = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -334,7 +334,7 @@ def write_demo(folder: Path, prompts: Sequence[Prompt], seed: int) -> float:
 
 def make_demo(root: Path, num_train: int = DEMO_TRAIN_UTTERANCES,
               num_dev: int = DEMO_DEV_UTTERANCES, seed: int = DEMO_SEED) -> None:
-    """Write the demo corpus to `root`, unless it is there.
+    """Writes the demo corpus to `root`, unless it is there.
 
     The same sizes, seed and package versions give the same bytes. The files of an interrupted call
     are replaced.

@@ -32,8 +32,8 @@ import urllib3
 from tqdm import tqdm
 
 from data import (
-    describe,
     describe_layout,
+    describe_problems,
     is_audio,
     is_transcript,
     read_transcripts,
@@ -73,7 +73,7 @@ ARCHIVES = {
     "test-clean": Archive(12, 346663984, "32fa31d27d2e1cad72775fee3f4849a9", 2620),
     "test-other": Archive(12, 328757843, "fb5a50374b501bb3bac4815ee91d3135", 2939),
 }
-CORPORA = {
+DOWNLOADS = {
     "mini-librispeech": ("train-clean-5", "dev-clean-2"),
     "librispeech-100": ("train-clean-100", "dev-clean", "test-clean"),
     "librispeech-960": (
@@ -102,7 +102,7 @@ class LogLines:
 
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
              start: int = 0) -> AbstractContextManager[BinaryIO]:
-    """Wrap a stream so that a tqdm bar counts, from `start`, the bytes that its "read" or "write"
+    """Wraps a stream so that a tqdm bar counts, from `start`, the bytes that its "read" or "write"
     moves. A log, unlike a terminal, gets a line every LOG_INTERVAL_S."""
     is_log = not sys.stderr.isatty()
     return tqdm.wrapattr(stream, method, num_bytes, bytes=False, desc=label, initial=start,
@@ -111,7 +111,7 @@ def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
 
 
 def request_rest(url: str, path: Path, num_bytes: int) -> None:
-    """Request the bytes that `path` lacks and append them.
+    """Requests the bytes that `path` lacks and appends them.
 
     A server that does not know ranges sends the whole file, which then replaces `path`.
 
@@ -147,7 +147,7 @@ def request_rest(url: str, path: Path, num_bytes: int) -> None:
 
 
 def download(url: str, path: Path, num_bytes: int) -> None:
-    """Append to `path` the bytes that it lacks of the `num_bytes` at `url`.
+    """Appends to `path` the bytes that it lacks of the `num_bytes` at `url`.
 
     Raises:
         ConnectionError: the last attempt failed; the next call continues `path`.
@@ -169,7 +169,7 @@ def download(url: str, path: Path, num_bytes: int) -> None:
 
 
 def verify(path: Path, archive: Archive) -> None:
-    """Raise ValueError if the file does not have the published size and MD5."""
+    """Raises ValueError if the file does not have the published size and MD5."""
     size = path.stat().st_size
     if size != archive.num_bytes:
         raise ValueError(f"{path}: {size:,} bytes, expected {archive.num_bytes:,}")
@@ -190,12 +190,12 @@ UNPACKED_BYTES = 2**14
 
 
 def partial_path(root: Path, split: str) -> Path:
-    """Return the path of an archive while it is downloaded, verified and unpacked."""
+    """Returns the path of an archive while it is downloaded, verified and unpacked."""
     return root / f"{split}.tar.gz.partial"
 
 
 def check_space(root: Path, missing: Sequence[str], local: Mapping[str, Path]) -> None:
-    """Raise OSError if the disk cannot hold all `missing` splits and the largest archive."""
+    """Raises OSError if the disk cannot hold all `missing` splits and the largest archive."""
     needed = sum(ARCHIVES[s].num_bytes + UNPACKED_BYTES * ARCHIVES[s].utterances for s in missing)
     partials = {s: partial_path(root, s) for s in missing if s not in local}
     done = {s: path.stat().st_size for s, path in partials.items() if path.exists()}
@@ -207,7 +207,7 @@ def check_space(root: Path, missing: Sequence[str], local: Mapping[str, Path]) -
 
 
 def count_utterances(folder: Path) -> int:
-    """Count the utterances in the split `folder` that have a transcript and a FLAC file."""
+    """Counts the utterances in the split `folder` that have a transcript and a FLAC file."""
     count = 0
     for transcript in folder.glob("*/*/*.trans.txt"):
         lines, _ = separate(read_transcripts(transcript))
@@ -217,7 +217,7 @@ def count_utterances(folder: Path) -> int:
 
 
 def unpack(archive: Path, root: Path, split: str) -> None:
-    """Unpack an archive to `root`/`split`, whole or not at all; SPEAKERS.TXT etc. go to `root`.
+    """Unpacks an archive to `root`/`split`, whole or not at all; SPEAKERS.TXT etc. go to `root`.
 
     Raises:
         ValueError: the archive lacks utterances, or tarfile's data filter refuses a member.
@@ -246,7 +246,7 @@ def unpack(archive: Path, root: Path, split: str) -> None:
 
 
 def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
-    """List the splits that are not in `root`; raise ValueError if one is incomplete."""
+    """Lists the splits that are not in `root`; raises ValueError if one is incomplete."""
     missing = []
     for split in splits:
         folder, expected = root / split, ARCHIVES[split].utterances
@@ -259,7 +259,7 @@ def find_missing(root: Path, splits: Sequence[str]) -> list[str]:
 
 
 def match_archives(files: Sequence[Path], splits: Sequence[str]) -> dict[str, Path]:
-    """Map splits to local archives, which must have their published names, <split>.tar.gz."""
+    """Maps splits to local archives, which must have their published names, <split>.tar.gz."""
     split_of = {f"{split}.tar.gz": split for split in splits}
     for path in files:
         if path.name not in split_of:
@@ -270,7 +270,7 @@ def match_archives(files: Sequence[Path], splits: Sequence[str]) -> dict[str, Pa
 
 
 def fetch(root: Path, split: str, mirror: str) -> Path:
-    """Download what is missing of a split's archive; remove the file if its MD5 is wrong."""
+    """Downloads what is missing of a split's archive; removes the file if its MD5 is wrong."""
     path, archive = partial_path(root, split), ARCHIVES[split]
     download(f"{mirror.rstrip('/')}/{archive.resource}/{split}.tar.gz", path, archive.num_bytes)
     try:
@@ -282,18 +282,18 @@ def fetch(root: Path, split: str, mirror: str) -> Path:
 
 
 def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]) -> None:
-    """Bring the missing splits of a corpus to `root`.
+    """Brings the missing splits of a corpus to `root`.
 
     They are downloaded from `mirror`, a copy of OPENSLR, unless there are local archives, `files`.
     Downloaded archives are removed, local ones are kept.
     """
-    local = match_archives(files, CORPORA[corpus])
+    local = match_archives(files, DOWNLOADS[corpus])
     if not hasattr(tarfile, "data_filter"):
         raise RuntimeError("unpacking needs Python 3.10.12, 3.11.4 or 3.12, or a later one: "
                            f"{sys.version.split()[0]} does not refuse members that lead outside")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
-        missing = find_missing(root, CORPORA[corpus])
+        missing = find_missing(root, DOWNLOADS[corpus])
         if files and (lacking := [f"{split}.tar.gz" for split in missing if split not in local]):
             raise ValueError(f"--archive lacks {', '.join(lacking)}")
         for abandoned in root.glob(".*.unpacking"):  # by a call that was killed
@@ -308,7 +308,7 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
                 archive = fetch(root, split, mirror)
                 unpack(archive, root, split)
                 archive.unlink()
-    count = sum(ARCHIVES[split].utterances for split in CORPORA[corpus])
+    count = sum(ARCHIVES[split].utterances for split in DOWNLOADS[corpus])
     print(f"{root}: {corpus} is complete, {count:,} utterances")
 
 
@@ -316,13 +316,13 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
 
 
 def find_splits(root: Path) -> list[str]:
-    """List the folders in `root` that have audio or a transcript at LibriSpeech's depth."""
+    """Lists the folders in `root` that have audio or a transcript at LibriSpeech's depth."""
     return sorted({path.parents[2].name for path in root.glob("*/*/*/*")
                    if is_audio(path.name) or is_transcript(path.name)})
 
 
 def check(root: Path, splits: Sequence[str]) -> bool:
-    """Print size and problems of the splits, or of all in `root`; returns True without errors."""
+    """Prints size and problems of the splits, or of all in `root`; returns True without errors."""
     splits = splits or find_splits(root)
     if not splits:
         raise FileNotFoundError(f"{root}: no audio in it as <split>/<speaker>/<chapter>/*.flac; "
@@ -335,7 +335,7 @@ def check(root: Path, splits: Sequence[str]) -> bool:
         speakers = {utterance.id.split("-")[0] for utterance in utterances}
         print(f"{split}: {len(utterances)} utterances, {hours:.2f} h, {len(words)} words, "
               f"{len(set(words))} distinct words, {len(speakers)} speakers")
-        for line in describe(problems):
+        for line in describe_problems(problems):
             print(f"  {line}")
         num_errors += sum(problem.level == "error" for problem in problems)
     return num_errors == 0
@@ -345,14 +345,14 @@ def check(root: Path, splits: Sequence[str]) -> bool:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line: a subcommand for each corpus, and `check`."""
+    """Parses the command line: a subcommand for each corpus, and `check`."""
     parser = argparse.ArgumentParser(prog="python -m tools.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="speak the demo corpus", allow_abbrev=False)
     demo.add_argument("root", metavar="ROOT", type=Path, help="new folder")
-    for corpus, splits in CORPORA.items():
+    for corpus, splits in DOWNLOADS.items():
         libri = commands.add_parser(corpus, help=", ".join(splits), allow_abbrev=False)
         libri.add_argument("root", metavar="ROOT", type=Path, help="folder of the splits")
         source = libri.add_mutually_exclusive_group()
@@ -375,7 +375,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Runs a subcommand; returns the exit status."""
     args = parse_arguments(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8

@@ -300,7 +300,7 @@ def read_evals(folder: Path) -> list[dict]:
     return read_run(folder)[1] if (folder / "log.jsonl").exists() else []
 
 
-def hopeless(study: optuna.Study, number: int, wers: dict[str, float]) -> str | None:
+def prune_reason(study: optuna.Study, number: int, wers: dict[str, float]) -> str | None:
     """Why to stop trial `number` now: worse than the median of the others after as many epochs.
 
     Optuna's MedianPruner refuses studies of two objectives.
@@ -339,7 +339,7 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
             trial.set_user_attr("seconds", seconds := 3600 * evals[-1]["hours"])
             has_more = evals[-1]["epoch"] < epochs and process.returncode is None
             if has_more and len(evals) > judged:
-                judged, reason = len(evals), hopeless(trial.study, trial.number, wers)
+                judged, reason = len(evals), prune_reason(trial.study, trial.number, wers)
                 if reason is not None:
                     trial.set_user_attr("reason", reason)
                     raise TrialPruned
