@@ -29,7 +29,6 @@ REQUIREMENTS=${REQUIREMENTS:-requirements.txt}  # made from this file
 CORPUS=${CORPUS:-demo}           # demo is synthesised, the others are downloaded unless $DATA has them
 DATA=${DATA:-data/$CORPUS}       # large corpora often belong on another disk
 OUT=${OUT:-out/$CORPUS}          # checkpoints and logs of this run
-CGROUPS=${CGROUPS:-/sys/fs/cgroup}  # where control groups are mounted
 DRY_RUN=${DRY_RUN:-0}            # 1: decide and print only
 PYTHON=$VENV/bin/python
 
@@ -38,7 +37,7 @@ PYTHON=$VENV/bin/python
 # the system runs it.
 launch() {
   local python=$PYTHON
-  export RANKS HOSTS LAUNCHER BACKEND SSH VENV CORPUS DATA OUT CGROUPS DRY_RUN
+  export RANKS HOSTS LAUNCHER BACKEND SSH VENV CORPUS DATA OUT DRY_RUN
   if [[ ! -x $python ]]; then
     python=python3
     python3 -c 'import os, sys

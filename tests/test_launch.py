@@ -495,6 +495,14 @@ def test_this_machine_by_any_of_its_names_needs_no_mpirun(monkeypatch, resolved,
     assert printed["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_a_host_of_the_same_name_in_another_domain_is_another_one(monkeypatch, resolved):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1.here.example")
+    resolved["node1.there.example"] = "203.0.113.7"  # an address that no machine has
+    assert launch.is_this_machine("NODE1")
+    assert launch.is_this_machine("node1.here.example")
+    assert not launch.is_this_machine("node1.there.example")
+
+
 def test_other_hosts_need_an_mpirun(resolved):
     resolved["10.0.0.7"] = "203.0.113.7"  # an address for documentation, which no machine has
     with pytest.raises(ValueError, match="^torchrun starts ranks on this machine alone"):

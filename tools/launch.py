@@ -280,7 +280,7 @@ def read_machine(env: Mapping[str, str]) -> Machine:
                              errors="replace").stdout if mpirun else ""
     return Machine(
         len(cpus), read_cores(cpus),
-        cpu_quota(read_text(Path("/proc/self/cgroup")), Path(env["CGROUPS"])),
+        cpu_quota(read_text(Path("/proc/self/cgroup")), Path(env.get("CGROUPS", "/sys/fs/cgroup"))),
         mpirun=mpirun, mpi_version=version,
         has_bindings=env["BACKEND"] == "auto" and try_bindings(Path(venv)),
         preload=find_preload([venv, env.get("CONDA_PREFIX"), env.get("CMPLR_ROOT")]),

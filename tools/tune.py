@@ -56,8 +56,8 @@ from tools import launch
 from train import EXIT_STATUS
 
 REPO = Path(__file__).resolve().parent.parent
-PATHS = ("data", "out", "resume", "restart")  # flags about a place, which may differ between hosts
-LOCAL = ("DATA", "VENV", "REQUIREMENTS", "SSH", "CGROUPS", "MASTER_ADDR", "MASTER_PORT")  # likewise
+PATHS = ("data", "out", "resume", "restart")  # flags in which hosts may differ: places, begin
+LOCAL = ("DATA", "VENV", "REQUIREMENTS", "SSH", "MASTER_ADDR", "MASTER_PORT")  # likewise
 METRICS = ("training_time", "WER")
 MIN_RIVALS = 3  # trials that must have reached an epoch before their median prunes
 POLL_S = 5  # between two looks at a trial's log
