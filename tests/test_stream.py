@@ -90,6 +90,15 @@ def check_stream(kind, n, sizes):
         assert [arc.log_prob for arc in sentence.arcs] == pytest.approx(log_probs, abs=1e-3)
 
 
+def sentence_of(samples):
+    """The sentence of a stream that gets all samples at once."""
+    stream = decode.Stream(checkpoint("plain"))
+    stream.accept(samples)
+    stream.finish()
+    (sentence,) = stream.sentences
+    return sentence
+
+
 # ---------------------------------------------------------------------------------------- equality
 
 
@@ -116,35 +125,20 @@ def test_any_length_gives_the_words_of_the_whole_recording(kind, n):
     check_stream(kind, n, [1000])
 
 
-def test_a_stream_without_samples_has_no_text():
-    assert decode.Stream(checkpoint("plain")).finish() == ""
-
-
-def test_a_stream_begins_anew_after_its_end():
-    stream = decode.Stream(checkpoint("plain"))
-    _, first = whole("plain", 20_000)
-    stream.accept(sound(20_000))
-    assert stream.finish() == first
-    stream.sentences.clear()
-    stream.accept(sound(20_000))
-    assert stream.finish() == first
-
-
-def test_a_stream_takes_the_path_of_a_checkpoint(tmp_path):
+def test_a_stream_takes_the_path_of_a_checkpoint_and_begins_anew_after_its_end(tmp_path):
     save_checkpoint(tmp_path / "best.pt", dict(checkpoint("plain")))
     stream = decode.Stream(tmp_path / "best.pt")
-    stream.accept(sound(20_000))
-    assert stream.finish() == whole("plain", 20_000)[1]
+    for _ in range(2):
+        stream.accept(sound(20_000))
+        assert stream.finish() == whole("plain", 20_000)[1]
+        stream.sentences.clear()
 
 
 def test_words_have_the_times_of_the_whole_recording():
     expected = decode.words_of(whole("plain", 20_000)[0], TOKENIZER, 0.06, 0.0)
-    stream = decode.Stream(checkpoint("plain"))
-    stream.accept(sound(20_000))
-    stream.finish()
-    (sentence,) = stream.sentences
-    assert [w.text for w in sentence.words] == [w.text for w in expected]
-    assert [w.start_s for w in sentence.words] == pytest.approx([w.start_s for w in expected])
+    words = sentence_of(sound(20_000)).words
+    assert [w.text for w in words] == [w.text for w in expected]
+    assert [w.start_s for w in words] == pytest.approx([w.start_s for w in expected])
 
 
 @pytest.mark.parametrize("front_end", [{}, {"trim": False}, {"normalize": "none"}])
@@ -221,8 +215,7 @@ def test_minutes_of_quiet_leave_nothing_behind():
 # ------------------------------------------------------------------------------------ command line
 
 
-def pcm(samples):
-    return (32767 * samples).astype("<i2").tobytes()
+PCM = (32767 * sound(20_000)).astype("<i2")
 
 
 def test_raw_audio_may_arrive_in_halves_of_samples():
@@ -254,26 +247,14 @@ def run_stream(tmp_path, monkeypatch, capsys):
     return run
 
 
-def expected_sentence(samples):
-    stream = decode.Stream(checkpoint("plain"))
-    stream.accept(samples)
-    stream.finish()
-    (sentence,) = stream.sentences
-    return sentence
-
-
 def test_the_line_of_a_stream_has_its_text(run_stream):
-    contents = pcm(sound(20_000))
-    samples = np.frombuffer(contents, "<i2").astype(np.float32) / 32768
-    assert run_stream(contents) == expected_sentence(samples).text + "\n"
+    assert run_stream(PCM.tobytes()) == sentence_of(PCM.astype(np.float32) / 32768).text + "\n"
     assert run_stream(b"") == ""
 
 
 def test_json_of_a_stream_is_an_object_per_sentence(run_stream):
-    contents = pcm(sound(20_000))
-    samples = np.frombuffer(contents, "<i2").astype(np.float32) / 32768
-    sentence = expected_sentence(samples)
-    (line,) = run_stream(contents, "--json").splitlines()
+    sentence = sentence_of(PCM.astype(np.float32) / 32768)
+    (line,) = run_stream(PCM.tobytes(), "--json").splitlines()
     heard = json.loads(line)
     assert list(heard) == ["start_s", "end_s", "text", "words"]
     assert (heard["start_s"], heard["text"]) == (0, sentence.text)
@@ -301,7 +282,7 @@ def test_words_are_printed_while_audio_comes_and_ctrl_c_ends_the_line(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=heed_signals,
     )
-    process.stdin.write(pcm(sound(20_000)))
+    process.stdin.write(PCM.tobytes())
     process.stdin.flush()
     first = process.stdout.read(1)  # standard input is still open
     process.send_signal(signal.SIGINT)
