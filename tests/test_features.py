@@ -41,31 +41,6 @@ def tone(n: int, frequency_hz: float, rate: int = 16000) -> np.ndarray:
 # ----------------------------------------------------------------------- audio file to samples
 
 
-@pytest.mark.parametrize("suffix", ["flac", "wav"])
-def test_int16_is_scaled_by_exactly_one_in_32768(tmp_path, suffix):
-    pcm = np.arange(-32768, 32768).astype(np.int16)  # every value there is
-    path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, pcm, 16000, subtype="PCM_16")
-    samples = features.load_audio(path)
-    assert samples.dtype == np.float32
-    assert np.array_equal(samples * 32768, pcm)
-
-
-def test_ogg_is_readable(tmp_path):
-    soundfile.write(tmp_path / "a.ogg", tone(16000, 440), 16000)
-    samples = features.load_audio(tmp_path / "a.ogg")
-    assert samples.shape == (16000,)
-    # Vorbis is lossy: this tone of 0.5 comes back within 0.017.
-    assert np.abs(samples - tone(16000, 440))[100:-100].max() < 0.03
-
-
-def test_16_khz_mono_gives_no_warning(tmp_path):
-    soundfile.write(tmp_path / "a.flac", noise(100), 16000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        features.load_audio(str(tmp_path / "a.flac"))
-
-
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     features.warn_once.cache_clear()
@@ -80,6 +55,25 @@ def load_with_warnings(paths: list) -> tuple[list[np.ndarray], list[str]]:
             warnings.simplefilter("default")
             loaded.append(features.load_audio(path))
     return loaded, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav"])
+def test_int16_is_scaled_by_exactly_one_in_32768(tmp_path, suffix):
+    pcm = np.arange(-32768, 32768).astype(np.int16)  # every value there is
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, pcm, 16000, subtype="PCM_16")
+    [samples], messages = load_with_warnings([path])
+    assert samples.dtype == np.float32
+    assert np.array_equal(samples * 32768, pcm)
+    assert messages == []
+
+
+def test_ogg_is_readable(tmp_path):
+    soundfile.write(tmp_path / "a.ogg", tone(16000, 440), 16000)
+    samples = features.load_audio(tmp_path / "a.ogg")
+    assert samples.shape == (16000,)
+    # Vorbis is lossy: this tone of 0.5 comes back within 0.017.
+    assert np.abs(samples - tone(16000, 440))[100:-100].max() < 0.03
 
 
 STEREO, RESAMPLED = ("audio of 2 channels is averaged to one",
@@ -110,28 +104,6 @@ def test_two_files_of_another_kind_are_converted_with_one_warning(
 def test_resample_is_librosas(rate):
     expected = librosa.resample(noise(4001), orig_sr=rate, target_sr=16000, res_type="soxr_hq")
     assert np.array_equal(features.resample(noise(4001), rate, 16000), expected)
-
-
-@pytest.mark.parametrize(
-    ("samples", "rate", "options"),
-    [
-        (noise(1), 16000, {}),
-        (noise(16000), 44100, {}),
-        (noise(80000).reshape(16000, 5), 16000, {}),
-        (np.full(999, 0.25), 16000, {}),
-        (noise(16000), 16000, {"subtype": "PCM_24"}),
-    ],
-    ids=["one sample", "44.1 kHz", "5 channels", "constant", "24 bit"],
-)
-@pytest.mark.filterwarnings("ignore:audio of")
-def test_odd_audio_has_finite_features(tmp_path, samples, rate, options):
-    soundfile.write(tmp_path / "a.flac", samples, rate, **options)
-    loaded = features.load_audio(tmp_path / "a.flac")
-    assert len(loaded) == -(-len(samples) * 16000 // rate)
-    for rng in (None, np.random.default_rng(1)):
-        feats = features.features(loaded, rng=rng)
-        assert feats.isfinite().all()
-        assert len(feats) >= 1
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "IMA_ADPCM", "ULAW", "PCM_24", "DOUBLE"])
@@ -315,30 +287,13 @@ def test_log_mel_is_the_float64_transform(n):
     assert (np.abs(power - expected) < limit).all()
 
 
-def replace_filters(monkeypatch, mel: torch.Tensor) -> None:
-    """Gives log_mel another filterbank, so that exp(log_mel) shows the spectrum."""
-    window = 0.5 * (1 - torch.cos(2 * math.pi * (torch.arange(320) + 0.5).double() / 320))
-    monkeypatch.setattr(features, "mel_filters", lambda cfg: (window.float(), mel))
-
-
-def logarithms_of(monkeypatch, mel_power) -> list[float]:
-    """Output of log_mel where the mel filters have these outputs."""
-    replace_filters(monkeypatch, torch.eye(257))
-    power = features.log_mel(np.ones(1, np.float32)).exp()[0, 0]
-    mel = torch.zeros(257, len(mel_power))
-    mel[0] = torch.as_tensor(mel_power) / power
-    replace_filters(monkeypatch, mel)
-    return features.log_mel(np.ones(1, np.float32))[0].tolist()
-
-
-def test_logarithm_is_natural_with_a_floor_and_without_an_offset(monkeypatch):
-    # Computed by DALI's ToDecibels with cutoff ln(1e-20).
-    logarithms = logarithms_of(monkeypatch, [0, 1e-21, 1e-20, 1e-19, 1e-10, 1, 2.5, 1e4])
-    assert logarithms == pytest.approx(
-        [-46.051704, -46.051704, -46.051704, -43.749119, -23.025852, 0, 0.9162908, 9.210341],
-        abs=2e-6,
-        rel=1e-6,
-    )
+def test_logarithm_has_a_floor_and_no_offset():
+    quiet = noise(1500, deviation=1e-10)  # its power lies on both sides of the floor of 1e-20
+    expected = float64_log_mel(quiet)
+    assert expected.min() == pytest.approx(math.log(1e-20))
+    assert expected.max() > math.log(5e-20)
+    # An offset of 1e-20 would add up to ln(2).
+    assert np.abs(features.log_mel(quiet).numpy() - expected).max() < 1e-3
 
 
 # ------------------------------------------------------------------------- normalise and splice
@@ -383,17 +338,13 @@ def test_splice_joins_three_frames_and_pads_with_zeros(frames):
     assert not spliced[:, 240:].any()
 
 
-def test_input_frames_are_30_ms_apart():
-    assert FeatureConfig().frame_s == pytest.approx(0.03)
-    assert FeatureConfig(splice=4, hop=80, sample_rate_hz=8000).frame_s == pytest.approx(0.04)
-
-
 @pytest.mark.parametrize(
     ("mels", "splice", "align", "size"), [(80, 3, 32, 256), (80, 4, 32, 320), (40, 3, 1, 120)]
 )
 def test_feature_size_is_rounded_up(mels, splice, align, size):
     cfg = FeatureConfig(num_mels=mels, freq_mask_max=0, splice=splice, align=align)
     assert cfg.feature_size == size
+    assert cfg.frame_s == pytest.approx(0.01 * splice)
     assert features.splice(torch.ones(5, mels), cfg).shape == (math.ceil(5 / splice), size)
 
 
@@ -452,10 +403,9 @@ def test_masked_share_is_near_that_of_the_original(frames, expected):
 @pytest.mark.parametrize(
     ("n", "factor", "length"),
     [
-        (1600, 0.85, 1360), (1600, 0.9, 1440), (1600, 0.95, 1520), (1600, 1.0, 1600),
-        (1600, 1.05, 1680), (1600, 1.1, 1760), (1600, 1.15, 1840), (160, 0.85, 136),
-        (160, 1.15, 184), (161, 0.85, 137), (161, 1.15, 186), (1601, 0.85, 1361),
-        (1601, 1.15, 1842), (1, 0.85, 1), (1, 1.15, 2),
+        (1600, 0.85, 1360), (1600, 0.95, 1520), (1600, 1.0, 1600), (1600, 1.15, 1840),
+        (161, 0.85, 137), (161, 1.15, 186), (1601, 0.85, 1361), (1601, 1.15, 1842),
+        (1, 0.85, 1), (1, 1.15, 2),
     ],
 )
 def test_speed_changes_the_number_of_samples(n, factor, length):
@@ -476,7 +426,7 @@ def test_speed_changes_nothing_but_the_pitch_of_a_tone(factor, frequency_hz):
 
 
 def test_faster_speech_has_no_mirror_images():
-    """Sound above the new band of 6800 Hz must not come back below it."""
+    # Sound above the new band of 6800 Hz must not come back below it.
     changed = features.change_speed(tone(16000, 7600), 0.85)
     assert np.abs(changed)[500:-500].max() < 1e-4
 
