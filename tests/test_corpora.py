@@ -47,6 +47,17 @@ def bring(root, capsys):
     return bring
 
 
+@pytest.fixture
+def refuse(root, capsys):
+    """Runs a command that must fail; returns its message."""
+
+    def refuse(source, split="train"):
+        assert prepare.main(["import", str(source), str(root), split]) == 1
+        return capsys.readouterr().err.removeprefix("tools.prepare: ")
+
+    return refuse
+
+
 def write_json(folder, *rows):
     """Write a manifest of NeMo's form; a row is an object or the text of a line."""
     path = folder / "train.json"
@@ -148,25 +159,23 @@ def test_the_imported_split_has_no_problem(folder, root, bring, capsys):
         "train: 2 utterances, 0.00 h, 2 words, 1 distinct words, 2 speakers\n")
 
 
-def test_a_source_of_no_known_form_is_an_error_that_lists_them(folder, root, capsys):
+def test_a_source_of_no_known_form_is_an_error_that_lists_them(folder, root, refuse):
     (folder / "list.csv").write_text("wav_filename,transcript\na.wav,hello\n")
     for source, found in (
         (folder, "a folder with a.wav, list.csv"),
         (folder / "list.csv", "a file that begins with 'wav_filename,transcript'"),
     ):
-        assert prepare.main(["import", str(source), str(root), "train"]) == 1
-        assert capsys.readouterr().err == (
-            f"tools.prepare: {source}: found {found}; looked for JSON lines with audio_filepath "
-            "(NeMo), tab-separated values with columns path and sentence (Common Voice), a folder "
-            "with wav.scp and text (Kaldi)\n")
+        assert refuse(source) == (
+            f"{source}: found {found}; looked for JSON lines with audio_filepath (NeMo), "
+            "tab-separated values with columns path and sentence (Common Voice), a folder with "
+            "wav.scp and text (Kaldi)\n")
     assert list(root.iterdir()) == []
 
 
-def test_a_source_without_rows_is_an_error(folder, root, capsys):
+def test_a_source_without_rows_is_an_error(folder, root, refuse):
     source = folder / "empty.tsv"
     source.write_text("path\tsentence\n")
-    assert prepare.main(["import", str(source), str(root), "train"]) == 1
-    assert capsys.readouterr().err == f"tools.prepare: {source}: no utterance in it\n"
+    assert refuse(source) == f"{source}: no utterance in it\n"
     assert list(root.iterdir()) == []
 
 
@@ -270,24 +279,15 @@ def test_bad_lines_of_a_kaldi_folder_are_named(folder, root, bring):
 
 def test_bad_rows_of_tab_separated_values_are_named(folder, root, bring):
     source = folder / "train.tsv"
-    rows = ["path\tsentence", "a.wav\tfine", "../a.wav\tx", "b.wav\tx", "a.wav\tfine", "a.wav\t!"]
+    rows = ["path\tsentence", "a.wav\tfine", "../a.wav\tx", "a.wav\tfine", "a.wav\ttwo\tcells"]
     source.write_text("\n".join(rows))
-    lines = bring(source, status=1)
-    assert sorted(line.strip() for line in lines[1:-1]) == sorted([
-        "error: audio missing: 2", f"{source}:3: '../a.wav' leads outside of {folder}",
-        f"{source}:4: '{folder}/b.wav' is not there, or no file",
-        "error: duplicate id: 1", f"{source}:5: {source}:2 is the same",
-        "error: no text: 1", f"{source}:6: no word in '!'",
-    ])
-    assert [x[1] for x in read_corpus(root)] == ["FINE"]
-
-
-def test_a_line_of_other_columns_is_named(folder, bring):
-    source = folder / "train.tsv"
-    source.write_text("path\tsentence\na.wav\tfine\na.wav\ttwo\tcells\n")
-    assert bring(source, status=1)[1:3] == [
+    assert bring(source, status=1)[1:-1] == [
+        "error: audio missing: 1", f"    {source}:3: '../a.wav' leads outside of {folder}",
+        "error: duplicate id: 1", f"    {source}:4: {source}:2 is the same",
         "error: line not readable: 1",
-        f"    {source}:3: 3 columns, expected 2 as in the first line"]
+        f"    {source}:5: 3 columns, expected 2 as in the first line",
+    ]
+    assert [x[1] for x in read_corpus(root)] == ["FINE"]
 
 
 def test_names_of_the_source_lead_nowhere(folder, root, bring, tmp_path):
@@ -299,11 +299,9 @@ def test_names_of_the_source_lead_nowhere(folder, root, bring, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp"])
-def test_a_split_that_is_no_folder_name_is_an_error(folder, root, capsys, name):
-    source = write_json(folder, GOOD)
-    assert prepare.main(["import", str(source), str(root), name]) == 1
-    assert capsys.readouterr().err == (
-        f"tools.prepare: split {name!r}, expected the name of one folder\n")
+def test_a_split_that_is_no_folder_name_is_an_error(folder, root, refuse, name):
+    message = refuse(write_json(folder, GOOD), name)
+    assert message == f"split {name!r}, expected the name of one folder\n"
     assert list(root.iterdir()) == []
 
 
@@ -383,21 +381,18 @@ def test_a_chapter_whose_speaker_is_corrected_is_left(folder, root, bring):
     assert (speaker, text) == ("bob", "GOOD")
 
 
-def test_a_split_of_another_source_is_not_touched(half, folder, root, bring, capsys):
+def test_a_split_of_another_source_is_not_touched(half, folder, root, bring, refuse):
     bring(half)
     before = read_tree(root)
     other = half.rename(folder / "other.json")
-    assert prepare.main(["import", str(other), str(root), "train"]) == 1
-    assert capsys.readouterr().err == (
-        f"tools.prepare: {root}/train: holds something other than an import of {other}; choose "
-        "another split\n")
+    assert refuse(other) == (
+        f"{root}/train: holds something other than an import of {other}; choose another split\n")
     assert read_tree(root) == before
 
 
-def test_a_full_disk_ends_the_import_with_the_reason_of_the_system(half, root, capsys, monkeypatch):
+def test_a_full_disk_ends_the_import_with_the_reason_of_the_system(half, refuse, monkeypatch):
     def fail(path, contents):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(corpora, "write_whole", fail)
-    assert prepare.main(["import", str(half), str(root), "train"]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert "No space left on device" in refuse(half)
