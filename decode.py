@@ -268,7 +268,7 @@ def char_errors(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[i
     return sum(edit_distance(h, r) for h, r in pairs), sum(len(r) for _, r in pairs)
 
 
-def word_error_rate(errors: int, words: int) -> float:
+def error_rate(errors: int, words: int) -> float:
     """Errors per reference word, or character; infinite if there is none."""
     return errors / words if words else math.inf
 
@@ -368,8 +368,8 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
 
     hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
     errors, words = word_errors(hypotheses, references)
-    wer = 100 * word_error_rate(errors, words)
-    cer = 100 * word_error_rate(*char_errors(hypotheses, references))
+    wer = 100 * error_rate(errors, words)
+    cer = 100 * error_rate(*char_errors(hypotheses, references))
     rtf = seconds / sum(u.duration_s for u in utterances)
     print(f"{args.split}: WER {wer:.2f} % ({errors:,} errors in {words:,} words), "
           f"CER {cer:.2f} %, real-time factor {rtf:.4f}, {seconds:.1f} s, hypotheses in {out}")

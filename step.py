@@ -260,8 +260,8 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     errors, words, char_errors, chars, frames, labels = all_sum(sums, ranks).tolist()
     seconds = time.perf_counter() - started
     return {
-        "wer": decode.word_error_rate(errors, words), "errors": errors, "words": words,
-        "cer": decode.word_error_rate(char_errors, chars),
+        "wer": decode.error_rate(errors, words), "errors": errors, "words": words,
+        "cer": decode.error_rate(char_errors, chars),
         "rtf": seconds / sum(u.duration_s for u in utterances), "seconds": seconds,
         "frames": frames, "labels": labels,
     }

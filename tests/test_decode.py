@@ -239,7 +239,7 @@ def test_a_search_leaves_the_state_that_it_is_given_unchanged():
 
 
 def wer(hypotheses, references):
-    return decode.word_error_rate(*decode.word_errors(hypotheses, references))
+    return decode.error_rate(*decode.word_errors(hypotheses, references))
 
 
 # NVIDIA/NeMo tests/collections/asr/test_asr_metrics.py, then two of Lightning-AI/torchmetrics, then

@@ -417,7 +417,7 @@ def score(model, tokenizer, corpus, features):
     dataset = data.SpeechDataset(utterances, None, features)
     texts = decode.decode_batches(model, tokenizer, data.batch_loader(dataset, [[0, 1, 2]], 0))
     pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
-    return [decode.word_error_rate(*count(*pairs))
+    return [decode.error_rate(*count(*pairs))
             for count in (decode.word_errors, decode.char_errors)]
 
 

@@ -328,8 +328,8 @@ def bench_decode(args: argparse.Namespace) -> None:
           f"{len(utterances) / seconds:.0f} a second, real-time factor {rtf:.4f}; "
           f"{len(alone)} of them alone: {'the same' if same else 'OTHER'} hypotheses")
     finish({"seconds": seconds, "rtf": rtf,
-            "wer": decode.word_error_rate(*decode.word_errors(*pairs)),
-            "cer": decode.word_error_rate(*decode.char_errors(*pairs)),
+            "wer": decode.error_rate(*decode.word_errors(*pairs)),
+            "cer": decode.error_rate(*decode.char_errors(*pairs)),
             "same_as_alone": same, "peak_rss_gb": rss_gb()})
 
 

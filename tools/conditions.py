@@ -146,8 +146,8 @@ def bench_conditions(args: argparse.Namespace) -> None:
         return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))
 
     def score(name: str, texts: Sequence[str], references: Sequence[str]) -> None:
-        rates["wer"][name] = wer = decode.word_error_rate(*decode.word_errors(texts, references))
-        rates["cer"][name] = cer = decode.word_error_rate(*decode.char_errors(texts, references))
+        rates["wer"][name] = wer = decode.error_rate(*decode.word_errors(texts, references))
+        rates["cer"][name] = cer = decode.error_rate(*decode.char_errors(texts, references))
         print(f"{name:30} WER {100 * wer:6.2f} %  CER {100 * cer:6.2f} %", flush=True)
 
     rates: dict[str, dict[str, float]] = {"wer": {}, "cer": {}}
