@@ -27,6 +27,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+if __name__ == "__main__":
+    # main() answers Ctrl-C, and this hook does while the libraries below are imported.
+    sys.excepthook = lambda kind, *rest: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest))
+
 import numpy as np
 import torch
 from torch import Tensor

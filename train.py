@@ -31,6 +31,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    # main() answers Ctrl-C, and this hook does while the libraries below are imported.
+    sys.excepthook = lambda kind, *rest: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest))
+
 import torch
 import torch.distributed as dist
 

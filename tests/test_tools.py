@@ -99,6 +99,15 @@ def test_a_tool_ends_quietly_while_it_imports_its_libraries(code, status):
     assert run_in_closed_pipe([sys.executable, "-c", f"import tools\n{code}"]) == (status, "")
 
 
+@pytest.mark.parametrize("script", ["train.py", "decode.py"])
+def test_a_script_ends_quietly_while_it_imports_its_libraries(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nimport time\n"
+                                       "time.sleep(60)\n")
+    done = subprocess.run([sys.executable, script], cwd=REPO, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, preexec_fn=heed_signals)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_an_error_keeps_its_traceback():
     status, error = run_in_closed_pipe([sys.executable, "-c", "import tools\nraise KeyError(7)"])
     assert status == 1
