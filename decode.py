@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 if __name__ == "__main__":
-    # main() answers Ctrl-C, and this hook does while the libraries below are imported.
+    # main() ends quietly at Ctrl-C; until the libraries below are imported, this hook does.
     sys.excepthook = lambda kind, *rest: (
         os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest))
 
@@ -733,7 +733,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", nargs="?", const="-", help="where to write words with times as "
                         "JSON; --stream without a file prints one object per sentence")
     parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
-    parser.add_argument("--vtt", help="where to write them in WebVTT's form")
+    parser.add_argument("--vtt", help="where to write subtitles of one audio file, WebVTT's form")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
                         "input while it comes: 16-bit little-endian, one channel, the model's rate")

@@ -51,8 +51,8 @@ class ModelConfig:
     pred_layers: int = 2  # LSTM layers of the prediction network
     joint_hidden: int = 512  # J
     enc_dropout: float = 0.1  # dropout probability after every LSTM layer of the encoder
-    pred_dropout: float = 0.3  # likewise in the prediction network
-    joint_dropout: float = 0.3  # likewise on the joint hidden layer
+    pred_dropout: float = 0.3  # dropout probability after every LSTM of the prediction network
+    joint_dropout: float = 0.3  # dropout probability on the joint hidden layer
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
     conv_channels: int = 32  # channels of the first two convolutions; later ones have twice as many

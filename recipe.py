@@ -27,7 +27,7 @@ class TrainConfig:
     dev_split: str  # folder that is scored
     out: str  # run directory
     preset: str = "democratized"  # model and recipe
-    epochs: int = 49  # of the whole run, unless a target or a limit ends it
+    epochs: int = 49  # number of epochs; a target or a limit may end the run earlier
     batch_size: int = 32  # utterances per rank and forward pass
     accumulation: int = 1  # forward passes per step, exactly one big batch
     lr: float = 0.004  # the largest learning rate

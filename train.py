@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    # main() answers Ctrl-C, and this hook does while the libraries below are imported.
+    # The end of this file answers Ctrl-C; until the libraries below are imported, this hook does.
     sys.excepthook = lambda kind, *rest: (
         os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest))
 

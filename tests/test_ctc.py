@@ -354,6 +354,9 @@ def test_both_losses_stand_in_the_log(finished):
     assert first["loss"] == pytest.approx(first_ctc, rel=1e-6)
     assert first["transducer_loss"] == 0
     assert last["loss"] == pytest.approx(last["transducer_loss"] + 0.5 * last_ctc, rel=1e-6)
+    # While the CTC heads are trained alone, no lattice has a share of nodes.
+    assert "share_of_nodes" not in first
+    assert 0 < last["share_of_nodes"] <= 1
 
 
 def test_the_console_shows_the_ctc_loss(finished):
