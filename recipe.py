@@ -29,6 +29,7 @@ class TrainConfig:
     preset: str = "democratized"  # model and recipe
     epochs: int = 49  # number of epochs; a target or a limit may end the run earlier
     batch_size: int = 32  # utterances per rank and forward pass
+    share_batch: bool = False  # all ranks together take batch_size utterances
     accumulation: int = 1  # forward passes per step, exactly one big batch
     lr: float = 0.004  # the largest learning rate
     lr_min: float = 1e-5  # the smallest learning rate
@@ -104,9 +105,22 @@ class TrainConfig:
         if self.resume and self.restart:
             raise ValueError("resume and restart exclude each other")
 
+    def rank_batch(self, ranks: int) -> int:
+        """Utterances of a forward pass of one of so many ranks.
+
+        Raises:
+            ValueError: the ranks cannot share the batch equally.
+        """
+        if not self.share_batch:
+            return self.batch_size
+        if self.batch_size % ranks:
+            raise ValueError(f"batch_size: {self.batch_size}, expected a multiple of {ranks}, the "
+                             "ranks that share it; RANKS=1 bash run.sh starts one")
+        return self.batch_size // ranks
+
     def global_batch(self, ranks: int) -> int:
         """Utterances of a step."""
-        return self.batch_size * self.accumulation * ranks
+        return self.rank_batch(ranks) * self.accumulation * ranks
 
     def is_scored(self, epoch: int) -> bool:
         """True if the dev split is evaluated after an epoch; 0 stands for the start."""

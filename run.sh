@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Leads from a clone to a transcript: set up, prepare a corpus, train, score the dev split, transcribe three files.
 #
-#   bash run.sh                                   the demo corpus, one process for each NUMA node
+#   bash run.sh                                   the demo corpus, one process for each NUMA node (two on two cores)
 #   RANKS=2 bash run.sh --epochs 20               two ranks on this machine; flags go to train.py and win
 #   HOSTS=my-hosts bash run.sh                    on the machines listed there, with mpirun (see hosts)
 #   CORPUS=mini-librispeech bash run.sh           or librispeech-100, librispeech-960, downloaded to $DATA
@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- knobs of the machine; everything about the model and its training is a flag of train.py ----
-RANKS=${RANKS:-}                 # processes on each host; default: as hosts says, or one for each NUMA node
+RANKS=${RANKS:-}                 # processes on each host; default: as hosts says, one for each NUMA node, two on two cores
 HOSTS=${HOSTS:-hosts}            # file of the machines to train on
 LAUNCHER=${LAUNCHER:-auto}       # auto, mpirun (Intel MPI, Open MPI, MPICH), torchrun, ipex
 BACKEND=${BACKEND:-auto}         # of torch.distributed: auto, ccl, gloo, mpi

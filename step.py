@@ -281,8 +281,8 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     global_batch = cfg.global_batch(ranks.world)
     rng = np.random.default_rng((cfg.seed, epoch))
     order = data.bucket_batches(dataset.durations_s(), global_batch, features.num_buckets, rng)
-    # (steps, global_batch) indices -> (micro-batches, batch_size) of this rank.
-    mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.batch_size)
+    # (steps, global_batch) indices -> (micro-batches, utterances) of this rank.
+    mine = order[first_step:, ranks.rank :: ranks.world].reshape(-1, cfg.rank_batch(ranks.world))
     batches = data.batch_loader(dataset, mine.tolist(), cfg.loader_workers, cfg.timeout_s / 2)
     while step := list(islice(batches, cfg.accumulation)):
         yield step

@@ -138,8 +138,7 @@ def run_facts(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
     return {
         "model_facts": {"preset": cfg.preset, **asdict(model_cfg), **asdict(features)},
         "sampling_facts": {
-            "ranks x batch x accumulation": f"{ranks.world} x {cfg.batch_size} x "
-                                            f"{cfg.accumulation}",
+            "utterances of a step": cfg.global_batch(ranks.world),
             "seed": cfg.seed, "training set": data.describe_corpus(train),
         },
         "dev_facts": data.describe_corpus(dev),
@@ -235,8 +234,8 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
     if now != before and state.batch > 0:
         state.begin_next_epoch()
     for name in now:
-        if now[name] != before[name]:
-            say(f"{name} was {before[name]}, now {now[name]}: goes on at epoch {state.epoch}")
+        if now[name] != before.get(name):
+            say(f"{name} was {before.get(name)}, now {now[name]}: goes on at epoch {state.epoch}")
     return state
 
 

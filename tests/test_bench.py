@@ -242,11 +242,12 @@ def test_neighbour_keeps_the_last_core_busy():
 def test_launches_are_those_of_run_sh_with_other_waits(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launches = bench.make_launches()
-    default, each = launches["as launched"], launches["a rank on each core"]
-    assert default.ranks * int(default.variables["OMP_NUM_THREADS"]) == each.ranks
-    assert each.variables["OMP_NUM_THREADS"] == "1"
+    default, one = launches["as launched"], launches["one rank"]
+    threads = int(default.variables["OMP_NUM_THREADS"])
+    assert one.ranks == 1
+    assert default.ranks * threads <= int(one.variables["OMP_NUM_THREADS"])
     assert launches["OMP_WAIT_POLICY=passive"] == (
-        default.ranks, default.variables | {"OMP_WAIT_POLICY": "passive"})
+        1, one.variables | {"OMP_WAIT_POLICY": "passive"})
 
 
 def test_steps_beside_a_neighbour_are_measured_in_turns(capsys, monkeypatch):
@@ -279,7 +280,7 @@ def test_steps_beside_a_neighbour_are_measured_in_turns(capsys, monkeypatch):
 @pytest.mark.slow
 def test_training_is_measured_beside_a_busy_process(capsys, monkeypatch):
     launches = bench.make_launches()
-    chosen = {name: launches[name] for name in ("as launched", "a rank on each core")}
+    chosen = {name: launches[name] for name in ("as launched", "one rank")}
     monkeypatch.setattr(bench, "make_launches", lambda: chosen)
     _, result = run_here(monkeypatch, capsys, "neighbour", "--turns", 1, "--seconds", 0,
                          "--enc-hidden", 8, "--pred-hidden", 8, "--joint-hidden", 8)

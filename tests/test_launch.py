@@ -239,6 +239,29 @@ def test_decisions_of_two_ranks():
     assert not [word for word in plan.command if word.startswith(("RANK=", "WORLD_SIZE="))]
 
 
+@pytest.mark.parametrize("there", [
+    machine(cores_of(1, 2)), machine(quota=2), machine(cores_of(2, 1)),
+])
+def test_two_ranks_share_the_batch_on_two_cores(there):
+    plan = plan_of(there)
+    assert "ranks   2 on localhost, which share a batch, by torchrun (there is no mpirun)" in (
+        plan.lines)
+    assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in plan.lines
+    assert plan.lines[-1].endswith("--ranks 2 --share-batch --backend gloo")
+
+
+@pytest.mark.parametrize(("cores", "knobs", "hosts", "ranks"), [
+    (2, {"RANKS": "1"}, "localhost", 1), (2, {"RANKS": "2"}, "localhost", 2),
+    (2, {}, "localhost slots=2", 2), (1, {}, "localhost", 1), (3, {}, "localhost", 1),
+    (2, {}, "node1\nnode2", 2),
+])
+def test_ranks_have_batches_of_their_own(cores, knobs, hosts, ranks, resolved):
+    resolved |= {"node1": "10.0.0.1", "node2": "10.0.0.2"}
+    plan = plan_of(machine(cores_of(1, cores), mpi="Intel MPI"), hosts=hosts, **knobs)
+    assert plan.group.world == ranks
+    assert "--share-batch" not in plan.command
+
+
 def test_two_sockets_of_52_cores_as_intels_launcher():
     there = machine(cores_of(2, 52), mpi="Intel MPI", preload="/lib/libiomp5.so")
     assert decide(there, BACKEND="ccl", CCL_WORKER_COUNT="4") == {

@@ -329,13 +329,21 @@ def test_another_global_batch_goes_on_at_the_next_epoch_and_says_so(run, tmp_pat
     capsys.readouterr()
     assert run(tmp_path, "--resume", *warmup, "--batch-size", 4) == 0
     said = capsys.readouterr().out
-    assert "was 1 x 2 x 1, now 1 x 4 x 1: goes on at epoch 3" in said
+    assert "utterances of a step was 2, now 4: goes on at epoch 3" in said
     steps = events(tmp_path, "step")
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
     # The schedule counts steps of the new size, two an epoch: these are its fifth and sixth, and
     # the rate reaches --lr at the sixth, the end of the warm-up.
     assert [e["lr"] for e in steps[-2:]] == pytest.approx([0.2 * 6 / 7, 0.2])
     assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3]
+
+
+def test_another_split_of_the_same_batch_goes_on_at_the_next_step(run, tmp_path, capsys):
+    run(tmp_path, at={6: send(signal.SIGTERM)})  # two steps into the second epoch
+    capsys.readouterr()
+    assert run(tmp_path, "--resume", "--batch-size", 1, "--accumulation", 2) == 0
+    assert "goes on at" not in capsys.readouterr().out
+    assert [e["step"] for e in events(tmp_path, "step")] == list(range(1, 13))
 
 
 def test_after_a_change_to_larger_batches_the_new_checkpoints_stay(run, tmp_path, capsys):

@@ -504,6 +504,8 @@ def test_ranks_and_micro_batches_share_the_utterances_of_a_step(epoch_ids):
     together = [sorted(a + b) for (a,), (b,) in zip(first, second, strict=True)]
     assert together == [sorted(ids) for ids in big]
     assert [a + b for a, b in epoch_ids(batch_size=1, accumulation=2)] == big
+    for rank, alone in enumerate((first, second)):
+        assert epoch_ids(ranks=Ranks(rank, 2, rank), share_batch=True) == alone
 
 
 def test_batches_hold_utterances_that_are_equally_long_after_speed_perturbation(monkeypatch):

@@ -400,20 +400,17 @@ def decide_launch(**knobs: str) -> Launch:
 
 
 def make_launches() -> dict[str, Launch]:
-    """Name -> launch: run.sh's own, other ways to wait for OpenMP threads, a rank on each core."""
-    default = decide_launch()
+    """Name -> launch: run.sh's own, and one rank of all cores with several ways to wait for its
+    OpenMP threads."""
+    default = decide_launch(RANKS="1")
     if "iomp5" in default.variables.get("LD_PRELOAD", ""):
         waits = [("KMP_BLOCKTIME", "0"), ("KMP_BLOCKTIME", "200")]
     else:
         waits = [("GOMP_SPINCOUNT", "0"), ("GOMP_SPINCOUNT", "3000"), ("GOMP_SPINCOUNT", "30000")]
-    launches = {"as launched": default} | {
-        f"{name}={value}": Launch(default.ranks, default.variables | {name: value})
+    return {"as launched": decide_launch(), "one rank": default} | {
+        f"{name}={value}": Launch(1, default.variables | {name: value})
         for name, value in [("OMP_WAIT_POLICY", "passive"), *waits]
     }
-    cores = default.ranks * int(default.variables["OMP_NUM_THREADS"])
-    launches["a rank on each core"] = decide_launch(
-        RANKS=str(cores), OMP_NUM_THREADS="1", LAUNCHER="torchrun", BACKEND="gloo")
-    return launches
 
 
 def bench_neighbour(args: argparse.Namespace, argv: Sequence[str]) -> None:

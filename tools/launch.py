@@ -108,7 +108,9 @@ def cpu_quota(membership: str, mounts: Path) -> int | None:
 
 
 def default_ranks(cores: Sequence[Core]) -> int:
-    """One rank for each NUMA node, since memory of another node is slow; one rank for all if a
+    """Ranks on each of several hosts, or on a machine of more than two cores.
+
+    One rank for each NUMA node, since memory of another node is slow; one rank for all if a
     cpuset left nodes of different sizes, since all ranks would wait for the smallest."""
     sizes = Counter(core.node for core in cores)
     return len(sizes) if len(set(sizes.values())) == 1 else 1
@@ -324,6 +326,7 @@ class Group(NamedTuple):
     ranks: int  # that share the cores of a host
     world: int  # all ranks
     is_single: bool  # all ranks are on this machine
+    shares_batch: bool  # all ranks together take the batch of one
     address: str  # of rank 0
     port: int  # where rank 0 listens
     usable: int  # cores of each host
@@ -334,20 +337,25 @@ class Group(NamedTuple):
 def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
     """Hosts and ranks by the knobs and the hosts file; address of rank 0."""
     hosts, slots = read_hosts_file(env["HOSTS"])
-    ranks = int(env["RANKS"] or 0) or slots or default_ranks(machine.cores)
-    summary = f"{ranks} on {', '.join(hosts)}"
-    if slots not in (None, ranks):
-        summary += f" (RANKS={ranks} wins over slots={slots} in {env['HOSTS']})"
+    is_single = len(hosts) == 1 and is_this_machine(hosts[0])
     # A quota limits how many cores the ranks may use, but does not say which.
     usable = min(machine.quota or len(machine.cores), len(machine.cores))
-    is_single = len(hosts) == 1 and is_this_machine(hosts[0])
+    wanted = int(env["RANKS"] or 0) or slots
+    # The threads of one rank would wait for each other at every frame of an LSTM, and for a long
+    # time beside another process. Two ranks wait once a step.
+    shares_batch = not wanted and is_single and usable == 2
+    ranks = wanted or (2 if shares_batch else default_ranks(machine.cores))
+    summary = f"{ranks} on {', '.join(hosts)}" + ", which share a batch" * shares_batch
+    if slots not in (None, ranks):
+        summary += f" (RANKS={ranks} wins over slots={slots} in {env['HOSTS']})"
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
     if not is_single:
         check_addresses((address, *hosts[1:]), env["HOSTS"])
     world = ranks * len(hosts)
     # The variables of a batch job of several tasks would make a single process one of several.
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if world == 1 else {}
-    return Group(hosts, ranks, world, is_single, address, machine.port, usable, summary, place)
+    return Group(hosts, ranks, world, is_single, shares_batch, address, machine.port, usable,
+                 summary, place)
 
 
 def count_tasks(env: Mapping[str, str]) -> int:
@@ -380,7 +388,7 @@ def choose_slurm_ranks(env: Mapping[str, str], machine: Machine) -> Group:
     limits = (machine.quota, int(env.get("SLURM_CPUS_PER_TASK") or 0), len(machine.cores))
     place = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(tasks),
              "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
-    return Group([nodes], 1, tasks, is_single, address, port, min(filter(None, limits)),
+    return Group([nodes], 1, tasks, is_single, False, address, port, min(filter(None, limits)),
                  f"{tasks} on {nodes}", place)
 
 
@@ -531,6 +539,8 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     launch = start_command(launcher, env, group, port, variables) + ["train.py", *run.arguments]
     if group.world > 1:
         launch += ["--ranks", str(group.world)]
+    if group.shares_batch:
+        launch += ["--share-batch"]
     if group.world > 1 or why_backend == AS_SET:
         launch += ["--backend", backend]
     launch += argv
