@@ -565,14 +565,14 @@ class Stream:
         """Takes a checkpoint or its path.
 
         Raises:
-            ValueError: the features of the model need the whole recording.
+            ValueError: the model needs the whole recording.
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         self.model, self.tokenizer, self.cfg = restore(checkpoint)
-        if self.cfg.trim or self.cfg.normalize != "none":
-            raise ValueError("the features of this model need the whole recording: a stream needs "
-                             "a model that train.py trained with --no-trim --normalize none")
+        if self.cfg.trim or self.cfg.normalize != "none" or self.model.cfg.bidirectional:
+            raise ValueError("this model needs the whole recording: a stream needs a model that "
+                             "train.py trained with --no-trim --normalize none --no-bidirectional")
         self.pause_s = pause_s
         self.frame_s = self.model.cfg.reduction * self.cfg.frame_s
         self.step = self.cfg.hop * self.cfg.splice * self.model.cfg.reduction  # samples

@@ -57,6 +57,7 @@ class ModelConfig:
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
     conv_channels: int = 32  # channels of the first two convolutions; later ones have twice as many
     look_ahead: int = 0  # frames before StackTime that the encoder looks ahead; multiple of stack
+    bidirectional: bool = False  # half of each encoder layer reads the utterance backwards
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
@@ -74,6 +75,9 @@ class ModelConfig:
         if self.look_ahead % self.stack:
             raise ValueError(f"look_ahead: {self.look_ahead}, expected a multiple of stack, "
                              f"{self.stack}")
+        if self.bidirectional and self.enc_hidden % 2:
+            raise ValueError(f"enc_hidden: {self.enc_hidden}, expected an even number with "
+                             "bidirectional")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size: {self.vocab_size}, expected a label and the blank")
         for name in ("enc_dropout", "pred_dropout", "joint_dropout"):
@@ -284,6 +288,16 @@ def initialize_gates(name: str, parameter: Tensor) -> None:
         (nn.init.orthogonal_ if "weight_hh" in name else nn.init.xavier_uniform_)(gate)
 
 
+def reverse(x: Tensor, lens: Tensor) -> Tensor:
+    """(T, B, C), (B,) -> (T, B, C): the valid frames of each utterance in reverse order.
+
+    Padding stays behind them. Reversing twice gives `x`.
+    """
+    time = torch.arange(x.shape[0], device=x.device)[:, None]  # (T, 1)
+    source = torch.where(time < lens, lens - 1 - time, time)  # (T, B)
+    return x.gather(0, source[:, :, None].expand(x.shape))
+
+
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
 
@@ -291,13 +305,21 @@ class LstmStack(nn.Module):
     input to its output before. The layers are separate modules because torch.nn.LSTM has no
     dropout after its last layer. Between them time comes first, as oneDNN's LSTM reads and
     writes it.
+
+    Args:
+        bidirectional: every layer is two of half the size, and the second one reads each utterance
+            from its end, Graves & Schmidhuber (2005), doi:10.1016/j.neunet.2005.06.042.
     """
 
     def __init__(self, input_size: int, hidden: int, layers: int, dropout: float,
-                 cfg: ModelConfig) -> None:
+                 cfg: ModelConfig, bidirectional: bool = False) -> None:
         super().__init__()
         input_sizes = [input_size] + [hidden] * (layers - 1)
-        self.layers = nn.ModuleList(WideLstm(size, hidden) for size in input_sizes)
+        width = hidden // 2 if bidirectional else hidden
+        self.layers = nn.ModuleList(WideLstm(size, width) for size in input_sizes)
+        self.backward_layers = nn.ModuleList(
+            WideLstm(size, width) for size in input_sizes if bidirectional
+        )
         self.dropout = nn.Dropout(dropout)
         self.residual = cfg.residual
         if cfg.residual:
@@ -305,24 +327,33 @@ class LstmStack(nn.Module):
         else:
             self.layer_norm = nn.LayerNorm(hidden) if cfg.normalization else nn.Identity()
         with torch.no_grad():
-            for name, parameter in self.layers.named_parameters():
+            for name, parameter in self.named_parameters():
+                if "layer_norm" in name:
+                    continue
                 if cfg.orthogonal_init:
                     initialize_gates(name, parameter)
                 # The gates stand in the order input, forget, cell, output. The LSTM adds two
                 # forget biases: one is set to the wanted value and the other to zero.
                 if "bias" in name:
                     forget_bias = cfg.forget_gate_bias if "bias_ih" in name else 0.0
-                    parameter[hidden : 2 * hidden] = forget_bias
+                    parameter[width : 2 * width] = forget_bias
                 parameter *= cfg.weights_init_scale
 
-    def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
-        """(B, T, input_size), state -> (B, T, H), state after the last frame."""
+    def forward(self, x: Tensor, lens: Tensor | None = None,
+                state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """(B, T, input_size), (B,), state -> (B, T, H), state after the last frame.
+
+        Only bidirectional layers need `lens`.
+        """
         layer_states = [None] * len(self.layers)
         if state is not None:
             layer_states = list(zip(*(s.split(1) for s in state), strict=True))
         x = x.transpose(0, 1).contiguous()  # (T, B, input_size)
         for i, layer in enumerate(self.layers):
             y, layer_states[i] = layer(x, layer_states[i])
+            if self.backward_layers:
+                z, _ = self.backward_layers[i](reverse(x, lens))
+                y = torch.cat([y, reverse(z, lens)], 2)
             y = self.dropout(y)
             if self.residual:
                 y = self.layer_norms[i](x + y if x.shape == y.shape else y)
@@ -385,10 +416,10 @@ class StackTime(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Transcription network of Graves (2012), unidirectional, with StackTime in the middle.
+    """Transcription network of Graves (2012) with StackTime in the middle.
 
-    Convolutions may come first (`cfg.conv_layers`), and StackTime's input may look some frames
-    ahead (`cfg.look_ahead`).
+    Convolutions may come first (`cfg.conv_layers`). StackTime's input may look some frames ahead
+    (`cfg.look_ahead`), or all layers to the end of the utterance (`cfg.bidirectional`).
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -400,11 +431,13 @@ class Encoder(nn.Module):
         if cfg.conv_layers:
             self.conv, width = ConvFrontEnd(cfg), H
         if cfg.pre_layers:
-            self.pre, width = LstmStack(width, H, cfg.pre_layers, cfg.enc_dropout, cfg), H
+            self.pre = LstmStack(width, H, cfg.pre_layers, cfg.enc_dropout, cfg, cfg.bidirectional)
+            width = H
         self.look_ahead = LookAhead(cfg.look_ahead, width) if cfg.look_ahead else None
         self.stack_time = StackTime(cfg.stack)
         self.lower_size = width  # of a frame before StackTime
-        self.post = LstmStack(cfg.stack * width, H, cfg.post_layers, cfg.enc_dropout, cfg)
+        self.post = LstmStack(cfg.stack * width, H, cfg.post_layers, cfg.enc_dropout, cfg,
+                              cfg.bidirectional)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, state: EncoderState | None = None,
                 is_last: bool = True) -> tuple[Tensor, EncoderState]:
@@ -413,11 +446,11 @@ class Encoder(nn.Module):
         `is_last` tells that no chunk of the utterances follows.
         """
         lower_state, upper_state = (None, None) if state is None else state
-        x, _, lower_state = self.lower(feats, feat_lens, lower_state, is_last)  # (B, T_low, H)
+        x, lens, lower_state = self.lower(feats, feat_lens, lower_state, is_last)  # (B, T_low, H)
         if x.shape[1] == 0:  # all frames wait for those that they look ahead to
             x = x.new_empty(len(x), 0, self.post.layers[0].hidden_size)  # (B, 0, H)
         else:
-            x, upper_state = self.upper(x, upper_state)  # (B, T, H)
+            x, upper_state = self.upper(x, lens, upper_state)  # (B, T, H)
         return x, (lower_state, upper_state)
 
     def lower(self, feats: Tensor, feat_lens: Tensor, state: LowerState | None = None,
@@ -430,7 +463,7 @@ class Encoder(nn.Module):
         if self.conv is not None:
             x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_low, H)
         if self.pre is not None:
-            x, pre_state = self.pre(x, pre_state)  # (B, T_low, H)
+            x, pre_state = self.pre(x, lens, pre_state)  # (B, T_low, H)
         # Look-ahead and StackTime put padding frames beside the last valid ones. They must hold
         # zeros, as for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
@@ -438,9 +471,11 @@ class Encoder(nn.Module):
             x, *waiting = self.look_ahead(x, *waiting, is_last=is_last)
         return x, lens, (conv_state, pre_state, waiting)
 
-    def upper(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
-        """StackTime and the LSTMs behind it: (B, T_low, H), state -> (B, T, H), state."""
-        return self.post(self.stack_time(x), state)
+    def upper(self, x: Tensor, lens: Tensor,
+              state: LstmState | None = None) -> tuple[Tensor, LstmState]:
+        """StackTime and the LSTMs behind it: (B, T_low, H), (B,), state -> (B, T, H), state."""
+        factor = self.stack_time.factor
+        return self.post(self.stack_time(x), (lens + factor - 1) // factor, state)
 
 
 class Predictor(nn.Module):
@@ -469,7 +504,7 @@ class Predictor(nn.Module):
 
     def step(self, labels: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
         """(B,) one label per utterance, state -> output (B, H), state after the label."""
-        x, state = self.rnn(self.embed(labels)[:, None], state)  # (B, 1, H)
+        x, state = self.rnn(self.embed(labels)[:, None], state=state)  # (B, 1, H)
         return x[:, 0], state
 
 
@@ -561,7 +596,12 @@ class Transducer(nn.Module):
         on all frames. Every n but the last must be a multiple of `cfg.reduction`. The outputs of a
         model with `cfg.look_ahead` come that many frames before StackTime later: the first chunks
         have fewer outputs or none, and the call with `is_last` returns all that are left.
+
+        Raises:
+            ValueError: the encoder is bidirectional.
         """
+        if self.cfg.bidirectional:
+            raise ValueError("bidirectional: True, but chunks need an encoder that reads forwards")
         lens = torch.full((len(feats),), feats.shape[1], device=feats.device)
         x, state = self.encoder(feats, lens, state, is_last)  # (B, T, H)
         return self.joint_network.encoder_projection(x), state
@@ -579,7 +619,7 @@ class Transducer(nn.Module):
                 ctc_alone: bool = False) -> Outputs:
         """Everything that the losses need; with `ctc_alone` only the CTC heads' logits."""
         low, low_lens, _ = self.encoder.lower(feats, feat_lens)  # (B, T_low, H), (B,)
-        x, _ = self.encoder.upper(low)  # (B, T, H)
+        x, _ = self.encoder.upper(low, low_lens)  # (B, T, H)
         heads = (None if self.ctc_head is None else self.split_positions(x),
                  None if self.char_head is None else self.char_head(low), low_lens)
         enc_lens = self.num_frames(feat_lens)

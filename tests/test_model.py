@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from test_loss import NoFloat64
 from tones import REPO, TRAIN_TEXTS
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
 import decode
@@ -52,8 +53,10 @@ NORMALIZED = replace(TINY, normalization=True)
 CONV = replace(NORMALIZED, pre_layers=0, stack=2, post_layers=3, conv_layers=2, conv_channels=4,
                residual=True)
 LOOK = replace(NORMALIZED, look_ahead=6)
-each_encoder = pytest.mark.parametrize("cfg", [TINY, NORMALIZED, CONV, LOOK],
-                                       ids=["plain", "normalized", "conv", "look-ahead"])
+BOTH = replace(CONV, pre_layers=2, bidirectional=True)
+each_encoder = pytest.mark.parametrize(
+    "cfg", [TINY, NORMALIZED, CONV, LOOK, BOTH],
+    ids=["plain", "normalized", "conv", "look-ahead", "bidirectional"])
 each_predictor = pytest.mark.parametrize("cfg", [TINY, NORMALIZED], ids=["plain", "normalized"])
 LENS = [13, 5, 9, 1]  # the last groups of 3 frames have one, two, three and one valid frames
 
@@ -79,7 +82,28 @@ def garbage_batch(dtype=torch.float64):
     return feats, torch.tensor(LENS)
 
 
-# ------------------------------------------------------------------------ look-ahead and StackTime
+# ------------------------------------------------- both directions, look-ahead and StackTime
+
+
+def test_bidirectional_layers_are_torchs_on_packed_utterances():
+    stack = LstmStack(5, 8, 1, 0.0, TINY, bidirectional=True).double()
+    theirs = torch.nn.LSTM(5, 4, bidirectional=True, batch_first=True).double()
+    weights = stack.layers[0].state_dict()
+    weights |= {f"{name}_reverse": w for name, w in stack.backward_layers[0].state_dict().items()}
+    theirs.load_state_dict(weights)
+    feats, lens = garbage_batch()
+    x = feats[:, :, :5]
+    packed = pack_padded_sequence(x, lens, batch_first=True, enforce_sorted=False)
+    expected, _ = pad_packed_sequence(theirs(packed)[0], batch_first=True)
+    actual = stack(x, lens)[0]
+    for b, n in enumerate(LENS):
+        torch.testing.assert_close(actual[b, :n], expected[b, :n], rtol=1e-12, atol=1e-12)
+
+
+def test_bidirectional_encoders_have_no_chunks():
+    model = make_model(BOTH).eval()
+    with pytest.raises(ValueError, match="bidirectional: True, but chunks need"):
+        model.encode_chunk(torch.zeros(1, BOTH.reduction, BOTH.feature_size).double())
 
 
 def test_look_ahead_is_a_convolution_over_each_frame_and_the_next_ones():
@@ -614,15 +638,17 @@ def test_wide_lstm_unrolls_only_to_train_wide_inputs_in_bfloat16(
 # ------------------------------------------------------------------------ initialisation and sizes
 
 
-@pytest.mark.parametrize(("bias", "scale"), [(1.0, 0.5), (2.0, 0.25)])
-def test_lstms_start_with_their_forget_bias_and_below_the_scale_over_root_hidden(bias, scale):
+@pytest.mark.parametrize(("bias", "scale", "directions"), [(1.0, 0.5, 1), (2.0, 0.25, 2)])
+def test_lstms_start_with_their_forget_bias_and_below_the_scale_over_root_hidden(bias, scale,
+                                                                                directions):
     torch.manual_seed(0)
     model = Transducer(ModelConfig(
         feature_size=32, vocab_size=200, enc_hidden=64, pred_hidden=48, joint_hidden=40,
         normalization=True, forget_gate_bias=bias, weights_init_scale=scale,
+        bidirectional=directions == 2,
     ))
     lstms = [m for m in model.modules() if isinstance(m, nn.LSTM)]
-    assert len(lstms) == 2 + 3 + 2
+    assert len(lstms) == (2 + 3) * directions + 2
     for lstm in lstms:
         H = lstm.hidden_size
         for name, parameter in lstm.named_parameters():

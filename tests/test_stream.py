@@ -141,10 +141,16 @@ def test_words_have_the_times_of_the_whole_recording():
     assert [w.start_s for w in words] == pytest.approx([w.start_s for w in expected])
 
 
-@pytest.mark.parametrize("front_end", [{}, {"trim": False}, {"normalize": "none"}])
-def test_a_model_that_needs_the_whole_recording_is_refused(front_end):
-    contents = {**checkpoint("plain"), "feature_config": asdict(FeatureConfig(**front_end))}
-    with pytest.raises(ValueError, match="train.py trained with --no-trim --normalize none"):
+@pytest.mark.parametrize(("front_end", "bidirectional"), [
+    ({}, False), ({"trim": False}, False), ({"normalize": "none"}, False),
+    ({"trim": False, "normalize": "none"}, True),
+])
+def test_a_model_that_needs_the_whole_recording_is_refused(front_end, bidirectional):
+    model = random_model(1, feature_size=256, vocab_size=TOKENIZER.vocab_size,
+                         bidirectional=bidirectional)
+    contents = {**checkpoint("plain"), "feature_config": asdict(FeatureConfig(**front_end)),
+                "model_config": asdict(model.cfg), "ema": model.state_dict()}
+    with pytest.raises(ValueError, match="--no-trim --normalize none --no-bidirectional"):
         decode.Stream(contents)
 
 
