@@ -553,10 +553,10 @@ class Stream:
 
     Audio is decoded in steps of one encoder frame, so it does not matter in which pieces it
     comes, and the words are those of the whole recording. They come as much later as the model
-    looks ahead, `mini` 0.32 s. A sentence ends when `pause_s` seconds bring neither speech nor
-    words. A sentence longer than the longest training utterance ends at a shorter pause, and at
-    twice that length without one. Then all states start anew: a stream may run for days.
-    `sentences` has the ended sentences with their times; the caller may clear it.
+    looks ahead. A sentence ends when `pause_s` seconds bring neither speech nor words. A sentence
+    longer than the longest training utterance ends at a shorter pause, and at twice that length
+    without one. Then all states start anew: a stream may run for days. `sentences` has the ended
+    sentences with their times; the caller may clear it.
 
     He et al. (2019), arXiv:1811.06621.
     """

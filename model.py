@@ -105,9 +105,9 @@ PRESETS = {
     # Five hours of speech overfit less with a small vocabulary and prediction network.
     "mini": ModelConfig(
         feature_size=80, vocab_size=128, conv_layers=2, enc_hidden=384, pre_layers=2,
-        look_ahead=8, stack=2, post_layers=2, pred_hidden=128, pred_layers=1, joint_hidden=256,
-        enc_dropout=0.3, pred_dropout=0.3, joint_dropout=0.2, normalization=True, residual=True,
-        orthogonal_init=True, weights_init_scale=1.0,
+        bidirectional=True, stack=2, post_layers=2, pred_hidden=128, pred_layers=1,
+        joint_hidden=256, enc_dropout=0.3, pred_dropout=0.3, joint_dropout=0.2, normalization=True,
+        residual=True, orthogonal_init=True, weights_init_scale=1.0,
     ),
     # The demo corpus has some 100 words; two cores train this model on it in minutes.
     "demo": ModelConfig(
@@ -339,9 +339,9 @@ class LstmStack(nn.Module):
                     parameter[width : 2 * width] = forget_bias
                 parameter *= cfg.weights_init_scale
 
-    def forward(self, x: Tensor, lens: Tensor | None = None,
-                state: LstmState | None = None) -> tuple[Tensor, LstmState]:
-        """(B, T, input_size), (B,), state -> (B, T, H), state after the last frame.
+    def forward(self, x: Tensor, state: LstmState | None = None,
+                lens: Tensor | None = None) -> tuple[Tensor, LstmState]:
+        """(B, T, input_size), state, (B,) -> (B, T, H), state after the last frame.
 
         Only bidirectional layers need `lens`.
         """
@@ -463,7 +463,7 @@ class Encoder(nn.Module):
         if self.conv is not None:
             x, lens, conv_state = self.conv(x, lens, conv_state)  # (B, T_low, H)
         if self.pre is not None:
-            x, pre_state = self.pre(x, lens, pre_state)  # (B, T_low, H)
+            x, pre_state = self.pre(x, pre_state, lens)  # (B, T_low, H)
         # Look-ahead and StackTime put padding frames beside the last valid ones. They must hold
         # zeros, as for an utterance alone, and not the outputs of LSTM and LayerNorm.
         x = x.masked_fill(~valid_frames(lens, x.shape[1])[:, :, None], 0.0)
@@ -475,7 +475,7 @@ class Encoder(nn.Module):
               state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """StackTime and the LSTMs behind it: (B, T_low, H), (B,), state -> (B, T, H), state."""
         factor = self.stack_time.factor
-        return self.post(self.stack_time(x), (lens + factor - 1) // factor, state)
+        return self.post(self.stack_time(x), state, (lens + factor - 1) // factor)
 
 
 class Predictor(nn.Module):
@@ -504,7 +504,7 @@ class Predictor(nn.Module):
 
     def step(self, labels: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
         """(B,) one label per utterance, state -> output (B, H), state after the label."""
-        x, state = self.rnn(self.embed(labels)[:, None], state=state)  # (B, 1, H)
+        x, state = self.rnn(self.embed(labels)[:, None], state)  # (B, 1, H)
         return x[:, 0], state
 
 

@@ -123,10 +123,10 @@ def test_schedule_dropout_augmentation_and_batch_are_the_runs_own(begin):
 
 def test_a_field_younger_than_the_checkpoint_has_its_default(begin, origin, tmp_path):
     contents = load_checkpoint(origin)
-    del contents["model_config"]["look_ahead"]
+    del contents["model_config"]["bidirectional"]
     save_checkpoint(tmp_path / "old.pt", contents)
     trainer = begin("--preset", "mini", "--lattice-band", "0", init=tmp_path / "old.pt")
-    assert trainer.model.cfg.look_ahead == 0 < PRESETS["mini"].look_ahead
+    assert trainer.model.cfg.bidirectional < PRESETS["mini"].bidirectional
 
 
 def test_a_preset_is_a_recipe_for_another_model(begin):

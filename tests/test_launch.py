@@ -307,7 +307,7 @@ def test_standard_library_is_enough():
     done = subprocess.run([sys.executable, "-S", "-B", "-m", "tools.launch", "decide", os.devnull],
                           cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("launch  .venv/bin/python train.py ")
+    assert done.stdout.splitlines()[-1].startswith("launch  .venv/bin/python ")
 
 
 # ---- the user's environment -------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_bidirectional_layers_are_torchs_on_packed_utterances():
     x = feats[:, :, :5]
     packed = pack_padded_sequence(x, lens, batch_first=True, enforce_sorted=False)
     expected, _ = pad_packed_sequence(theirs(packed)[0], batch_first=True)
-    actual = stack(x, lens)[0]
+    actual = stack(x, lens=lens)[0]
     for b, n in enumerate(LENS):
         torch.testing.assert_close(actual[b, :n], expected[b, :n], rtol=1e-12, atol=1e-12)
 
