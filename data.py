@@ -688,15 +688,18 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
         OSError: a worker was killed, or no batch came for `timeout_s`.
     """
     on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None: not set from Python
-    loader = iter(torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        timeout=POLL_S if num_workers else 0,
-        collate_fn=functools.partial(collate, cfg=dataset.cfg),
-        worker_init_fn=start_worker,
-    ))
+    with warnings.catch_warnings():
+        # torch advises against more workers than cores, but they have the lowest priority.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = iter(torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            timeout=POLL_S if num_workers else 0,
+            collate_fn=functools.partial(collate, cfg=dataset.cfg),
+            worker_init_fn=start_worker,
+        ))
     if threading.current_thread() is threading.main_thread():
         # Undo torch's handler: it raises in the middle of a step when a worker is killed.
         signal.signal(signal.SIGCHLD, on_child)

@@ -893,3 +893,9 @@ def test_the_reason_of_a_worker_s_error_is_its_own_message(tokenizer):
     with pytest.raises(OSError, match="Traceback") as error:
         next(data.batch_loader(dataset, [[0]], 1))
     assert data.error_message(error.value) == "FileNotFoundError: a.flac: No such file or directory"
+
+
+def test_more_workers_than_cores_are_no_warning(dataset, recwarn, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert [len(batch.ids) for batch in data.batch_loader(dataset, [[0, 3], [5]], 2)] == [2, 1]
+    assert not [w for w in recwarn if "DataLoader" in str(w.message)]
