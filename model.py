@@ -289,7 +289,7 @@ def initialize_gates(name: str, parameter: Tensor) -> None:
 
 
 def reverse(x: Tensor, lens: Tensor) -> Tensor:
-    """(T, B, C), (B,) -> (T, B, C): the valid frames of each utterance in reverse order.
+    """(T, B, H), (B,) -> (T, B, H): the valid frames of each utterance in reverse order.
 
     Padding stays behind them. Reversing twice gives `x`.
     """
@@ -353,7 +353,7 @@ class LstmStack(nn.Module):
             y, layer_states[i] = layer(x, layer_states[i])
             if self.backward_layers:
                 z, _ = self.backward_layers[i](reverse(x, lens))
-                y = torch.cat([y, reverse(z, lens)], 2)
+                y = torch.cat([y, reverse(z, lens)], 2)  # (T, B, H)
             y = self.dropout(y)
             if self.residual:
                 y = self.layer_norms[i](x + y if x.shape == y.shape else y)

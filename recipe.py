@@ -29,7 +29,7 @@ class TrainConfig:
     preset: str = "democratized"  # model and recipe
     epochs: int = 49  # number of epochs; a target or a limit may end the run earlier
     batch_size: int = 32  # utterances per rank and forward pass
-    share_batch: bool = False  # all ranks together take batch_size utterances
+    share_batch: bool = False  # divide batch_size among the ranks instead of giving it to each
     accumulation: int = 1  # forward passes per step, exactly one big batch
     lr: float = 0.004  # the largest learning rate
     lr_min: float = 1e-5  # the smallest learning rate
@@ -94,6 +94,8 @@ class TrainConfig:
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
             (("hold_share",), lambda x: 0 <= x < 1, "0 <= x < 1"),
         ), may_be_infinite="clip_norm")
+        if self.ranks:
+            self.rank_batch(self.ranks)
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.char_weight and not self.has_ctc:
@@ -106,7 +108,7 @@ class TrainConfig:
             raise ValueError("resume and restart exclude each other")
 
     def rank_batch(self, ranks: int) -> int:
-        """Utterances of a forward pass of one of so many ranks.
+        """Utterances of one rank's forward pass, of `ranks` in all.
 
         Raises:
             ValueError: the ranks cannot share the batch equally.

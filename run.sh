@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- knobs of the machine; everything about the model and its training is a flag of train.py ----
-RANKS=${RANKS:-}                 # processes on each host; default: as hosts says, one for each NUMA node, two on two cores
+RANKS=${RANKS:-}                 # processes on each host; default: as hosts says, else one for each NUMA node; two on two cores
 HOSTS=${HOSTS:-hosts}            # file of the machines to train on
 LAUNCHER=${LAUNCHER:-auto}       # auto, mpirun (Intel MPI, Open MPI, MPICH), torchrun, ipex
 BACKEND=${BACKEND:-auto}         # of torch.distributed: auto, ccl, gloo, mpi

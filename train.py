@@ -235,7 +235,8 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
         state.begin_next_epoch()
     for name in now:
         if now[name] != before.get(name):
-            say(f"{name} was {before.get(name)}, now {now[name]}: goes on at epoch {state.epoch}")
+            say(f"{name} was {before.get(name, 'unknown')}, now {now[name]}: goes on at epoch "
+                f"{state.epoch}")
     return state
 
 

@@ -40,7 +40,7 @@ def run_here(monkeypatch, capsys, *argv):
 @pytest.mark.parametrize("changes", [
     {}, {"stack": 3, "pre_layers": 1, "pred_layers": 1},
     {"conv_layers": 3, "pre_layers": 0, "stack": 1, "ctc_split": 2},
-    {"conv_layers": 2, "ctc_split": 1, "char_head": True},
+    {"conv_layers": 2, "ctc_split": 1, "char_head": True}, {"bidirectional": True},
 ])
 def test_flops_are_those_that_torch_counts(changes):
     """torch counts matrix products alone, and those of LSTM cells without oneDNN."""

@@ -240,12 +240,12 @@ def test_decisions_of_two_ranks():
 
 
 @pytest.mark.parametrize("there", [
-    machine(cores_of(1, 2)), machine(quota=2), machine(cores_of(2, 1)),
+    machine(cores_of(1, 2)), machine(cores_of(2, 1), mpi="Open MPI", has_bindings=True),
 ])
 def test_two_ranks_share_the_batch_on_two_cores(there):
     plan = plan_of(there)
-    assert "ranks   2 on localhost, which share a batch, by torchrun (there is no mpirun)" in (
-        plan.lines)
+    assert plan.lines[3] == ("ranks   2 on localhost, which share a batch, by torchrun "
+                             "(all ranks are on this machine)")
     assert "set     OMP_NUM_THREADS=1  (2 cores / 2, less 0 for oneCCL)" in plan.lines
     assert plan.lines[-1].endswith("--ranks 2 --share-batch --backend gloo")
 
@@ -253,6 +253,7 @@ def test_two_ranks_share_the_batch_on_two_cores(there):
 @pytest.mark.parametrize(("cores", "knobs", "hosts", "ranks"), [
     (2, {"RANKS": "1"}, "localhost", 1), (2, {"RANKS": "2"}, "localhost", 2),
     (2, {}, "localhost slots=2", 2), (1, {}, "localhost", 1), (3, {}, "localhost", 1),
+    (2, {"OMP_NUM_THREADS": "2"}, "localhost", 1),
     (2, {}, "node1\nnode2", 2),
 ])
 def test_ranks_have_batches_of_their_own(cores, knobs, hosts, ranks, resolved):

@@ -62,8 +62,11 @@ def test_ranks_share_a_batch_that_is_a_multiple_of_them():
     shared, own = (parse("--batch-size", "6", *flags)[0] for flags in (["--share-batch"], []))
     assert (shared.rank_batch(3), shared.global_batch(3)) == (2, 6)
     assert (own.rank_batch(3), own.global_batch(3)) == (6, 18)
-    with pytest.raises(ValueError, match="batch_size: 6, expected a multiple of 4, the ranks"):
+    message = "batch_size: 6, expected a multiple of 4, the ranks"
+    with pytest.raises(ValueError, match=message):
         shared.rank_batch(4)
+    with pytest.raises(ValueError, match=message):  # the launcher says --ranks
+        replace(shared, ranks=4)
 
 
 # -------------------------------------------------------------------------------------------- flags

@@ -95,10 +95,12 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
     Padding does not count: only valid frames and lattice nodes do.
     """
 
-    def lstm(size: int, hidden: int, layers: int) -> int:
-        return 2 * 4 * hidden * (size + hidden + (layers - 1) * 2 * hidden)  # for each frame
+    def lstm(size: int, hidden: int, layers: int, directions: int = 1) -> int:  # for each frame
+        width = hidden // directions
+        return 2 * 4 * hidden * (size + (layers - 1) * hidden + layers * width)
 
     cfg = model.cfg
+    directions = 2 if cfg.bidirectional else 1
     T_in, T, U1 = (n.double() for n in (feat_lens, model.num_frames(feat_lens), target_lens + 1))
     He, Hp, J = cfg.enc_hidden, cfg.pred_hidden, cfg.joint_hidden
     frames, size, flops = T_in, cfg.feature_size, torch.zeros_like(T)
@@ -109,11 +111,11 @@ def forward_flops(model: Transducer, feat_lens: Tensor, target_lens: Tensor) -> 
         flops += frames * 2 * model.encoder.conv.linear.weight.numel()
         size = He
     if cfg.pre_layers:
-        flops += frames * lstm(size, He, cfg.pre_layers)
+        flops += frames * lstm(size, He, cfg.pre_layers, directions)
         size = He
     if model.char_head is not None:
         flops += frames * 2 * model.char_head.weight.numel()
-    flops += T * (lstm(cfg.stack * size, He, cfg.post_layers) + 2 * He * J)
+    flops += T * (lstm(cfg.stack * size, He, cfg.post_layers, directions) + 2 * He * J)
     if model.ctc_head is not None:
         flops += T * 2 * model.ctc_head.weight.numel()
     flops += U1 * (lstm(Hp, Hp, cfg.pred_layers) + 2 * Hp * J)
@@ -402,13 +404,13 @@ def decide_launch(**knobs: str) -> Launch:
 def make_launches() -> dict[str, Launch]:
     """Name -> launch: run.sh's own, and one rank of all cores with several ways to wait for its
     OpenMP threads."""
-    default = decide_launch(RANKS="1")
-    if "iomp5" in default.variables.get("LD_PRELOAD", ""):
+    one = decide_launch(RANKS="1")
+    if "iomp5" in one.variables.get("LD_PRELOAD", ""):
         waits = [("KMP_BLOCKTIME", "0"), ("KMP_BLOCKTIME", "200")]
     else:
         waits = [("GOMP_SPINCOUNT", "0"), ("GOMP_SPINCOUNT", "3000"), ("GOMP_SPINCOUNT", "30000")]
-    return {"as launched": decide_launch(), "one rank": default} | {
-        f"{name}={value}": Launch(1, default.variables | {name: value})
+    return {"as launched": decide_launch(), "one rank": one} | {
+        f"{name}={value}": Launch(1, one.variables | {name: value})
         for name, value in [("OMP_WAIT_POLICY", "passive"), *waits]
     }
 

@@ -343,9 +343,10 @@ def choose_ranks(env: Mapping[str, str], machine: Machine) -> Group:
     wanted = int(env["RANKS"] or 0) or slots
     # The threads of one rank would wait for each other at every frame of an LSTM, and for a long
     # time beside another process. Two ranks wait once a step.
-    shares_batch = not wanted and is_single and usable == 2
+    is_free = not wanted and not env.get("OMP_NUM_THREADS")
+    shares_batch = is_free and is_single and usable == len(machine.cores) == 2
     ranks = wanted or (2 if shares_batch else default_ranks(machine.cores))
-    summary = f"{ranks} on {', '.join(hosts)}" + ", which share a batch" * shares_batch
+    summary = f"{ranks} on {', '.join(hosts)}" + (", which share a batch" if shares_batch else "")
     if slots not in (None, ranks):
         summary += f" (RANKS={ranks} wins over slots={slots} in {env['HOSTS']})"
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if is_single else hosts[0])
@@ -398,6 +399,8 @@ def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str
     if requested == "auto":
         if group.world == 1 and group.is_single:
             return "python", "one process needs no launcher"
+        if group.shares_batch:  # a foreign mpirun must not stop the default
+            return "torchrun", "all ranks are on this machine"
         launcher, reason = "mpirun", machine.mpirun
         if not machine.mpirun:
             launcher, reason = "torchrun", "there is no mpirun"
@@ -416,12 +419,15 @@ def choose_launcher(requested: str, group: Group, machine: Machine) -> tuple[str
     raise ValueError("mpirun is neither Intel MPI nor Open MPI nor MPICH")
 
 
-def choose_backend(env: Mapping[str, str], machine: Machine, launcher: str) -> tuple[str, str]:
+def choose_backend(env: Mapping[str, str], machine: Machine, group: Group,
+                   launcher: str) -> tuple[str, str]:
     """Backend of torch.distributed and reason."""
     if env["BACKEND"] != "auto":
         return env["BACKEND"], AS_SET
     if launcher == "srun":
         return "gloo", "oneCCL needs an mpirun"
+    if group.shares_batch:
+        return "gloo", "a worker of oneCCL would take a core"
     if machine.has_bindings:
         return "ccl", f"{BINDINGS} is usable in {env['VENV']}"
     return "gloo", f"{BINDINGS} is not usable in {env['VENV']}"
@@ -531,7 +537,7 @@ def decide(env: Mapping[str, str], argv: Sequence[str], machine: Machine) -> Pla
     else:
         group = choose_ranks(env, machine)
         launcher, why_launcher = choose_launcher(env["LAUNCHER"], group, machine)
-    backend, why_backend = choose_backend(env, machine, launcher)
+    backend, why_backend = choose_backend(env, machine, group, launcher)
     rows = rank_variables(env, machine, group, launcher, backend)
     variables = {name: value for name, value, _ in rows}
 

@@ -3,10 +3,11 @@
 
     python -m tools.bench stream --checkpoint C
 
-The checkpoint needs no future: train.py --no-trim --normalize none --no-bidirectional. Sentences of
-the demo's dev split are spoken anew, because espeak-ng then tells where each word begins. They
-arrive in pieces of 20 ms, as from a microphone. The delay of a word is the time from its end, which
-is the beginning of the next word, to its text. It counts for words that are recognised.
+The model must not need later samples: train.py --no-trim --normalize none --no-bidirectional. The
+sentences of the demo's dev split are spoken anew, because espeak-ng then tells where each word
+begins. They arrive in pieces of 20 ms, as from a microphone. The delay of a word is the time from
+its end, which is the beginning of the next word, to its text. It counts for words that are
+recognised.
 """
 
 import argparse
