@@ -232,7 +232,7 @@ def test_decisions_of_two_ranks():
         "set     MASTER_PORT=4712  (as you set it)",
         "set     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  (s for a step and its checkpoint; "
         "torchrun's own are 30)",
-        "launch  .venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
+        "launch  .venv/bin/python -m tools.torchrun --nnodes 1 --nproc-per-node 2"
         f" --master-addr 127.0.0.1 --master-port 4712 {TRAIN} --ranks 2 --backend gloo",
     ]
     assert plan.command[:4] == [".venv/bin/python", "-m", "tools.launch", "run"]
@@ -412,7 +412,7 @@ def test_torchrun_although_there_is_an_mpirun():
     """torchrun would take this machine's own name, which may take minutes to look up."""
     there = machine(mpi="Intel MPI")
     assert launcher_of(there, LAUNCHER="torchrun", RANKS="2", MASTER_ADDR="10.1.1.1") == (
-        ".venv/bin/python -m torch.distributed.run --nnodes 1 --nproc-per-node 2"
+        ".venv/bin/python -m tools.torchrun --nnodes 1 --nproc-per-node 2"
         " --master-addr 10.1.1.1 --master-port 4711")
 
 

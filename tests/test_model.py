@@ -100,6 +100,11 @@ def test_bidirectional_layers_are_torchs_on_packed_utterances():
         torch.testing.assert_close(actual[b, :n], expected[b, :n], rtol=1e-12, atol=1e-12)
 
 
+def test_bidirectional_layers_have_two_equal_halves():
+    with pytest.raises(ValueError, match="enc_hidden: 9, expected an even number"):
+        replace(BOTH, enc_hidden=9)
+
+
 def test_bidirectional_encoders_have_no_chunks():
     model = make_model(BOTH).eval()
     with pytest.raises(ValueError, match="bidirectional: True, but chunks need"):

@@ -106,7 +106,7 @@ def test_steps_run_in_order_and_scoring_takes_every_core(project):
     assert result.returncode == 0, result.stderr
     prepare, train, score, transcribe = project.calls()
     assert prepare.startswith("-m|tools.prepare|demo|data/demo|")
-    assert train.startswith("-m|torch.distributed.run|--nnodes|1|--nproc-per-node|2|--master-addr|")
+    assert train.startswith("-m|tools.torchrun|--nnodes|1|--nproc-per-node|2|--master-addr|")
     cores = len(launch.read_cores(os.sched_getaffinity(0)))
     assert f"|threads={max(cores // 2, 1)} " in train
     checkpoint = "decode.py|--checkpoint|out/demo/best.pt|"

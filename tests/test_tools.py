@@ -112,3 +112,17 @@ def test_an_error_keeps_its_traceback():
     status, error = run_in_closed_pipe([sys.executable, "-c", "import tools\nraise KeyError(7)"])
     assert status == 1
     assert error.endswith("KeyError: 7\n")
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [
+    ("import sys; print('my own words', file=sys.stderr); sys.exit(3)", 1, "my own words\n"),
+    ("import os; os.kill(os.getpid(), 9)", 1, "torchrun: rank 0 was killed by SIGKILL\n"),
+    ("import os; os.kill(os.getppid(), 15); import time; time.sleep(60)", 128 + 15, ""),
+    ("", 0, ""),
+])
+def test_torchrun_adds_nothing_to_what_a_rank_says(tmp_path, code, status, said):
+    (tmp_path / "rank.py").write_text(code)
+    command = [sys.executable, "-m", "tools.torchrun", "--nnodes", "1", "--nproc-per-node", "1",
+               "--master-addr", "127.0.0.1", "--master-port", "0", str(tmp_path / "rank.py")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (status, said)

@@ -111,7 +111,8 @@ def default_ranks(cores: Sequence[Core]) -> int:
     """Ranks on each of several hosts, or on a machine of more than two cores.
 
     One rank for each NUMA node, since memory of another node is slow; one rank for all if a
-    cpuset left nodes of different sizes, since all ranks would wait for the smallest."""
+    cpuset left nodes of different sizes, since all ranks would wait for the smallest.
+    """
     sizes = Counter(core.node for core in cores)
     return len(sizes) if len(set(sizes.values())) == 1 else 1
 
@@ -497,7 +498,7 @@ def start_command(launcher: str, env: Mapping[str, str], group: Group, port: str
     hosts = ["localhost"] if group.is_single else group.hosts
     if launcher == "torchrun":
         # --standalone would look up this machine's own name, which may take minutes.
-        return [python, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks,
+        return [python, "-m", "tools.torchrun", "--nnodes", "1", "--nproc-per-node", ranks,
                 "--master-addr", group.address, "--master-port", port]
     if launcher == "ipex":
         workers = variables.get("CCL_WORKER_COUNT", "0")
