@@ -42,7 +42,8 @@ cp stand-ins/python .venv/bin/python
 def copy_project(folder, python):
     """run.sh and what it reads, with a set-up .venv whose Python is the given script."""
     (folder / "tools").mkdir()
-    for name in ("run.sh", "hosts", "requirements.txt", "tools/__init__.py", "tools/launch.py"):
+    for name in ("run.sh", "hosts", "requirements.txt", "tools/__init__.py", "tools/launch.py",
+                 "tools/torchrun.py"):
         shutil.copy(REPO / name, folder / name)
     write_script(folder / ".venv/bin/python", python)
     shutil.copy(folder / "requirements.txt", folder / ".venv")

@@ -359,10 +359,9 @@ def raise_in_step_3(run, rank, error):
 
 
 def names_rank(text, rank):
-    """In our own message, in torchrun's report, or in Hydra's or Open MPI's."""
-    return re.search(
-        rf"lost rank {rank}\b|^\s*rank\s+: {rank} |RANK {rank} PID|process rank {rank} ", text, re.M
-    )
+    """In our own messages, or in Hydra's or Open MPI's."""
+    return re.search(rf"lost rank {rank}\b|torchrun: rank {rank} was killed by SIGKILL|"
+                     rf"RANK {rank} PID|process rank {rank} ", text)
 
 
 @pytest.mark.slow
