@@ -357,7 +357,8 @@ def read_split(root: str | Path, split: str, cfg: FeatureConfig = DEFAULT,
         warnings.warn(f"{split}: {len(errors)} errors; the utterances they concern are left out",
                       stacklevel=2)
     for line in describe_problems(problems, most=1):
-        warnings.warn(f"{split}: {line.strip()}", stacklevel=2)
+        message = line.strip().removeprefix("warning: ")
+        warnings.warn(f"{split}: {message}", stacklevel=2)
     return utterances
 
 
@@ -650,6 +651,11 @@ def error_message(error: Exception) -> str:
     """The message of an error. A worker's error quotes a traceback that ends in the message."""
     text = str(error).strip()
     return text.splitlines()[-1] if text.startswith("Caught ") else text
+
+
+def warning_line(message: Warning | str, *_place: object) -> str:
+    """A warning as scripts print it: Python's own line also quotes the source."""
+    return f"warning: {message}\n"
 
 
 @atexit.register

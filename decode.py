@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -793,4 +794,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = data.warning_line
     sys.exit(main())

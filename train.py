@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -631,6 +632,7 @@ def main() -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # file names and texts may not fit its encoding
         stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = data.warning_line
     try:
         status = main()
     except BrokenPipeError:  # the reader of standard output has ended, as in `| head`

@@ -472,7 +472,7 @@ def test_training_refuses_the_errors_of_a_scan(found):
 def test_training_passes_warnings_of_a_scan_on(found):
     del found[1:3]
     assert read_split() == (FOUND[:1], [
-        "dev: warning: channels: 2", "dev: 7-9-0000: 2", "dev: ... and 1 more",
+        "dev: channels: 2", "dev: 7-9-0000: 2", "dev: ... and 1 more",
     ])
 
 

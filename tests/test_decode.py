@@ -462,6 +462,13 @@ def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
     assert f"{tmp_path}: Is a directory" in errors
 
 
+def test_a_warning_is_one_line(scene, tmp_path):
+    soundfile.write(tmp_path / "stereo.wav", np.zeros((16000, 2)), 16000)
+    process = run_command(scene, tmp_path / "stereo.wav", stdout=subprocess.PIPE, text=True)
+    _, errors = process.communicate(timeout=300)
+    assert errors == "warning: audio of 2 channels is averaged to one\n"
+
+
 def test_a_dash_is_standard_input(scene):
     process = run_command(scene, "-", "/dev/stdin", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     printed, errors = process.communicate(scene.audio[0].read_bytes(), timeout=300)
