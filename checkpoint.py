@@ -159,7 +159,8 @@ def reserve_space(out: Path, size: int) -> None:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise OSError(f"{out}: {error.strerror}: {count} more checkpoints of "
-                                  f"{size / 1e6:.0f} MB have to fit") from error
+                                  f"{size / 1e6:.0f} MB have to fit: free space, or give another "
+                                  "folder") from error
 
 
 def lock_run(out: Path) -> TextIO:

@@ -21,7 +21,6 @@ encoder with time stacking. The defaults, initialisation included, are those of 
 v1.0 RNN-T; the normalisation layers are those of Intel e2eAIOK (modelzoo/rnnt).
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -240,25 +239,17 @@ class ConvFrontEnd(nn.Module):
         return self.layer_norm(x), lens, last
 
 
-@functools.cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in AMX tiles (Intel, since 2023)."""
-    # Versions of torch before get_capabilities do without what this switches on.
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-
-
 class WideLstm(nn.LSTM):
-    """One layer of torch.nn.LSTM, faster to train in bfloat16 for wide inputs and small batches.
+    """One layer of torch.nn.LSTM, faster to train in bfloat16 where the input is wide.
 
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
     frame, which moves them through memory T times. `unrolled` multiplies by the input weights
-    once for all frames. Few utterances fill the tiles of AMX, which have 16 rows, so badly that
-    float32 is faster there. In float32, in evaluation and in all other cases torch's own forward
-    is faster and runs instead.
+    once for all frames. In float32, in evaluation and for narrow inputs torch's own forward is
+    faster and runs instead.
     """
 
     MIN_INPUT_SIZE = 2048  # `unrolled` is faster from this input size on
-    FEW_UTTERANCES = 8  # float32 is faster on AMX for at most so many
+    float32_batch = 0  # narrow inputs of at most so many utterances are trained in float32
 
     def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """(T, B, input_size), state -> (T, B, H), state after the last frame."""
@@ -268,7 +259,7 @@ class WideLstm(nn.LSTM):
         if self.training and is_bfloat16:
             if self.input_size >= self.MIN_INPUT_SIZE:
                 return self.unrolled(x, state)
-            if x.is_cpu and x.shape[1] <= self.FEW_UTTERANCES and has_amx():
+            if x.shape[1] <= self.float32_batch:
                 with torch.autocast(device, enabled=False):
                     return super().forward(x.float(), state)
         return super().forward(x, state)

@@ -243,7 +243,8 @@ def fields_of_checkpoint(stored: dict, given: dict) -> dict:
     kept = {name: value for name, value in stored.items() if name not in FREE_FIELDS}
     for name, value in kept.items():
         if given.get(name, value) != value:
-            raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}")
+            raise ValueError(f"{name}: {given[name]}, but the checkpoint of --init has {value}, "
+                             "which the run keeps: leave the flag out")
     return kept
 
 

@@ -167,12 +167,18 @@ class Log:
         self.out = out if rank == 0 else None
         self.open_board = summary_writer() if tensorboard and rank == 0 else None
         self.board = None
+        self.is_read = True  # until the reader of standard output ends, as in `| head`
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one."""
-        if self.out is not None:
+        if self.out is None:
+            return
+        try:
             tqdm.write(line)
             sys.stdout.flush()
+        except BrokenPipeError:
+            self.is_read = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # later lines are no errors
 
     def warn(self, message: str) -> None:
         self.say(f"warning: {message}")

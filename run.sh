@@ -40,6 +40,7 @@ launch() {
   export RANKS HOSTS LAUNCHER BACKEND SSH VENV CORPUS DATA OUT DRY_RUN
   if [[ ! -x $python ]]; then
     python=python3
+    command -v python3 >/dev/null || { printf 'run.sh: there is no python3; install 3.10 or later\n' >&2; exit 2; }
     python3 -c 'import os, sys
 if sys.version_info < (3, 10): sys.exit("run.sh: python3 is older than 3.10; make the environment with a newer one, for "
                                         "example python3.12 -m venv " + os.environ["VENV"])' || exit 2

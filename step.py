@@ -28,7 +28,7 @@ import report
 from data import Batch, Tokenizer, Utterance
 from features import FeatureConfig
 from loss import MOST_BORDER_VISITS, ctc_band, ctc_loss, joint_transducer_loss
-from model import ModelConfig, Transducer
+from model import ModelConfig, Transducer, WideLstm
 from optimizer import Lamb, clip_gradients, update_ema
 from ranks import Ranks, all_sum
 from recipe import TrainConfig
@@ -48,6 +48,11 @@ def processor_multiplies_bf16() -> bool:
 def matrix_dtype(precision: str) -> torch.dtype:
     bf16 = precision == "bf16" or (precision == "auto" and processor_multiplies_bf16())
     return torch.bfloat16 if bf16 else torch.float32
+
+
+# AMX multiplies tiles of 16 rows. So few utterances fill them so badly that oneDNN's LSTMs are
+# faster in float32.
+FLOAT32_BATCH_ON_AMX = 8
 
 
 class Trainer(NamedTuple):
@@ -73,6 +78,9 @@ def make_trainer(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks,
     """A trainer with random weights that depend on the seed alone, ready for an epoch's steps."""
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     model = Transducer(model_cfg)
+    if "amx_bf16" in report.processor_info().split():
+        for lstm in (m for m in model.modules() if isinstance(m, WideLstm)):
+            lstm.float32_batch = FLOAT32_BATCH_ON_AMX
     ema = copy.deepcopy(model).eval()
     optimizer = Lamb(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     if cfg.ipex:

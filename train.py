@@ -13,8 +13,8 @@ trace.json with --profile, TensorBoard's files with --tensorboard.
 The fields of the three configurations are flags; presets change their defaults: recipe.py.
 
 Exit status: 0 all epochs done or the target WER reached; 1 an error; 2 a wrong flag. Stopped with
-a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).
-A second Ctrl-C saves nothing; 141: the reader of standard output has ended.
+a checkpoint, to be resumed: 75 time limit, 128 + n signal n (130 SIGINT, 138 SIGUSR1, 143 SIGTERM),
+141 the reader of standard output has ended. A second Ctrl-C saves nothing.
 """
 
 import gc
@@ -281,7 +281,8 @@ def save(run: Run, state: State, is_best: bool = False) -> None:
 
 # Ctrl-C sends SIGINT; batch systems send the others before they kill a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, **{s.name: 128 + s for s in STOP_SIGNALS}}
+EXIT_STATUS = {"time limit": os.EX_TEMPFAIL, "closed pipe": 128 + signal.SIGPIPE,
+               **{s.name: 128 + s for s in STOP_SIGNALS}}
 
 
 class BadInput(ValueError):
@@ -291,8 +292,8 @@ class BadInput(ValueError):
 class Stopper:
     """Decides before every step, together with all ranks, whether the run stops there."""
 
-    def __init__(self, ranks: Ranks, time_limit_s: float) -> None:
-        self.ranks, self.time_limit_s = ranks, time_limit_s
+    def __init__(self, ranks: Ranks, time_limit_s: float, log: Log) -> None:
+        self.ranks, self.time_limit_s, self.log = ranks, time_limit_s, log
         self.started, self.steps = time.monotonic(), 0  # of this process
         self.signal, self.signal_time = 0, 0.0  # the last one of STOP_SIGNALS
         self.reason = ""  # why the run stops, empty as long as it goes on
@@ -310,13 +311,15 @@ class Stopper:
 
     def should_stop(self, is_input_bad: bool = False) -> bool:
         """Sets `reason` to the most urgent reason of any rank; costs one all-reduce."""
-        reasons = ("", "time limit", *(s.name for s in STOP_SIGNALS), "bad input")
+        reasons = ("", "time limit", "closed pipe", *(s.name for s in STOP_SIGNALS), "bad input")
         is_late = 0 < self.time_limit_s < time.monotonic() - self.started
         mine = ""
         if is_input_bad:
             mine = "bad input"
         elif self.signal:
             mine = signal.Signals(self.signal).name
+        elif not self.log.is_read:
+            mine = "closed pipe"
         # At least one step runs, or a run with a short limit would never advance over restarts.
         elif is_late and self.steps > 0:
             mine = "time limit"
@@ -487,6 +490,13 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
 # ------------------------------------------------------------------------------------------- main
 
 
+def can_spell(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
+    try:
+        return all(map(tokenizer.encode, texts))
+    except ValueError:
+        return False
+
+
 def make_tokenizer(origin: dict | None, train: Sequence[Utterance], vocab_size: int,
                    log: Log) -> Tokenizer:
     """The tokenizer of `origin` if it can spell the training texts, or a new one for them."""
@@ -498,6 +508,9 @@ def make_tokenizer(origin: dict | None, train: Sequence[Utterance], vocab_size: 
             return tokenizer
         except ValueError as error:
             log.say(f"init: a new tokenizer, because the checkpoint's cannot spell {error}")
+            if can_spell(tokenizer, (u.text.upper() for u in train)):
+                log.warn("it could spell the texts in capitals, with which the labels would not "
+                         "have to be learnt again")
     tokenizer = Tokenizer(data.train_tokenizer((u.text for u in train), vocab_size))
     if tokenizer.vocab_size != vocab_size:
         log.say(f"vocabulary: {tokenizer.vocab_size} classes; the texts do not give {vocab_size}")
@@ -509,7 +522,7 @@ def check_sizes(run: Run) -> None:
     per_epoch, global_batch = run.steps_per_epoch, run.trainer.global_batch
     if per_epoch == 0:
         raise ValueError(f"{len(run.train)} training utterances, fewer than a batch of "
-                         f"{global_batch}")
+                         f"{global_batch}; give a smaller --batch-size")
     if run.trainer.cfg.profile and per_epoch < report.PROFILE_STEPS:
         raise ValueError(f"--profile: {per_epoch} steps in an epoch, expected at least "
                          f"{report.PROFILE_STEPS}")
@@ -604,9 +617,9 @@ def main() -> int:
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock or lock_run(out)  # it is held as long as this variable lives
-        clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
         # A checkpoint holds the weights, their average and the two moments of the optimiser.
         reserve_space(out, 4 * sum(x.nbytes for x in trainer.model.state_dict().values()))
+        clear_run(out, resumed=path)  # not before: a run that cannot begin deletes nothing
     if checkpoint is None:
         state = State() if origin is None else begin_from(run, origin)
         report.mllog_start(log, cfg.submission_division, cfg.submission_org, ranks.world,
@@ -617,7 +630,7 @@ def main() -> int:
     log_settings(run, state)
 
     # 7 loop
-    stopper = Stopper(ranks, cfg.time_limit_s)
+    stopper = Stopper(ranks, cfg.time_limit_s, log)
     for number in STOP_SIGNALS:
         signal.signal(number, stopper.on_signal)
     gc.freeze()  # garbage collections skip the many objects that torch has created by now
@@ -635,8 +648,8 @@ if __name__ == "__main__":
     warnings.formatwarning = data.warning_line
     try:
         status = main()
-    except BrokenPipeError:  # the reader of standard output has ended, as in `| head`
-        leave(141, wait_s=0)
+    except BrokenPipeError:  # `--help | head`
+        leave(EXIT_STATUS["closed pipe"], wait_s=0)
     except (OSError, ValueError, FloatingPointError) as error:
         leave(1, f"train.py: {data.error_message(error)}")
     except KeyboardInterrupt:

@@ -192,7 +192,7 @@ def test_space_for_the_checkpoints_to_come_is_tried(tmp_path, existing, count):
     for name in existing:
         (tmp_path / name).write_text("x")
     checkpoint.reserve_space(tmp_path, 1000)
-    message = f"^{tmp_path}: File too large: {count} more checkpoints of 2 MB have to fit$"
+    message = f"^{tmp_path}: File too large: {count} more checkpoints of 2 MB have to fit: "
     with small_files(), pytest.raises(OSError, match=message):
         checkpoint.reserve_space(tmp_path, 2_000_000)
     assert names(tmp_path) == existing

@@ -209,6 +209,7 @@ EXPECTED = "expected a JSON object with audio_filepath and text: "
     ({**GOOD, "audio_filepath": "../source/a.wav"}, MISSING, "'../source/a.wav' leads outside of "),
     ({**GOOD, "audio_filepath": "b/../../x.wav"}, MISSING, "'b/../../x.wav' leads outside of "),
     ({**GOOD, "audio_filepath": "b.wav"}, MISSING, "'{folder}/b.wav' is not there, or no file"),
+    ({**GOOD, "audio_filepath": "x" * 300}, MISSING, "'{folder}/xxx"),
     ({**GOOD, "audio_filepath": "/dev/zero"}, MISSING, "'/dev/zero' is not there, or no file"),
     ({**GOOD, "audio_filepath": ""}, MISSING, "'{folder}' is not there, or no file"),
     ({**GOOD, "audio_filepath": "a.wav\0"}, MISSING, r"'{folder}/a.wav\x00' is not there"),

@@ -155,6 +155,16 @@ def test_texts_that_the_tokenizer_cannot_spell_give_a_new_one(
     assert events(tmp_path / "run", "eval") == []  # random classes recognise no word
 
 
+def test_small_letters_are_told_of_the_tokenizer_of_capitals(begin, tmp_path, capsys):
+    root = tiny_corpus(tmp_path / "small")
+    for transcript in root.rglob("*.trans.txt"):
+        transcript.write_text(transcript.read_text(encoding="utf-8").lower(), encoding="utf-8")
+    begin("--ctc-epochs", "0", root=root)
+    said = capsys.readouterr().out
+    assert "init: a new tokenizer, because the checkpoint's cannot spell" in said
+    assert "warning: it could spell the texts in capitals" in said
+
+
 def test_new_labels_need_the_recipes_start_also_after_a_restart(origin, other_letters, tmp_path):
     run = ["--data", other_letters, "--out", tmp_path / "run", *SHORT, "--init", origin]
     for argv in ([], ["--resume"]):
@@ -193,7 +203,8 @@ def test_a_flag_that_contradicts_the_checkpoint_names_both_values(
 ):
     with pytest.raises(SystemExit, match="^2$"):
         run_here("--data", corpus, "--out", tmp_path, "--init", origin, *SHORT, *argv)
-    assert f"error: {message}\n" in capsys.readouterr().err
+    assert (f"error: {message}, which the run keeps: leave the flag out\n"
+            in capsys.readouterr().err)
 
 
 def test_a_missing_checkpoint_is_named(corpus, tmp_path):

@@ -594,11 +594,10 @@ def test_lstm_stack_is_torchs_lstm(layers, given_state, unrolled):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("amx", "utterances", "expected"), [
-    (True, 8, torch.float32), (True, 9, torch.bfloat16), (False, 8, torch.bfloat16)])
-def test_few_utterances_are_trained_in_float32_on_amx(monkeypatch, amx, utterances, expected):
-    monkeypatch.setattr("model.has_amx", lambda: amx)
+@pytest.mark.parametrize(("utterances", "expected"), [(8, torch.float32), (9, torch.bfloat16)])
+def test_few_utterances_are_trained_in_float32_where_that_is_asked_for(utterances, expected):
     lstm, x = WideLstm(12, 5), torch.randn(7, utterances, 12).bfloat16()
+    lstm.float32_batch = 8
     with torch.autocast("cpu", torch.bfloat16):
         y = lstm(x)[0]
     assert y.dtype == expected
@@ -606,8 +605,7 @@ def test_few_utterances_are_trained_in_float32_on_amx(monkeypatch, amx, utteranc
         assert torch.equal(y, nn.LSTM.forward(lstm, x.float())[0])
 
 
-def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs(monkeypatch):
-    monkeypatch.setattr("model.has_amx", lambda: False)
+def test_wide_lstm_under_autocast_is_about_as_accurate_as_torchs():
     torch.manual_seed(1)
     wide, oracle = (kind(12, 5) for kind in (WideLstm, nn.LSTM))
     wide.MIN_INPUT_SIZE = 12

@@ -285,6 +285,17 @@ def test_set_up_makes_the_environment_once(project):
         assert len(project.calls("-m|pip|install|")) == 1
 
 
+def test_a_system_without_python_is_named(project, tmp_path):
+    shutil.rmtree(project.folder / ".venv")
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name in ("bash", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
+    result = project.run(PATH=str(folder))
+    assert result.returncode == 2
+    assert result.stderr == "run.sh: there is no python3; install 3.10 or later\n"
+
+
 def test_python_that_is_too_old_is_named(project):
     shutil.rmtree(project.folder / ".venv")
     write_script(project.folder / "stand-ins/python3", f"""#!/bin/sh

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from test_ranks import free_port
 from tones import REPO, TINY, heed_signals, tiny_corpus, write_tones
 
 from tools import bench, tune
@@ -77,6 +78,17 @@ def test_a_closed_pipe_ends_training_with_status_141(tmp_path):
     root = tiny_corpus(tmp_path / "corpus")
     command = [sys.executable, "train.py", "--data", root, "--out", tmp_path / "out", *TINY]
     assert run_in_closed_pipe(list(map(str, command))) == (141, "")
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_both_ranks_without_a_word(tmp_path):
+    root = tiny_corpus(tmp_path / "corpus")
+    command = [sys.executable, "-m", "tools.torchrun", "--nnodes", "1", "--nproc-per-node", "2",
+               "--master-addr", "127.0.0.1", "--master-port", free_port(), "train.py",
+               "--data", root, "--out", tmp_path / "out", *TINY]
+    status = tmp_path / "status"  # rank 0's; torchrun's own is 1 after any failure
+    ended = run_in_closed_pipe(list(map(str, command)), RNNT_STATUS_FILE=str(status))
+    assert (*ended, status.read_text()) == (1, "", "141\n")
 
 
 def broken_pipe(*_args):

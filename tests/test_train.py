@@ -28,7 +28,7 @@ import train
 from checkpoint import load_checkpoint
 from features import FeatureConfig
 from loss import transducer_loss
-from model import ModelConfig, Transducer
+from model import ModelConfig, Transducer, WideLstm
 from optimizer import lr_at
 from ranks import Ranks, start_ranks
 from recipe import TrainConfig, parse_configs
@@ -149,7 +149,7 @@ def test_the_average_follows_the_weights_of_a_short_run():
     trainer, batch = make_trainer(ema_decay=0.999, eps=1e-9), make_batch(0, 1, 2, 3)
     start = mean_cost(trainer.ema, batch).item()
     for step in range(1, 61):
-        train.train_step(trainer, [batch], step, lr=0.05)
+        train.train_step(trainer, [batch], step, lr=0.02)
     # With a decay of 0.999 in all of the 60 steps, 94 % of the average would be the start.
     assert mean_cost(trainer.ema, batch).item() < 0.2 * start
 
@@ -221,6 +221,13 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_in_float32(look_ahead):
 def test_auto_precision_is_bf16_where_the_processor_multiplies_it_faster(monkeypatch, words, dtype):
     monkeypatch.setattr(report, "processor_info", lambda: words)
     assert make_trainer(precision="auto").dtype == dtype
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("amx_bf16", 8), ("avx512_bf16", 0)])
+def test_lstms_train_small_batches_in_float32_on_amx(monkeypatch, flags, expected):
+    monkeypatch.setattr(report, "processor_info", lambda: flags)
+    lstms = [m for m in make_trainer().model.modules() if isinstance(m, WideLstm)]
+    assert {lstm.float32_batch for lstm in lstms} == {expected}
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weights():

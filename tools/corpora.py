@@ -219,7 +219,7 @@ def locate(audio: str, folder: Path) -> Path:
     if path.parts[:1] == ("..",):
         raise ValueError(f"{audio!r} leads outside of {folder}")
     path = folder / path
-    if not path.is_file():  # a pipe or device would be read for ever
+    if not os.path.isfile(path):  # a pipe or device would be read for ever
         raise ValueError(f"{str(path)!r} is not there, or no file")
     return path
 
