@@ -282,6 +282,22 @@ def test_the_parts_of_docs_export_md_find_the_labels_of_decode(tmp_path, monkeyp
     assert expected
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torch_export_takes_the_other_parts_for_any_number_of_utterances():
+    model, auto = make_model(NORMALIZED).eval(), torch.export.Dim.AUTO
+    labels, (_, (h, c)) = torch.tensor([0, 1, 2]), model.predictor.start(3)
+    encoded, predicted = torch.randn(2, 3, NORMALIZED.joint_hidden, dtype=torch.float64)
+    for module, inputs, batch_axes in (
+        (Method(model.predictor, "step"), (labels, (h, c)), (0, (1, 1))),
+        (model.joint_network, (encoded, predicted), (0, 0)),
+    ):
+        shapes = tree_map(lambda axis: {axis: auto}, batch_axes)
+        few = tree_map(lambda x, axis: x.narrow(axis, 0, 2).contiguous(), inputs, batch_axes)
+        arguments = (shapes,) if isinstance(module, Method) else shapes
+        exported = torch.export.export(module, few, dynamic_shapes=arguments).module()
+        torch.testing.assert_close(exported(*inputs), module(*inputs), rtol=1e-12, atol=1e-12)
+
+
 class Method(nn.Module):
     """A method of a model as the forward that torch.export takes."""
 
@@ -294,14 +310,15 @@ class Method(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # as above
-def test_torch_export_takes_the_encoder_with_the_length_of_the_example_only():
-    encode, (feats, feat_lens) = Method(make_model(NORMALIZED).eval(), "encode"), garbage_batch()
+@pytest.mark.parametrize("cfg", [NORMALIZED, BOTH], ids=["normalized", "both-ways"])
+def test_torch_export_takes_the_encoder_with_the_length_of_the_example_only(cfg):
+    encode, (feats, feat_lens) = Method(make_model(cfg).eval(), "encode"), garbage_batch()
     any_batch = (({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO}),)
     program = torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_batch)
     actual, expected = (f(feats[:3], feat_lens[:3])[0] for f in (program.module(), encode))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     any_length = (({1: torch.export.Dim("T")}, None),)
-    with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+    with pytest.raises(torch._dynamo.exc.UserError, match="^Constraints violated .T.!"):
         torch.export.export(encode, (feats, feat_lens), dynamic_shapes=any_length)
 
 
