@@ -170,7 +170,10 @@ class Log:
         self.is_read = True  # until the reader of standard output ends, as in `| head`
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar if there is one."""
+        """Prints a line, above the progress bar if there is one.
+
+        Nothing is raised where nobody reads it any more: train.Stopper then stops all ranks.
+        """
         if self.out is None:
             return
         try:

@@ -648,7 +648,7 @@ if __name__ == "__main__":
     warnings.formatwarning = data.warning_line
     try:
         status = main()
-    except BrokenPipeError:  # `--help | head`
+    except BrokenPipeError:  # standard error has no reader either, as in `2>&1 | head`
         leave(EXIT_STATUS["closed pipe"], wait_s=0)
     except (OSError, ValueError, FloatingPointError) as error:
         leave(1, f"train.py: {data.error_message(error)}")
