@@ -41,13 +41,13 @@ class TrainConfig:
     ctc_weight: float = 0.0  # weight of CTC beside the transducer loss, after ctc_epochs
     char_weight: float = 0.0  # weight of characters' CTC before StackTime, relative to pieces'
     lattice_band: int = 0  # frames around CTC's alignment that the lattice keeps; 0: all
-    ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation, but for speed
+    ramp_begin: float = 0.0  # epochs at the start without dropout and augmentation but speeds
     ramp_epochs: float = 0.0  # epochs in which both then grow to full strength
     beta1: float = 0.9  # decay of LAMB's mean of gradients
     beta2: float = 0.999  # decay of LAMB's mean of squared gradients
     eps: float = 1e-9  # added to the root of that mean
     weight_decay: float = 1e-3  # on every parameter; 0 makes LAMB Adam
-    clip_norm: float = 1.0  # largest norm of the whole gradient
+    clip_norm: float = 1.0  # largest norm of the whole gradient; inf: no limit
     ema_decay: float = 0.999  # decay per step of the averaged weights, which are evaluated
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
@@ -72,14 +72,11 @@ class TrainConfig:
     ipex: bool = False  # let the Intel Extension for PyTorch optimise model and optimiser
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("preset", sorted(PRESETS)), ("precision", ["auto", "bf16", "fp32"]),
-            ("backend", ["ccl", "gloo", "mpi"]),
-            ("submission_division", ["open", "closed"]),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {choices}")
         check_ranges(self, (
+            (("preset",), PRESETS.__contains__, f"one of {', '.join(PRESETS)}"),
+            (("precision",), lambda x: x in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
+            (("backend",), lambda x: x in ("ccl", "gloo", "mpi"), "ccl, gloo or mpi"),
+            (("submission_division",), lambda x: x in ("open", "closed"), "open or closed"),
             (("epochs", "batch_size", "accumulation", "eval_batch_size", "eval_epochs",
               "log_every"),
              lambda x: x >= 1, "at least 1"),
@@ -93,11 +90,10 @@ class TrainConfig:
             (("target_wer",), lambda x: x <= 1, "a fraction, at most 1"),
             (("lr_gamma",), lambda x: 0 < x <= 1, "0 < x <= 1"),
             (("hold_share",), lambda x: 0 <= x < 1, "0 <= x < 1"),
+            (("lr_min",), lambda x: x <= self.lr, f"at most lr, {self.lr}"),
         ), may_be_infinite="clip_norm")
         if self.ranks:
             self.rank_batch(self.ranks)
-        if self.lr_min > self.lr:
-            raise ValueError(f"lr_min: {self.lr_min}, expected at most lr, {self.lr}")
         if self.char_weight and not self.has_ctc:
             raise ValueError(f"char_weight: {self.char_weight}, expected 0 without ctc_epochs and "
                              "ctc_weight, which it is relative to")
@@ -234,6 +230,17 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse_flags(argv: Sequence[str], description: str | None = None) -> dict:
+    """Command line -> flags and their values; a wrong flag ends the program with status 2."""
+    parser = make_parser(description)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        is_value = "resume" in flags and not unknown[0].startswith("-")
+        hint = "; --resume has no value, and --init begins from a file" if is_value else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return vars(flags)
+
+
 def fields_of_checkpoint(stored: dict, given: dict) -> dict:
     """The fields of a checkpoint's config that a run with --init keeps: all but FREE_FIELDS.
 
@@ -288,4 +295,4 @@ def make_configs(given: dict, origin: dict | None = None,
 
 def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, ModelConfig, FeatureConfig]:
     """Command line -> the three configs; a wrong flag or value ends the program with status 2."""
-    return make_configs(vars(make_parser().parse_args(argv)))
+    return make_configs(parse_flags(argv))

@@ -81,7 +81,7 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
         size = -(-len(steps) // 100) or 1  # steps per point: the curves have at most 100 points
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
         scores = [[r | {"wer": min(100.0, 100 * r["wer"])}] for r in evals]
-        for row, key in enumerate(("loss", "wer", "lr", "utts_per_s")):
+        for row, key in enumerate(panels):
             style = {"label": name, "marker": "." if key == "wer" else ""}
             plot_means(axes[row], scores if key == "wer" else parts, key, f"C{number}", style)
         for key, part, line in (("ctc_loss", "CTC", "--"), ("char_loss", "characters", ":")):
@@ -160,6 +160,19 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
+def to_json(record: dict) -> str:
+    """A record of numbers, texts and records; null stands for NaN and the infinities.
+
+    NaN is a mean before the first step, infinity the best WER before the first evaluation.
+    """
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: clean(x) for name, x in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(record))
+
+
 class Log:
     """Writes console, log.jsonl, mllog.log, curves.png and TensorBoard's files, on rank 0 only."""
 
@@ -167,7 +180,7 @@ class Log:
         self.out = out if rank == 0 else None
         self.open_board = summary_writer() if tensorboard and rank == 0 else None
         self.board = None
-        self.is_read = True  # until the reader of standard output ends, as in `| head`
+        self.has_reader = True  # until the reader of standard output ends, as in `| head`
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one.
@@ -180,7 +193,7 @@ class Log:
             tqdm.write(line)
             sys.stdout.flush()
         except BrokenPipeError:
-            self.is_read = False
+            self.has_reader = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # later lines are no errors
 
     def warn(self, message: str) -> None:
@@ -198,14 +211,12 @@ class Log:
         """Appends a record to log.jsonl and hands its floats to TensorBoard."""
         if self.out is None:
             return
-        # JSON has no NaN, the value of a mean before the first step.
-        values = {key: None if value != value else value for key, value in values.items()}
-        self.append("log.jsonl", json.dumps({"event": event, **values}))
+        self.append("log.jsonl", to_json({"event": event, **values}))
         if self.open_board is not None:
             # purge_step hides the steps that a killed run wrote after its last checkpoint.
             self.board = self.board or self.open_board(self.out, purge_step=values["step"])
             for key, value in values.items():
-                if isinstance(value, float):
+                if isinstance(value, float) and math.isfinite(value):
                     self.board.add_scalar(f"{event}/{key}", value, values["step"])
             if event != "step":
                 self.board.flush()
@@ -230,7 +241,7 @@ class Log:
             "metadata": {"file": Path(caller.f_code.co_filename).name, "lineno": caller.f_lineno,
                          **metadata},
         }
-        self.append("mllog.log", f":::MLLOG {json.dumps(event)}")
+        self.append("mllog.log", f":::MLLOG {to_json(event)}")
 
     def draw(self) -> None:
         if self.out is not None:
@@ -279,26 +290,19 @@ def mllog_start(log: Log, division: str, org: str, ranks: int, started_s: float,
         log.mllog("weights_initialization", tensor=tensor)
 
 
-def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_batch: int,
-                   train_samples: int, eval_samples: int, max_symbols: int) -> None:
+def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, **sizes: int) -> None:
     """Every setting that MLPerf asks of an RNN-T run, with the value in force.
 
     A resumed run repeats them: MLPerf's checker accepts the same value again and no other one.
 
     Args:
         cfg, model_cfg, features: TrainConfig, ModelConfig and FeatureConfig.
-        global_batch: utterances of a step.
-        train_samples: utterances of the whole batches of an epoch; in MLPerf's published logs
-            too a last batch that is not full does not count.
-        eval_samples: utterances of the dev split.
-        max_symbols: labels after which evaluation searches no further frame.
+        sizes: settings that are no fields of these, under MLPerf's names.
     """
     settings = {
+        **sizes,
         "seed": cfg.seed,
-        "global_batch_size": global_batch,
         "gradient_accumulation_steps": cfg.accumulation,
-        "train_samples": train_samples,
-        "eval_samples": eval_samples,
         "opt_name": "lamb",
         "opt_base_learning_rate": cfg.lr,
         "opt_lamb_learning_rate_min": cfg.lr_min,
@@ -314,7 +318,6 @@ def mllog_settings(log: Log, cfg: Any, model_cfg: Any, features: Any, global_bat
         "opt_gradient_clip_norm": cfg.clip_norm,
         "model_eval_ema_factor": cfg.ema_decay,
         "model_weights_initialization_scale": model_cfg.weights_init_scale,
-        "eval_max_prediction_symbols": max_symbols,
         "data_train_max_duration": features.max_utterance_s,
         "data_train_num_buckets": features.num_buckets,
         "data_speed_perturbaton_min": features.speed_min,  # MLPerf's spelling
@@ -416,7 +419,7 @@ class Monitor:
         (self.signs.add if is_present else self.signs.discard)(sign)
 
     def check_gradient(self, grad_norm: float) -> None:
-        """Warns of ten times the median; runs that ended well had at most four times."""
+        """Warns of ten times the median norm; runs that ended well had at most four times."""
         usual = statistics.median(self.grad_norms) if len(self.grad_norms) >= 20 else math.inf
         self.grad_norms.append(grad_norm)
         self.warn("gradient", grad_norm > 10 * usual,
@@ -424,7 +427,10 @@ class Monitor:
                   "stays, look at --lr and --warmup-epochs, and at this step's recordings")
 
     def check_waiting(self, share: float) -> None:
-        """Looks at the median, since the first step of every epoch waits."""
+        """Warns if the median share of waiting is above a third.
+
+        A mean would count the first step of every epoch, which always waits.
+        """
         self.waits.append(share)
         usual = statistics.median(self.waits) if len(self.waits) >= 20 else 0.0
         # The sign disappears at half of the share at which it appears, or it would flicker.
@@ -445,6 +451,7 @@ class Monitor:
                   "--warmup-epochs, then at the corpus (python -m tools.prepare check)")
 
     def check_hypotheses(self, labels: int, words: int, wer: float) -> None:
+        """Warns of an evaluation with almost no labels, or as many errors as words."""
         is_blank = labels < words / 10
         self.warn("blank", is_blank,
                   f"(almost) all hypotheses are blank, {labels:,} symbols for {words:,} words: "

@@ -58,7 +58,7 @@ from features import FeatureConfig
 from model import ModelConfig
 from optimizer import lr_at
 from ranks import Ranks, leave, start_ranks
-from recipe import ALIGNED_START, EARLY_FIELDS, RECIPES, TrainConfig, make_configs, make_parser
+from recipe import ALIGNED_START, EARLY_FIELDS, RECIPES, TrainConfig, make_configs, parse_flags
 from report import Log, Monitor
 from step import (
     StepResult,
@@ -187,7 +187,8 @@ def find_origin(cfg: TrainConfig,
     if cfg.init and Path(cfg.init).resolve() != Path(begun).resolve():
         raise ValueError(f"{path}: its run did not begin with --init {cfg.init}; give another "
                          "--out, or --restart to delete it")
-    start = {name: checkpoint["train_config"][name] for name in ALIGNED_START}
+    stored = asdict(TrainConfig("", (), "", "")) | checkpoint["train_config"]
+    start = {name: stored[name] for name in ALIGNED_START}
     return (checkpoint if begun else None), start
 
 
@@ -252,7 +253,8 @@ def begin_from(run: Run, origin: dict) -> State:
     anew = () if same_classes else ("predictor.embed", "joint_network.output")
     for head, field in (("ctc_head", "ctc_split"), ("char_head", "char_head")):
         is_same = getattr(trainer.model.cfg, field) == origin["model_config"].get(field, 0)
-        anew += () if same_classes and is_same else (head,)
+        if not (same_classes and is_same):
+            anew += (head,)
     kept = {name: origin["ema"][name] for name in weights if not name.startswith(anew)}
     for model in (trainer.model, trainer.ema):
         model.load_state_dict(weights | kept)
@@ -311,6 +313,7 @@ class Stopper:
 
     def should_stop(self, is_input_bad: bool = False) -> bool:
         """Sets `reason` to the most urgent reason of any rank; costs one all-reduce."""
+        # The reasons stand by rising urgency: all ranks take the largest index of any rank.
         reasons = ("", "time limit", "closed pipe", *(s.name for s in STOP_SIGNALS), "bad input")
         is_late = 0 < self.time_limit_s < time.monotonic() - self.started
         mine = ""
@@ -318,7 +321,7 @@ class Stopper:
             mine = "bad input"
         elif self.signal:
             mine = signal.Signals(self.signal).name
-        elif not self.log.is_read:
+        elif not self.log.has_reader:
             mine = "closed pipe"
         # At least one step runs, or a run with a short limit would never advance over restarts.
         elif is_late and self.steps > 0:
@@ -481,9 +484,8 @@ def run_and_log_end(run: Run, state: State, stopper: Stopper) -> str:
         with suppress(OSError):  # a full disk may be the error itself
             run.log.write("end", reason=f"error: {data.error_message(error)}", step=state.step)
         raise
-    best = {"best_wer": state.best_wer, "best_cer": state.best_cer}
-    best = {name: rate if math.isfinite(rate) else None for name, rate in best.items()}
-    run.log.write("end", reason=reason, **best, step=state.step)
+    run.log.write("end", reason=reason, best_wer=state.best_wer, best_cer=state.best_cer,
+                  step=state.step)
     return reason
 
 
@@ -532,8 +534,10 @@ def log_settings(run: Run, state: State) -> None:
     """Writes the settings of the run to all logs."""
     trainer, log, per_epoch = run.trainer, run.log, run.steps_per_epoch
     cfg, model_cfg, global_batch = trainer.cfg, trainer.model.cfg, trainer.global_batch
-    report.mllog_settings(log, cfg, model_cfg, run.features, global_batch,
-                          per_epoch * global_batch, len(run.dev), decode.MAX_SYMBOLS)
+    # A last batch that is not full does not count as samples in MLPerf's published logs either.
+    report.mllog_settings(log, cfg, model_cfg, run.features, global_batch_size=global_batch,
+                          train_samples=per_epoch * global_batch, eval_samples=len(run.dev),
+                          eval_max_prediction_symbols=decode.MAX_SYMBOLS)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = report.describe_start(trainer.ranks.world, trainer.dtype, parameters, train_config=cfg,
                                   model_config=model_cfg, feature_config=run.features)
@@ -566,7 +570,7 @@ def main() -> int:
     started_s = time.time()
 
     # 1 config; a checkpoint decides what the other flags mean, so they are checked when it is read
-    given = vars(make_parser(__doc__).parse_args(sys.argv[1:]))
+    given = parse_flags(sys.argv[1:], __doc__)
     may_continue = given.get("resume") or given.get("init")
     cfg, model_cfg, features = make_configs(
         {name: value for name, value in given.items() if name in EARLY_FIELDS or not may_continue}

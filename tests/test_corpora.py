@@ -159,6 +159,13 @@ def test_the_imported_split_has_no_problem(folder, root, bring, capsys):
         "train: 2 utterances, 0.00 h, 2 words, 1 distinct words, 2 speakers\n")
 
 
+def test_a_log_has_lines_of_progress(folder, root, capsys):
+    assert prepare.main(["import", str(write_json(folder, GOOD)), str(root), "train"]) == 0
+    log = capsys.readouterr().err
+    assert "\r" not in log
+    assert [line[:12] for line in log.splitlines()] == ["train:   0%|", "train: 100%|"]
+
+
 def test_a_source_of_no_known_form_is_an_error_that_lists_them(folder, root, refuse):
     (folder / "list.csv").write_text("wav_filename,transcript\na.wav,hello\n")
     for source, found in (

@@ -10,7 +10,7 @@ the weights are still those that they began with.
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +19,7 @@ from tones import REPO, TINY, events, run_here, tiny_corpus
 import recipe
 import train
 from checkpoint import load_checkpoint, save_checkpoint
-from features import FeatureConfig
-from model import PRESETS, ModelConfig
+from model import PRESETS
 from recipe import TrainConfig
 
 # The flags of a short run without those of the model, which the checkpoint of --init has.
@@ -213,12 +212,6 @@ def test_a_missing_checkpoint_is_named(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_free_fields_are_fields_of_model_or_front_end():
-    assert {f.name for config in (ModelConfig, FeatureConfig) for f in fields(config)} >= (
-        recipe.FREE_FIELDS
-    )
-
-
 # ------------------------------------------------------------------------------------- restarts
 
 
@@ -240,6 +233,14 @@ def test_a_run_from_random_weights_is_not_resumed_with_init(corpus, origin, tmp_
     assert run_here(*run, "--time-limit-s", "1e-6") == 75
     with pytest.raises(ValueError, match=f"did not begin with --init {origin}; give another --out"):
         run_here(*run, "--init", origin, "--resume")
+
+
+def test_a_run_that_is_older_than_the_ctc_heads_goes_on_without_them():
+    checkpoint = {"train_config": {"init": "a.pt"}}
+    cfg = TrainConfig("", (), "", "", init="a.pt")
+    kept, start = train.find_origin(cfg, (Path("checkpoint-00000001.pt"), checkpoint))
+    assert kept is checkpoint
+    assert start == {"ctc_epochs": 0, "ramp_begin": 0, "ramp_epochs": 0}
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_settings_that_are_not_in_force_are_marked():
     notes, init_notes = Recorder(), Recorder()
     for recorder, words in ((notes, []), (init_notes, ["--init", "best.pt"])):
         cfg, model_cfg, features = recipe.parse_configs([*argv, *words])
-        report.mllog_settings(recorder, cfg, model_cfg, features, 16, 32, 3, 500)
+        report.mllog_settings(recorder, cfg, model_cfg, features)
     marked = {key for key, metadata in notes.items() if "not_in_force" in metadata}
     assert marked == {"opt_lamb_learning_rate_hold_epochs", "opt_learning_rate_alt_decay_func",
                       "opt_lamb_learning_rate_decay_poly_power"}

@@ -34,6 +34,24 @@ if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
     sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is noticed at the next line
 
 
+LOG_INTERVAL_S = 30
+
+
+class LogLines:
+    """A file for tqdm that makes a line of stderr of every state of a bar."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():  # tqdm begins with a carriage return
+            print(state, file=sys.stderr, flush=True)
+
+
+def bar_options() -> dict:
+    """Options of a tqdm bar: a log, unlike a terminal, gets a line every LOG_INTERVAL_S."""
+    if sys.stderr.isatty():
+        return {"leave": False}
+    return {"file": LogLines(), "mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Waits for the lock of a folder, then holds it. A killed process releases its lock."""

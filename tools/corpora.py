@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data import Problem, describe_problems, line_error, separate
 from features import DEFAULT, read_audio, resample
+from tools import bar_options
 
 # ------------------------------------------------------------------------------- the three sources
 
@@ -369,7 +370,7 @@ def import_split(source: Path, root: Path, split: str, rule: TextRule) -> bool:
         ThreadPoolExecutor() as pool,
         # Ctrl-C closes the iterator, which cancels what no thread has begun.
         closing(pool.map(lambda clips: list(write_clips(clips)), recordings)) as results,
-        tqdm(desc=split, unit="utterance", total=len(clips), disable=None, leave=False) as bar,
+        tqdm(desc=split, unit="utterance", total=len(clips), **bar_options()) as bar,
     ):
         for result in results:
             done, failed = separate(result)

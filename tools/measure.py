@@ -27,7 +27,7 @@ from checkpoint import load_checkpoint
 from data import Utterance
 from features import FeatureConfig
 from ranks import start_ranks
-from recipe import make_configs, make_parser
+from recipe import make_configs, parse_flags
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -126,7 +126,7 @@ def make_trainer(argv: Sequence[str]) -> tuple[step.Trainer, FeatureConfig, dict
     """
     # The flags that train.py requires say where a run is, which a step does not depend on.
     required = ["--data", ".", "--train-splits", "x", "--dev-split", "x", "--out", "."]
-    given = vars(make_parser().parse_args([*required, *argv]))
+    given = parse_flags([*required, *argv])
     origin = load_checkpoint(given["init"]) if "init" in given else None
     cfg, model_cfg, features = make_configs(given, origin)
     if origin is not None:

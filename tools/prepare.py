@@ -40,7 +40,7 @@ from data import (
     scan_split,
     separate,
 )
-from tools import corpora, locked
+from tools import bar_options, corpora, locked
 from tools.demo import make_demo
 
 # ------------------------------------------------------------------ LibriSpeech: published archives
@@ -89,25 +89,13 @@ CHUNK_BYTES = 2**20
 TIMEOUT_S = 60  # a server that sends no byte for so long is asked again
 ATTEMPTS = 20  # failed requests for one file, in one call
 LONGEST_WAIT_S = 60  # before the next request; the wait doubles from 2 s
-LOG_INTERVAL_S = 30
-
-
-class LogLines:
-    """A file for tqdm that makes a line of stderr of every state of a bar."""
-
-    def write(self, text: str) -> None:
-        if state := text.strip():  # tqdm begins with a carriage return
-            print(state, file=sys.stderr, flush=True)
 
 
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
              start: int = 0) -> AbstractContextManager[BinaryIO]:
-    """Wraps a stream so that a tqdm bar counts, from `start`, the bytes that its "read" or "write"
-    moves. A log, unlike a terminal, gets a line every LOG_INTERVAL_S."""
-    is_log = not sys.stderr.isatty()
+    """Wraps a stream: a tqdm bar counts, from `start`, the bytes that "read" or "write" moves."""
     return tqdm.wrapattr(stream, method, num_bytes, bytes=False, desc=label, initial=start,
-                         unit="B", unit_scale=True, file=LogLines() if is_log else sys.stderr,
-                         mininterval=LOG_INTERVAL_S if is_log else 0.1, maxinterval=LOG_INTERVAL_S)
+                         unit="B", unit_scale=True, **bar_options())
 
 
 def request_rest(url: str, path: Path, num_bytes: int) -> None:

@@ -341,7 +341,7 @@ def run_trial(trial: Trial, epochs: int, command: Sequence[str], folder: Path) -
             if has_more and len(evals) > judged:
                 judged, reason = len(evals), prune_reason(trial.study, trial.number, wers)
                 if reason is not None:
-                    trial.set_user_attr("reason", reason)
+                    trial.set_user_attr("reason", f"{reason}; CER {trial.user_attrs['cer']:.3f}")
                     raise TrialPruned
     if process.returncode in (0, EXIT_STATUS["time limit"]) and evals:
         return [seconds, min(wers.values())]
