@@ -8,8 +8,10 @@ from tones import tiny_corpus
 
 @pytest.fixture(autouse=True)
 def _restore_torch():
-    """Programs that run in the process of the tests change these settings for good."""
+    """Programs that run in the process of the tests change these settings for good, and draw random
+    numbers, which must not depend on the tests before."""
     threads = torch.get_num_threads()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)

@@ -16,7 +16,6 @@ import socket
 import sys
 import tarfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -134,7 +133,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def server(packed, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(prepare, "TIMEOUT_S", 5)
+    monkeypatch.setattr(prepare, "TIMEOUT_S", 60)
     monkeypatch.setattr(prepare, "ARCHIVES", {})
     monkeypatch.setattr(prepare, "DOWNLOADS", {"tiny": (TRAIN, DEV)})
     server = Server()
@@ -265,10 +264,10 @@ def test_a_passing_failure_is_tried_again_from_the_last_byte(get, server, waits,
 
 
 def test_a_silent_server_is_given_up_and_asked_again(get, server, monkeypatch):
-    monkeypatch.setattr(prepare, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(prepare, "TIMEOUT_S", 2)
     server.script = [{"drop": 1000, "stall": True}]
     assert "timed out.; attempt 1 of 20, next in 2 s" in get()
-    assert server.ranges()[1] == "bytes=1000-"
+    assert "bytes=1000-" in server.ranges()
 
 
 def test_attempts_and_waits_are_bounded(get, waits, monkeypatch):
@@ -440,19 +439,28 @@ def test_interrupted_unpacking_leaves_the_archive_only(get, root, server, monkey
 
 
 def test_a_second_call_at_the_same_time_waits_and_finds_the_corpus(get, root, monkeypatch):
-    copy, threads = tarfile.copyfileobj, []
+    copy, locked, threads, statuses = tarfile.copyfileobj, prepare.locked, [], []
+    has_begun = threading.Event()
+
+    def lock(folder):
+        if threading.current_thread() in threads:
+            has_begun.set()
+        return locked(folder)
 
     def copy_while_another_begins(*args, **options):
         if not threads:
             argv = ["tiny", str(root), "--mirror", "http://127.0.0.1:1"]
-            threads.append(threading.Thread(target=prepare.main, args=[argv]))
+            threads.append(threading.Thread(target=lambda: statuses.append(prepare.main(argv))))
             threads[0].start()
-            time.sleep(0.3)
+            assert has_begun.wait(300)
         copy(*args, **options)
+
+    monkeypatch.setattr(prepare, "locked", lock)
 
     monkeypatch.setattr(tarfile, "copyfileobj", copy_while_another_begins)
     get()
     threads[0].join()
+    assert statuses == [0]
     assert_complete(root)
 
 

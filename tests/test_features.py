@@ -100,6 +100,7 @@ def test_two_files_of_another_kind_are_converted_with_one_warning(
     assert messages == expected
 
 
+@pytest.mark.slow  # importing librosa.core takes up to 40 s on two cores
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
 def test_resample_is_librosas(rate):
     expected = librosa.resample(noise(4001), orig_sr=rate, target_sr=16000, res_type="soxr_hq")

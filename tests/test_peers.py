@@ -200,17 +200,6 @@ def test_the_banded_loss_leaves_out_what_is_far_from_the_diagonal():
         assert banded > 0.99 * exact
 
 
-def test_deviation_is_relative_to_the_norm():
-    assert peers.deviation(torch.tensor([3, -3.5]), torch.tensor([3, -4.0])) == pytest.approx(0.1)
-
-
-def test_lengths_have_the_given_means():
-    enc_lens, target_lens = peers.draw_lens(32, 56, 69)
-    assert enc_lens.double().mean() == pytest.approx(56, abs=0.5)
-    assert (target_lens + 1).double().mean() == pytest.approx(69, abs=0.5)
-    assert len(set(enc_lens.tolist())) > 10
-
-
 def test_memory_of_a_call_does_not_include_that_of_the_call_before():
     inputs, lattice = peers.random_inputs(torch.tensor([3]), torch.tensor([2]), 4, 5)
 

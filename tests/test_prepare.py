@@ -166,12 +166,6 @@ def test_speech_keeps_its_speed(spoken, tmp_path):
 # --------------------------------------------------------------------------------- making it again
 
 
-def test_same_seed_same_bytes(spoken, tmp_path):
-    # The library has spoken in this process before; its state must not be heard.
-    demo.make_demo(tmp_path / "again", **SIZES)
-    assert read_tree(tmp_path / "again") == read_tree(spoken)
-
-
 def test_same_bytes_in_a_process_with_another_hash_seed(spoken, tmp_path):
     assert start_demo(tmp_path / "again", PYTHONHASHSEED="7").wait() == 0
     assert read_tree(tmp_path / "again") == read_tree(spoken)

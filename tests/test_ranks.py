@@ -199,7 +199,7 @@ def test_port_that_is_taken_is_named(environment):
     [("0", "127.0.0.1", 2), ("1", "127.0.0.1", 2), ("1", "no-such-host.invalid", 600)],
 )
 def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout_s):
-    """An unknown host ends the wait at once."""
+    """An unknown host ends the wait as soon as the resolver answers."""
     launch_by(environment, "torchrun", f"{rank}20")
     environment.setenv("MASTER_ADDR", address)
     environment.setenv("MASTER_PORT", free_port())
@@ -208,7 +208,7 @@ def test_ranks_that_never_start_end_the_wait(environment, rank, address, timeout
     with pytest.raises(ConnectionError,
                        match=rf"^rank {rank} {given}: no connection .*={address} "):
         ranks.start_ranks(timeout_s=timeout_s)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300
 
 
 def test_process_in_a_batch_job_of_several_tasks_says_why_it_waits(environment, capsys):
@@ -353,11 +353,14 @@ def test_silence_beyond_the_timeout_ends_the_run_without_any_exchange(left, star
     store = dist.HashStore()
     start_heartbeat(0, store)
     second = start_heartbeat(1, store)
-    start_heartbeat(2, store, timeout_s=2.5)
-    time.sleep(4)
+    start_heartbeat(2, store, timeout_s=10)
+    time.sleep(12)
     assert left == []
     second.stop()
-    time.sleep(5)
+    until = time.monotonic() + 300
+    while not left:
+        assert time.monotonic() < until
+        time.sleep(0.1)
     assert left[0] == (1, "train.py: rank 2: lost rank 1: silent for too long")
 
 
@@ -461,7 +464,7 @@ def test_error_of_one_rank_ends_all_ranks_of_hydra(start_program, hydra):
 
 
 def test_error_of_all_ranks_ends_each_with_its_own_message(start_program, hydra):
-    program = START + "leave(1, f'message of rank {ranks.rank}')\n"
+    program = START + "leave(1, f'message of rank {ranks.rank}', wait_s=60)\n"
     processes = [start_program(program, rank, world=2) for rank in range(2)]
     assert [end_of(process) for process in processes] == [
         (1, "", "message of rank 0\n"), (1, "", "message of rank 1\n")

@@ -8,18 +8,18 @@ Curves and warnings come from records written by hand, the rest from short runs 
 
 import io
 import json
+import math
 import re
 import sys
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 from test_bench import run_here as bench_here
 from tones import TINY, run_here, run_train
-from torch.profiler import ProfilerActivity, profile
 
 import data
 import features
@@ -205,13 +205,13 @@ def test_blank_hypotheses_and_a_useless_wer_are_warned_of(
 
 
 def test_the_time_that_is_left_is_projected_from_the_steps_of_this_process(monitor, capsys):
-    monitor.started = time.monotonic() - 500  # 10 s a step
+    monitor.started = time.monotonic() - 50 * 3600  # an hour a step
     monitor.steps = 48  # the next step is the 49th
     for batch in (1, 2, 3):
         monitor.step(batch, **step(batch, 2))
     # Six of three epochs of four steps are done when 50 steps of this process are.
     assert re.findall("projected: .*", capsys.readouterr().out) == [
-        f"projected: {60 / 3600:.2f} h for the rest of 3 epochs"
+        "projected: 6.00 h for the rest of 3 epochs"
     ]
 
 
@@ -269,22 +269,19 @@ def test_the_profile_has_table_trace_and_shares(shown):
     expected = {stage: sum(sum(spent[name]) for name in names)
                 for stage, names in report.STAGES.items()}
     expected["joint network"] -= expected["lattice of the loss"]
-    expected = {stage: pytest.approx(100 * s / seconds, abs=1) for stage, s in expected.items()}
+    tolerance = 1 + 0.05 / seconds  # the line has milliseconds
+    expected = {stage: pytest.approx(100 * s / seconds, abs=tolerance)
+                for stage, s in expected.items()}
     assert {stage: shares[stage] for stage in expected} == expected
 
 
 def test_the_stages_of_a_profile_add_up_to_its_seconds():
-    with profile(activities=[ProfilerActivity.CPU]) as result:
-        for label in ("JointCosts", "clip_gradients"):
-            with torch.profiler.record_function(label):
-                time.sleep(0.05)
-                with torch.profiler.record_function("lattice"):
-                    time.sleep(0.05)
-    parts = report.profile_parts(result, 1.0)
-    assert parts.keys() == report.STAGES.keys() | {"everything else"}
-    assert sum(parts.values()) == pytest.approx(1.0, rel=1e-9)
-    assert 0.05 <= parts["optimiser"] - parts["lattice of the loss"] / 2 < 0.2
-    assert parts["oneDNN LSTM"] == 0
+    times_us = {"JointCosts": 3e5, "lattice": 1e5, "clip_gradients": 2e5}  # the lattice is inside
+    events = [SimpleNamespace(key=key, cpu_time_total=t) for key, t in times_us.items()]
+    parts = report.profile_parts(SimpleNamespace(key_averages=lambda: events), 1.0)
+    expected = dict.fromkeys(report.STAGES, 0) | {"everything else": 0.5, "joint network": 0.2,
+                                                  "lattice of the loss": 0.1, "optimiser": 0.2}
+    assert parts == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -322,6 +319,16 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path):
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(1, 10.0), (2, 5.0)]
     assert [(e.step, e.value) for e in events.Scalars("eval/wer")] == [(2, 0.25)]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    log = report.Log(tmp_path, 0)
+    log.write("end", best_wer=math.inf, loss=math.nan, config={"clip_norm": math.inf, "lr": 0.5})
+    log.mllog("opt_gradient_clip_norm", math.inf)
+    expected = {"event": "end", "best_wer": None, "loss": None,
+                "config": {"clip_norm": None, "lr": 0.5}}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == expected
+    assert '"value": null' in (tmp_path / "mllog.log").read_text()
 
 
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):

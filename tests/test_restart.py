@@ -247,10 +247,13 @@ def test_a_second_run_in_the_directory_is_refused_and_changes_nothing(run, corpu
     assert "Traceback" not in found[0].stderr
 
 
-def test_a_second_ctrl_c_ends_at_once(run, tmp_path, capfd):
+def test_a_second_ctrl_c_ends_at_once(run, tmp_path, capfd, monkeypatch):
+    real, late_s = time.monotonic, [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: real() + late_s[0])
+
     def press_twice(seconds):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(seconds)
+        late_s[0] += seconds
         os.kill(os.getpid(), signal.SIGINT)
 
     # Two signals within a second are one Ctrl-C that a launcher has passed on.
@@ -358,6 +361,13 @@ def test_after_a_change_to_larger_batches_the_new_checkpoints_stay(run, tmp_path
     assert [e["epoch"] for e in events(tmp_path, "eval")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_file_behind_resume_is_a_case_for_init(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        run(tmp_path, "--resume", "best.pt")
+    hint = "unrecognized arguments: best.pt; --resume has no value, and --init begins from a file\n"
+    assert capsys.readouterr().err.endswith(hint)
+
+
 def test_another_training_set_or_seed_goes_on_at_the_next_epoch(run, own_corpus, tmp_path, capsys):
     """In the middle of an epoch it would take some utterances twice and others not at all."""
     out = tmp_path / "run"
@@ -457,6 +467,18 @@ def test_a_quota_that_is_too_small_ends_the_run_before_its_first_step(corpus, tm
     assert f"train.py: {tmp_path}: File too large: 4 more checkpoints of" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_restart_on_a_full_disk_keeps_the_run(run, tmp_path, monkeypatch):
+    def refuse(out, size):
+        raise OSError(f"{out}: No space left on device")
+
+    assert run(tmp_path) == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(train, "reserve_space", refuse)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path, "--restart")
+    assert contents(tmp_path) == before
 
 
 def test_a_vanished_run_directory_ends_the_run(run, tmp_path):
@@ -568,7 +590,9 @@ def test_fifty_kills_at_random_moments_lose_nothing(corpus, tmp_path):
     out, moments, steps, torn = tmp_path / "killed", random.Random(5), 0, 0
     server = multiprocessing.get_context("forkserver")  # forks lives that have imported torch
     server.set_forkserver_preload(["train", "torch._dynamo"])
-    for _ in range(50):
+    lives = 0
+    while lives < 50 or (lives < 400 and not (torn and steps > 50)):
+        lives += 1
         life = server.Process(target=live, args=(corpus, out, *argv, "--epochs", "100000"))
         life.start()
         life.join(moments.uniform(0.1, 2.5))

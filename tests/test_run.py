@@ -127,8 +127,10 @@ def test_first_three_transcripts_stand_above_their_references(project, kind):
             f"  reference   SAID {n} SO\n"
             for n in range(3)
         )
-        + "try     .venv/bin/python decode.py --checkpoint out/demo/best.pt my.wav"
-        "  (a recording of your own)\n"
+        + "transcribe a file of your own instead of my.wav, or five seconds from the microphone:\n"
+        "  .venv/bin/python decode.py --checkpoint out/demo/best.pt my.wav\n"
+        "  arecord -q -f S16_LE -r 16000 -c 1 -d 5 | "
+        ".venv/bin/python decode.py --checkpoint out/demo/best.pt -\n"
     )
 
 
@@ -267,7 +269,7 @@ def expect_end_by_signal(project, child, number, status):
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(number)
-    assert child.wait(timeout=60) == status
+    assert child.wait(timeout=300) == status
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -381,7 +383,7 @@ def names_rank(text, rank):
 def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
     run.start(LAUNCHER=launcher).wait_for_steps(3)
     os.kill(run.rank(rank), signal.SIGKILL)
-    assert run.expect_end(30) not in (0, 2)
+    assert run.expect_end(300) not in (0, 2)
     assert names_rank(run.output(), rank), run.output()
     paths = list(run.out.glob("checkpoint-*.pt"))
     assert paths
@@ -392,7 +394,7 @@ def test_killed_rank_ends_the_run_which_can_be_resumed(run, launcher, rank):
         run.start(LAUNCHER=launcher).wait_for_steps(before + 3)
         assert "resumed" in run.output()
         run.child.terminate()
-        run.expect_end(60)
+        run.expect_end(300)
 
 
 @pytest.mark.slow
@@ -413,7 +415,7 @@ def test_stopped_rank_is_named_and_ended(run, launcher, rank):
     """Under mpirun rank 0 keeps the heartbeats of all ranks."""
     run.start("--timeout-s", "10", LAUNCHER=launcher).wait_for_steps(3)
     os.kill(run.rank(rank), signal.SIGSTOP)
-    assert run.expect_end(90) not in (0, 2)
+    assert run.expect_end(300) not in (0, 2)
     assert f"rank {1 - rank}: lost rank {rank}" in run.output()
 
 
@@ -426,7 +428,7 @@ def test_signal_leaves_no_process_and_no_status_file(run, launcher, number, stat
     folder.mkdir()
     run.start("--loader-workers", "1", TMPDIR=str(folder), **chosen).wait_for_steps(2)
     run.child.send_signal(number)
-    assert run.expect_end(60) == status
+    assert run.expect_end(300) == status
     assert list(folder.glob("rnnt-*")) == []
 
 
@@ -499,14 +501,14 @@ def test_time_limit_ends_ranks_that_use_mpi_with_75(mpi_run):
 def test_signal_ends_ranks_that_use_mpi_with_its_status(mpi_run):
     mpi_run.start().wait_for_steps(2)
     mpi_run.child.terminate()
-    assert mpi_run.expect_end(60) == 143, mpi_run.output()
+    assert mpi_run.expect_end(300) == 143, mpi_run.output()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_of_one_rank_ends_all_that_use_mpi(mpi_run, rank):
     raise_in_step_3(mpi_run, rank, "ValueError('deliberate')")
-    assert mpi_run.start().expect_end(60) == 1, mpi_run.output()
+    assert mpi_run.start().expect_end(300) == 1, mpi_run.output()
     assert "train.py: deliberate" in mpi_run.output()
     assert mpi_run.num_steps() == 2
 
@@ -624,5 +626,5 @@ def test_four_hosts_compute_what_one_process_computes(cluster, run):
 @pytest.mark.slow
 def test_host_that_does_not_answer_is_named(cluster, run):
     start_on_first_host(run, cluster, [f"{SUBNET}1", f"{SUBNET}99"])
-    assert run.expect_end(30) == 2
+    assert run.expect_end(300) == 2
     assert f"{SUBNET}99 (status " in run.output()
