@@ -215,7 +215,7 @@ def verify_md5(path: str) -> None:
     stated = head[26:]
     if not head.startswith(b"fLaC") or not any(stated):
         return
-    bits = ((head[20] & 1) << 4 | head[21] >> 4) + 1  # of a sample
+    bits = ((head[20] & 1) << 4 | head[21] >> 4) + 1  # bits of a sample
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with open_audio(path) as audio:
@@ -262,7 +262,7 @@ def probe_audio(utterance: Utterance, cfg: FeatureConfig,
     return [utterance._replace(duration_s=frames / rate), *problems]
 
 
-SEARCHED_FOLDERS = 1000  # describe_layout lists so many at most: slow disks answer soon
+SEARCHED_FOLDERS = 1000  # describe_layout lists this many at most: slow disks answer soon
 
 
 def describe_layout(folder: Path) -> str:
@@ -521,8 +521,9 @@ def bucket_batches(durations_s: Sequence[float], global_batch: int, num_buckets:
                    rng: np.random.Generator) -> np.ndarray:
     """One epoch's order: (batches, global_batch) distinct indices.
 
-    Utterances are sorted by duration, split into buckets and shuffled inside. A random remainder
-    that does not fill a batch is dropped, then the batches are shuffled. Rank r of W takes columns
+    Utterances are sorted by duration, split into buckets and shuffled inside; a batch at the border
+    of two buckets holds utterances of both. A random remainder that does not fill a batch is
+    dropped, then the batches are shuffled. Rank r of W takes columns
     r, r + W, ... of every row, so all ranks have equally many batches. The sampler is the
     original's (common/data/dali/sampler.py); the remainder is as in mlcommons/training #460.
     """
@@ -538,6 +539,9 @@ def bucket_batches(durations_s: Sequence[float], global_batch: int, num_buckets:
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances to (features, label ids, utterance), augmented if `seed` is given.
 
+    Without a tokenizer they have no labels. `strength`, from 0 to 1, is that of the augmentation.
+    With `skip_bad` an utterance that cannot be read is left out of its batch.
+
     The random numbers of an utterance depend on (seed, epoch, index) alone, so they are the
     same for any number of ranks, workers and restarts. An utterance whose recording becomes empty
     has no labels in that epoch.
@@ -548,7 +552,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                  skip_bad: bool = False, strength: float = 1.0) -> None:
         self.utterances, self.tokenizer, self.cfg = utterances, tokenizer, cfg
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
-        self.strength = strength  # of the augmentation
+        self.strength = strength
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -627,7 +631,8 @@ def keep_memory() -> None:
 
 
 def start_worker(_worker: int) -> None:
-    """Gives a worker process the lowest priority, its parent's CPUs and no signals."""
+    """Gives a worker process the lowest priority and its parent's CPUs; signals that stop a run do
+    not reach it."""
     # A worker that takes a core for a moment keeps all threads of the training process waiting at
     # their next OpenMP barrier; an LSTM has one barrier per frame.
     os.nice(19)

@@ -16,7 +16,6 @@ Graves (2012), arXiv:1211.3711. Shape letters are those of model.py.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -46,6 +46,7 @@ from features import (
     FeatureConfig,
     dither,
     features,
+    is_audio,
     log_mel,
     nonsilent_region,
     scale_fixed,
@@ -180,18 +181,18 @@ def words_of(path: Sequence[Arc], tokenizer: Tokenizer, frame_s: float,
     Times are those of emissions, exact to one frame. They are no word boundaries: a transducer
     may wait with a piece until it has heard enough.
     """
-    pieces: list[list[Arc]] = []  # one list of arcs per word
+    arcs_of_words: list[list[Arc]] = []
     for arc in path:
         if arc.label != tokenizer.blank:
-            if not pieces or tokenizer.starts_word(arc.label):
-                pieces.append([])
-            pieces[-1].append(arc)
+            if not arcs_of_words or tokenizer.starts_word(arc.label):
+                arcs_of_words.append([])
+            arcs_of_words[-1].append(arc)
     words = []
-    for word in pieces:
-        text = tokenizer.decode([arc.label for arc in word])
-        start, end = (start_s + frame_s * t for t in (word[0].frame, word[-1].frame + 1))
-        if text:  # the piece that starts a word may hold no letter
-            words.append(Word(text, start, end, math.exp(min(arc.log_prob for arc in word))))
+    for arcs in arcs_of_words:
+        text = tokenizer.decode([arc.label for arc in arcs])
+        start, end = (start_s + frame_s * t for t in (arcs[0].frame, arcs[-1].frame + 1))
+        if text:  # the label that starts a word may hold no letter
+            words.append(Word(text, start, end, math.exp(min(arc.log_prob for arc in arcs))))
     return words
 
 
@@ -249,7 +250,7 @@ def edit_distance(hypothesis: Sequence[Hashable], reference: Sequence[Hashable])
     more, less = rows, 0  # rows with one edit more, or one less, than the row above
     for item in hypothesis:
         same = places.get(item, 0)
-        # Rows with as many edits as their neighbour above and to the left.
+        # `diagonal` has the bits of rows with as many edits as their neighbour above to the left.
         diagonal = (((same & more) + more) ^ more) | same | less
         rises, falls = less | rows & ~(diagonal | more), diagonal & more  # from left to right
         distance += (rises >> len(reference) - 1) - (falls >> len(reference) - 1)
@@ -294,8 +295,9 @@ def describe_errors(hypotheses: Sequence[str], references: Sequence[str]) -> lis
     for kind, errors in kinds.items():
         examples = ", ".join(f"{error} ({n})" for error, n in errors.most_common(10))
         lines.append(f"{kind}: {errors.total():,}" + (f": {examples}" if examples else ""))
-    in_small, _ = word_errors([h.lower() for h in hypotheses], [r.lower() for r in references])
-    if by_case := sum(map(Counter.total, kinds.values())) - in_small:
+    ignoring_case, _ = word_errors(*([text.lower() for text in texts]
+                                     for texts in (hypotheses, references)))
+    if by_case := sum(map(Counter.total, kinds.values())) - ignoring_case:
         lines.append(f"{by_case:,} of these errors are upper against lower case alone: write the "
                      "references as the training texts are written")
     return lines
@@ -329,31 +331,32 @@ def ctc_greedy_decode(model: Transducer, feats: Tensor, feat_lens: Tensor) -> li
     Equal neighbours count once and blanks not at all (Graves et al. 2006). It shows what the
     encoder has learnt while the CTC head is trained alone.
     """
-    logits, lens = model.ctc_logits(feats, feat_lens)  # (B, T*split, V), (B,)
+    no_targets = feat_lens.new_zeros(len(feats), 0)
+    outputs = model(feats, feat_lens, no_targets, ctc_alone=True)
     hypotheses = []
-    for classes, n in zip(logits.argmax(-1), lens.tolist(), strict=True):
+    for classes, n in zip(outputs.ctc_logits.argmax(-1), outputs.ctc_lens.tolist(), strict=True):
         labels = classes[:n].unique_consecutive().tolist()
         hypotheses.append([label for label in labels if label != model.cfg.blank])
     return hypotheses
 
 
 def decode_batches(model: Transducer, tokenizer: Tokenizer, batches: Iterable[Batch],
-                   counts: Counter | None = None,
-                   search: Callable[..., list[list[int]]] = greedy_decode) -> dict[str, str]:
-    """Utterance id -> hypothesis, by `greedy_decode` or `ctc_greedy_decode`.
+                   search: Callable[..., list[list[int]]] = greedy_decode,
+                   ) -> tuple[dict[str, str], Counter]:
+    """Searches by `greedy_decode` or `ctc_greedy_decode`.
 
-    Adds to `counts` the encoder "frames", the emitted "labels", and the hypotheses that were "cut"
-    at MAX_SYMBOLS.
+    Returns:
+        Utterance id -> hypothesis, and the numbers of encoder "frames", of emitted "labels", and of
+        hypotheses that were "cut" at MAX_SYMBOLS.
     """
-    texts = {}
-    counts = Counter() if counts is None else counts
+    texts, counts = {}, Counter()
     for batch in batches:
         labels = search(model, batch.feats, batch.feat_lens)
         texts.update(zip(batch.ids, map(tokenizer.decode, labels), strict=True))
         counts["frames"] += int(model.num_frames(batch.feat_lens).sum())
         counts["labels"] += sum(map(len, labels))
         counts["cut"] += sum(len(ids) > MAX_SYMBOLS for ids in labels)
-    return texts
+    return texts, counts
 
 
 def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
@@ -361,13 +364,12 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     model, tokenizer, cfg = restore(checkpoint)
     utterances = data.read_split(args.data, args.split, cfg)
     out = Path(args.hypotheses or Path(args.checkpoint).parent / f"{Path(args.split).name}.tsv")
-    out.open("a").close()  # an unwritable path fails now, not after decoding
+    check_outputs([str(out)], [])
     started = time.perf_counter()
     batches = evaluation_batches(utterances, args.batch_size)
     loader = data.batch_loader(data.SpeechDataset(utterances, None, cfg), batches, num_workers=1)
     bar = tqdm(loader, desc=args.split, unit="batch", total=len(batches), disable=None, leave=False)
-    counts = Counter()
-    texts = decode_batches(model, tokenizer, bar, counts)
+    texts, counts = decode_batches(model, tokenizer, bar)
     seconds = time.perf_counter() - started
     rows = [f"{u.id}\t{texts[u.id]}\t{u.text}\n" for u in utterances]
     out.write_text("".join(["id\thypothesis\treference\n", *rows]), encoding="utf-8")
@@ -431,8 +433,8 @@ def readable_pieces(path: str, cfg: FeatureConfig) -> Iterator[Piece | None]:
         yield None
 
 
-def transcribe_files(paths: Sequence[str], cfg: FeatureConfig, batch_size: int,
-                     decode_batch: Callable[[list[Piece]], list[Segment]],
+def transcribe_files(paths: Sequence[str], model: Transducer, tokenizer: Tokenizer,
+                     cfg: FeatureConfig, batch_size: int, keep_samples: bool = False,
                      ) -> Iterator[Transcription | None]:
     """Transcribes files of any length in their order; yields None for one that cannot be read.
 
@@ -445,7 +447,8 @@ def transcribe_files(paths: Sequence[str], cfg: FeatureConfig, batch_size: int,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
 
     def decode_queue() -> Iterator[Transcription]:
-        segments = decode_batch([piece for _, piece in queue]) if queue else []
+        pieces = [piece for _, piece in queue]
+        segments = decode_pieces(pieces, model, tokenizer, cfg, keep_samples) if queue else []
         for (transcription, piece), segment in zip(queue, segments, strict=True):
             transcription.segments.append(segment)
             bar.update(piece.share)
@@ -490,9 +493,10 @@ def label_words(words: Sequence[Word], reference: str | None,
         if heard is None:
             labels.append((end_s, f"-{said}", "red"))
             continue
-        _, time_s, end_s, _ = next(remaining)
+        word = next(remaining)
+        end_s = word.end_s
         label = heard if heard == said else f"+{heard}" if said is None else f"{heard} ({said})"
-        labels.append((time_s, label, "black" if heard == said else "red"))
+        labels.append((word.start_s, label, "black" if heard == said else "red"))
     return labels
 
 
@@ -514,6 +518,19 @@ def write_files(args: argparse.Namespace, transcriptions: Sequence[Transcription
             writers.plot(args.plot, t.segments, labels, cfg, frame_s)
 
 
+def check_outputs(outputs: Sequence[str], recordings: Sequence[str]) -> None:
+    """Raises now, not after decoding, if a path is a recording or cannot be written.
+
+    The shell may put a recording behind a flag, as in `--json *.m4a`.
+    """
+    suffixes = {Path(path).suffix.lower() for path in recordings} - {""}
+    for path in outputs:
+        if is_audio(path) or path in recordings or Path(path).suffix.lower() in suffixes:
+            raise ValueError(f"{path}: a recording, expected the file to write behind its flag")
+    for path in outputs:
+        open(path, "a").close()
+
+
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
     """Prints a line for every readable file; returns whether everything was readable."""
     model, tokenizer, cfg = restore(checkpoint)
@@ -522,20 +539,25 @@ def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
         if getattr(args, flag) and len(paths) != 1:
             raise ValueError(f"--{flag}: {len(paths)} audio files, expected 1")
     outputs = list(filter(None, (args.ctm, args.json, args.srt, args.vtt, args.plot)))
-    for path in outputs:
-        open(path, "a").close()  # an unwritable path fails now, not after decoding
+    check_outputs(outputs, paths)
     kept: list[Transcription] = []
-    decode_batch = functools.partial(decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg,
-                                     keep_samples=bool(args.plot))
-    for transcription in transcribe_files(paths, cfg, args.batch_size, decode_batch):
-        if transcription is None:
-            num_failed += 1
-            continue
-        tqdm.write(f"{transcription.path}\t{transcription.text}")
-        sys.stdout.flush()
-        if outputs:
-            kept.append(transcription)
-    write_files(args, kept, cfg, model.cfg.reduction * cfg.frame_s)
+    frame_s = model.cfg.reduction * cfg.frame_s
+    transcribed = transcribe_files(paths, model, tokenizer, cfg, args.batch_size, bool(args.plot))
+    try:
+        for transcription in transcribed:
+            if transcription is None:
+                num_failed += 1
+                continue
+            if outputs:
+                kept.append(transcription)
+            tqdm.write(f"{transcription.path}\t{transcription.text}")
+            sys.stdout.flush()
+    except BaseException:  # Ctrl-C, for example, loses only the files that are not done
+        if kept:
+            with suppress(OSError, ValueError):
+                write_files(args, kept, cfg, frame_s)
+        raise
+    write_files(args, kept, cfg, frame_s)
     return num_failed == 0
 
 
@@ -553,11 +575,12 @@ class Stream:
         print(stream.finish())
 
     Audio is decoded in steps of one encoder frame, so it does not matter in which pieces it
-    comes, and the words are those of the whole recording. They come as much later as the model
-    looks ahead. A sentence ends when `pause_s` seconds bring neither speech nor words. A sentence
-    longer than the longest training utterance ends at a shorter pause, and at twice that length
-    without one. Then all states start anew: a stream may run for days. `sentences` has the ended
-    sentences with their times; the caller may clear it.
+    comes, and the words of a sentence are those that it has as a recording of its own. They come
+    as much later as the model looks ahead. A sentence ends when `pause_s` seconds bring neither
+    speech nor words. A sentence longer than the longest training utterance ends at a shorter pause,
+    and at twice that length without one. Then all states start anew: a stream may run for days.
+    `sentences` has the ended sentences, which the caller may clear. Their times are those of their
+    first and last word; their arcs count frames from the beginning of the sentence's audio.
 
     He et al. (2019), arXiv:1811.06621.
     """
@@ -604,8 +627,16 @@ class Stream:
         return " ".join(filter(None, [*(s.text for s in self.sentences), self.current]))
 
     def accept(self, samples: np.ndarray) -> str:
-        """Takes (n,) samples, float32 in [-1, 1] at the model's rate; returns the text so far."""
-        self.waiting = np.concatenate([self.waiting, np.asarray(samples, np.float32)])
+        """Takes (n,) samples, float32 in [-1, 1] at the model's rate; returns the text so far.
+
+        Raises:
+            ValueError: the samples have another form, or are not finite.
+        """
+        samples = np.asarray(samples)
+        if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
+            raise ValueError(f"samples {samples.shape} of {samples.dtype}: expected (n,) finite "
+                             "floating-point numbers in [-1, 1]")
+        self.waiting = np.concatenate([self.waiting, samples.astype(np.float32)])
         while len(self.waiting) >= self.step:
             samples, self.waiting = self.waiting[: self.step], self.waiting[self.step :]
             self.take_step(samples)
@@ -630,20 +661,23 @@ class Stream:
         elif level < pause_db or self.quiet_s > 0:
             self.quiet_s += self.frame_s
         length_s = self.num_samples / self.cfg.sample_rate_hz
+        # The pause that ends a sentence shrinks beyond the longest training utterance, to nothing.
         patience = min(1.0, 2 - length_s / self.cfg.max_utterance_s)
         if (self.labels or patience < 1) and self.quiet_s >= self.pause_s * patience:
+            # The next word may have begun softly: a quiet step starts the next sentence as well.
+            again = samples if self.quiet_s > 0 else samples[:0]
             self.end(samples[:0])
-            # The next word may have begun softly: the step starts the next sentence as well.
-            self.begin(self.first + self.num_samples - self.step)
-            self.decode(samples)
+            self.begin(self.first + self.num_samples - len(again))
+            self.decode(again)
 
     def end(self, samples: np.ndarray) -> None:
         """Decodes the last samples of the sentence, and moves it to `sentences` if it has words."""
         self.decode(samples, is_last=True)
         start_s = self.first / self.cfg.sample_rate_hz
         sentence = segment_of(self.arcs, self.tokenizer, self.frame_s, start_s)
-        if sentence.text:
-            self.sentences.append(sentence)
+        if words := sentence.words:
+            self.sentences.append(
+                sentence._replace(start_s=words[0].start_s, end_s=words[-1].end_s))
 
     @torch.no_grad()
     def decode(self, samples: np.ndarray, is_last: bool = False) -> None:
@@ -654,8 +688,8 @@ class Stream:
             return
         chunk = np.concatenate([self.context, dither(samples, start, self.cfg)])
         mels = scale_fixed(log_mel(chunk, self.cfg))  # (frames, 80)
-        # Frames at the chunk's ends would see its mirror image. Those at its beginning have been
-        # decoded; those at its end must wait for their samples unless the sentence ends there.
+        # Frames at the chunk's ends would see its mirror image. The frames at its beginning have
+        # been decoded; the frames at its end wait for their samples unless the sentence ends there.
         mels = mels[self.reach + 1 if len(self.context) else 0 :]
         if not is_last:
             mels = mels[: -self.reach]
@@ -674,18 +708,30 @@ class Stream:
             self.labels += labels
 
 
+# The headers of WAV, FLAC, Ogg, MP3, AIFF, AU, large WAV and CAF begin with these bytes.
+HEADERS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"RF64", b"caff")
+
+
 def read_pcm(file: BinaryIO) -> Iterator[np.ndarray]:
-    """(n,) samples in [-1, 1) of raw 16-bit little-endian audio, as soon as they are there."""
-    rest = b""
+    """(n,) samples in [-1, 1) of raw 16-bit little-endian audio, as soon as they are there.
+
+    Raises:
+        ValueError: the audio begins with the header of a file format.
+    """
+    rest, is_first = b"", True
     while new := file.read1(2**16):
+        if is_first and new.startswith(HEADERS):
+            raise ValueError("standard input has the header of an audio file, and --stream takes "
+                             "raw samples: `arecord -t raw`, or - instead of --stream for a file")
+        is_first = False
         received = rest + new
         even = len(received) // 2 * 2
         rest = received[even:]
         yield np.frombuffer(received[:even], "<i2").astype(np.float32) / 32768
 
 
-def print_news(stream: Stream, shown: str) -> str:
-    """Prints the text behind `shown`, the part of the last line that stands there already.
+def print_new_text(stream: Stream, shown: str) -> str:
+    """Prints the text after `shown`, the part of the last line that stands there already.
 
     Every ended sentence is a line and is dropped from the stream; returns the last line.
     """
@@ -707,8 +753,12 @@ def print_sentences(stream: Stream, _shown: str) -> str:
 
 def transcribe_stream(args: argparse.Namespace, checkpoint: dict) -> None:
     """Prints what is said on standard input, until it ends or the user presses Ctrl-C."""
-    stream = Stream(checkpoint, args.pause_s)
-    show, shown = print_sentences if args.json else print_news, ""
+    stream = Stream(checkpoint, args.pause_s or PAUSE_S)
+    if sys.stdin.buffer.isatty():
+        raise ValueError("standard input is a terminal; --stream reads raw audio from a pipe")
+    print(f"listening: raw audio, 16 bits, one channel, {stream.cfg.sample_rate_hz} Hz",
+          file=sys.stderr)
+    show, shown = print_sentences if args.json else print_new_text, ""
     try:
         for samples in read_pcm(sys.stdin.buffer):
             stream.accept(samples)
@@ -732,15 +782,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hypotheses", help="where --split writes; default beside the checkpoint")
     parser.add_argument("--ctm", help="where to write word times and confidences, NIST's form")
     parser.add_argument("--json", nargs="?", const="-", help="where to write words with times as "
-                        "JSON; --stream without a file prints one object per sentence")
+                        "JSON; with --stream it has no file and prints an object per sentence")
     parser.add_argument("--srt", help="where to write subtitles of one audio file, SubRip's form")
     parser.add_argument("--vtt", help="where to write subtitles of one audio file, WebVTT's form")
     parser.add_argument("--plot", help="where to draw one audio file with its words")
     parser.add_argument("--stream", action="store_true", help="transcribe raw audio from standard "
                         "input while it comes: 16-bit little-endian, one channel, the model's rate")
-    parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="pause that ends a line of "
-                        "--stream (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pause-s", type=float, help="seconds without speech that end a line of "
+                        f"--stream ({PAUSE_S})")
+    parser.add_argument("--batch-size", type=int, default=32, help="recordings, or pieces of them, "
+                        "that are decoded at a time (%(default)s)")
     args = parser.parse_args()
     num_sources = bool(args.audio) + bool(args.data) + args.stream
     if bool(args.data) != bool(args.split) or num_sources != 1:
@@ -754,8 +805,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--hypotheses is for --data and --split")
     if args.batch_size < 1:
         parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
-    if not args.pause_s > 0:
-        parser.error(f"--pause-s: {args.pause_s}, expected more than 0")
+    if args.pause_s is not None and not (args.stream and args.pause_s > 0):
+        parser.error(f"--pause-s: {args.pause_s}, expected more than 0, and --stream")
     return args
 
 

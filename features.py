@@ -8,7 +8,7 @@
 This file needs no other file of the project: numpy, torch, soundfile and soxr are enough.
 
 The front end is that of the MLPerf Training v1.0 RNN-T (NVIDIA DALI graph of intel/e2eAIOK,
-modelzoo/rnnt/pytorch/common/data/dali/pipeline.py).
+modelzoo/rnnt/pytorch/common/data/dali/pipeline.py), which comments call the original.
 """
 
 import contextlib
@@ -63,27 +63,27 @@ class FeatureConfig:
     num_mels: int = 80  # Slaney's filters, from 0 Hz to half the sample rate
     splice: int = 3  # consecutive log-mel frames that make one input frame
     align: int = 32  # input frames are zero-padded to a multiple of this size: 240 -> 256
-    trim: bool = True  # cut off the silent ends, which takes the whole recording
+    trim: bool = True  # cut off the silent ends, for which the whole recording must be there
     trim_db: float = -60.0  # silence threshold, relative to the loudest window
     trim_window: int = 0  # samples of the moving mean square; 0: 128 ms
-    dither: float = 1e-5  # standard deviation of white noise; evaluation takes fixed numbers
-    normalize: str = "utterance"  # each bin over the utterance; none: one fixed scale
-    speed_min: float = 0.85  # factor on the number of samples, in steps of 0.01: above 1 is slower
-    speed_max: float = 1.15  # largest factor on the number of samples
-    band_prob: float = 0.0  # share of recordings with a low-pass at one of BANDS_HZ; training only
+    dither: float = 1e-5  # deviation of added white noise; evaluation adds fixed numbers
+    normalize: str = "utterance"  # utterance: every bin to mean 0, deviation 1; none: a fixed scale
+    speed_min: float = 0.85  # smallest factor on the length, above 1 is slower; training only
+    speed_max: float = 1.15  # largest factor, in steps of 0.01; training only
+    band_prob: float = 0.0  # share of recordings cut off above 3.4, 4 or 5.5 kHz; training only
     pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
-    empty_prob: float = 0.0  # share of recordings that become silence or noise, without words
+    empty_prob: float = 0.0  # share that becomes silence or noise, without words; training only
     noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
     snr_min_db: float = 5.0  # smallest signal-to-noise ratio of noise_prob, in decibels
     snr_max_db: float = 40.0  # largest signal-to-noise ratio; the draw is uniform in decibels
     gain_db: float = 0.0  # largest change of level, up or down; training only
     mel_warp: float = 0.0  # largest change of the mel axis' scale, up or down; training only
-    freq_masks: int = 2  # SpecAugment, Park et al. 2019 (arXiv:1904.08779)
+    freq_masks: int = 2  # number of SpecAugment's frequency masks (Park et al., arXiv:1904.08779)
     freq_mask_max: int = 20  # widest frequency mask, in mel bins
     time_masks: int = 10  # number of time masks
     time_mask_max: float = 0.03  # widest time mask, as a share of the utterance's own length
-    max_utterance_s: float = 16.7  # longer utterances are not trained on
-    num_buckets: int = 6  # groups of similar perturbed duration; a batch is drawn from one
+    max_utterance_s: float = 16.7  # longest training utterance, and longest piece when decoding
+    num_buckets: int = 6  # groups of similar duration after augmentation, which batches come from
     round_frames: int = 32  # padded T_in is a multiple of this, so that few shapes occur
     round_labels: int = 8  # padded U is a multiple of this
 
@@ -128,7 +128,7 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", "
             ".snd", ".sph", ".nist", ".caf", ".w64", ".rf64")
 LOUDEST = 1e10  # largest sample value that is accepted: squares of much larger ones overflow
 BLOCK = 2**20  # samples per channel that are read at once
-UNKNOWN_LENGTH = 2**60  # libsndfile reports at least so many samples where a header does not tell
+UNKNOWN_LENGTH = 2**60  # libsndfile reports at least this many samples where a header does not tell
 
 
 def is_audio(name: str) -> bool:
@@ -225,7 +225,7 @@ def count_samples(audio: AudioFile) -> int:
 def open_audio(path: str | Path) -> AudioFile:
     """Opens an audio file whose header and last sample are good; raises as `read_audio` does."""
     try:
-        with open_seekable("/dev/stdin" if str(path) == "-" else path) as file:
+        with open_seekable(0 if str(path) == "-" else path) as file:
             try:
                 audio = AudioFile(file, path)
             except soundfile.LibsndfileError as error:
@@ -241,9 +241,12 @@ def open_audio(path: str | Path) -> AudioFile:
 
 
 @contextlib.contextmanager
-def open_seekable(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file, or a temporary copy of what a pipe holds: libsndfile must be able to seek."""
-    with open(path, "rb") as file:
+def open_seekable(path: str | Path | int) -> Iterator[BinaryIO]:
+    """Opens a file, or a temporary copy of what a pipe holds: libsndfile must be able to seek.
+
+    The path may be 0, the descriptor of standard input, which stays open.
+    """
+    with open(path, "rb", closefd=path != 0) as file:
         if file.seekable():
             yield file
             return
@@ -279,7 +282,8 @@ def diagnose(path: str | Path, head: bytes, error: soundfile.LibsndfileError) ->
         return ValueError(f"{path}: the file is empty")
     if head.startswith(b"version https://git-lfs"):
         return ValueError(f"{path}: a git-LFS pointer; `git lfs pull` fetches the audio")
-    return ValueError(f"{path}: not readable as audio: {error.error_string}")
+    return ValueError(f"{path}: not readable as audio: {error.error_string} If it is audio, ffmpeg "
+                      "may convert it to FLAC.")
 
 
 @functools.cache
@@ -349,9 +353,9 @@ def nonsilent_region(samples: np.ndarray, cfg: FeatureConfig = DEFAULT) -> tuple
     window = min(cfg.trim_window, len(samples))
     # torch sums faster than numpy.
     squares = torch.from_numpy(samples).to(torch.float64, copy=True).square_()
-    energy = squares.cumsum(0).numpy()
-    sums = energy[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
-    sums[1:] -= energy[:-window]
+    running_sum = squares.cumsum(0).numpy()
+    sums = running_sum[window - 1 :].copy()  # (n - window + 1,) over samples[i : i + window]
+    sums[1:] -= running_sum[:-window]
     loud = sums >= sums.max() * 10 ** (cfg.trim_db / 10)
     return int(loud.argmax()), len(loud) - 1 - int(loud[::-1].argmax()) + window
 
@@ -381,6 +385,13 @@ def pink_noise() -> np.ndarray:
     spectrum /= torch.arange(len(spectrum)).clamp_min(len(spectrum) // 400).sqrt()
     pink = torch.fft.irfft(spectrum)  # (2^20,)
     return (pink / pink.std()).numpy()
+
+
+def make_tables(cfg: FeatureConfig) -> None:
+    """Computes tables of noise and filters once, for all workers that will be forked."""
+    white_noise()
+    pink_noise()
+    mel_filters(cfg)
 
 
 def excerpt(table: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -419,7 +430,7 @@ def draw_layout(rng: np.random.Generator, cfg: FeatureConfig = DEFAULT,
                 strength: float = 1.0) -> Layout:
     """Draws speed, background and emptiness; a quarter of all ends get no background.
 
-    `features` draws them first, so an equal `rng` tells the length before the file is read.
+    `perturb` draws these numbers first, so an equal `rng` tells the length before the file is read.
     """
     speed = rng.uniform(cfg.speed_min, cfg.speed_max)
     longest, ends = cfg.pad_max_s * strength, [0.0, 0.0]

@@ -34,7 +34,8 @@ def skew(scores: Tensor, fill: float) -> Tensor:
     """(B, T, U+1) -> (T+U, B, U+1): entry [t + u, b, u] is scores[b, t, u], `fill` elsewhere.
 
     Nodes of one anti-diagonal t + u depend on the previous one only, so the recursions below
-    take T + U vectorised steps. Cutting one column from rows padded by U+1 shifts row u by u.
+    take T + U vectorised steps. Rows that are padded to T+U+1 entries and then read as rows of T+U
+    move right by one place more in every row.
     """
     B, T, U1 = scores.shape
     rows = F.pad(scores.transpose(1, 2), (0, U1), value=fill)  # (B, U+1, T+U+1)
@@ -44,9 +45,9 @@ def skew(scores: Tensor, fill: float) -> Tensor:
 
 def unskew(diagonals: Tensor) -> Tensor:
     """(T+U, B, U+1) -> (B, T, U+1), the inverse of `skew`."""
-    D, B, U1 = diagonals.shape
+    count, B, U1 = diagonals.shape
     rows = F.pad(diagonals.permute(1, 2, 0).reshape(B, -1), (0, U1))
-    return rows.view(B, U1, D + 1)[:, :, : D + 1 - U1].transpose(1, 2)  # (B, T, U+1)
+    return rows.view(B, U1, count + 1)[:, :, : count + 1 - U1].transpose(1, 2)  # (B, T, U+1)
 
 
 def inside_lattice(T: int, U1: int, enc_lens: Tensor, target_lens: Tensor) -> Tensor:
@@ -102,6 +103,7 @@ class Lattice:
         for d in range(T + U1 - 1):
             torch.logaddexp(alpha[d, :, 1:] + blank[d], alpha[d, :, :-1] + label[d],
                             out=alpha[d + 1, :, 1:])
+        # The indices of node (T, U) of every utterance in alpha[:, :, 1:].
         self.end = (enc_lens + target_lens, torch.arange(B, device=blank.device), target_lens)
         costs = -alpha[:, :, 1:][self.end]  # (B,)
         self.costs = costs.masked_fill(costs >= -LOG_ZERO, torch.inf)  # no path reaches the end
@@ -273,9 +275,9 @@ def ctc_band(logits: Tensor, targets: Tensor, enc_lens: Tensor, target_lens: Ten
              split: int, frames: int, labels: int = 2) -> Tensor:
     """(B, T, U+1) booleans: the nodes of the transducer's lattice near a CTC head's alignments.
 
-    The head's probabilities stand for a joint network that sees no history: their lattice's paths
-    emit a label where CTC does. A node is near if paths visit a node, with a probability of more
-    than LEAST_VISIT, that lies at most so many `frames` and `labels` away.
+    The head's log-probabilities, which depend on no earlier label, score a lattice whose paths
+    emit a label where CTC does. A node is near if a node that these paths visit with a probability
+    above LEAST_VISIT lies at most `frames` frames and `labels` labels away.
 
     Args:
         logits: (B, T*split, V) unnormalised scores of the head, `split` positions a frame.

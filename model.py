@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 LstmState = tuple[Tensor, Tensor]  # hidden and cell state, (layers, B, H) each
 # A LowerState holds the frame before each convolution's input, the state of the LSTMs before
-# StackTime, and, if the model looks ahead, the frames that wait for those they look ahead to.
+# StackTime, and, if the model looks ahead, the last frames, whose outputs need frames of the next
+# chunk.
 LowerState = tuple[list[Tensor], LstmState | None, list[Tensor]]
 EncoderState = tuple[LowerState, LstmState | None]  # before and after StackTime
 
@@ -51,7 +52,7 @@ class ModelConfig:
     pred_layers: int = 2  # LSTM layers of the prediction network
     joint_hidden: int = 512  # J
     enc_dropout: float = 0.1  # dropout probability after every LSTM layer of the encoder
-    pred_dropout: float = 0.3  # dropout probability after every LSTM of the prediction network
+    pred_dropout: float = 0.3  # dropout probability after every LSTM layer of the prediction net
     joint_dropout: float = 0.3  # dropout probability on the joint hidden layer
     normalization: bool = False  # BatchNorm on features, LayerNorm after every LSTM stack
     conv_layers: int = 0  # convolutions before the LSTMs; each halves time and frequency
@@ -61,7 +62,7 @@ class ModelConfig:
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
     ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
-    orthogonal_init: bool = False  # LSTM weights: orthogonal and Xavier instead of uniform
+    orthogonal_init: bool = False  # recurrent weights orthogonal, input weights Xavier, not uniform
     forget_gate_bias: float = 1.0  # initial bias of the forget gate, before weights_init_scale
     weights_init_scale: float = 0.5  # multiplies LSTM weights and biases at the start
 
@@ -128,7 +129,10 @@ def valid_frames(lens: Tensor, max_len: int) -> Tensor:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has no float64."""
+    """float64, or float32 on a device that has no float64.
+
+    loss.py has the same function, so that each file stands alone.
+    """
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):  # backends differ
@@ -140,8 +144,8 @@ class FeatureNorm(nn.Module):
     """BatchNorm over the frames of a batch that are not padding.
 
     Ioffe & Szegedy (2015), arXiv:1502.03167; eps and momentum are those of
-    torch.nn.BatchNorm1d. A training forward uses the statistics of its own batch, unless a step
-    has begun: a step that is split into micro-batches and ranks normalises all of them alike.
+    torch.nn.BatchNorm1d. A training forward normalises by the statistics of its own batch, except
+    between `begin_step` and `end_step`: then all micro-batches and ranks of a step share theirs.
     The features depend on no parameter, so their moments can be added up beforehand, and no
     gradient flows through the statistics.
 
@@ -205,8 +209,9 @@ class FeatureNorm(nn.Module):
 class ConvFrontEnd(nn.Module):
     """3 x 3 convolutions that halve time and frequency, a linear layer, LayerNorm.
 
-    Output frame t of a convolution sees its input frames 2t - 1, 2t and 2t + 1. So an output of
-    all layers needs no input frame past its own group of 2^layers.
+    Output frame t of a convolution sees its input frames 2t - 1, 2t and 2t + 1. So frame t of the
+    last one needs no input frame past (t + 1) * 2^layers - 1, and chunks of 2^layers frames need
+    none of the next chunk.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -245,11 +250,12 @@ class WideLstm(nn.LSTM):
     oneDNN's backward pass adds to the gradient of all 4*H x input_size input weights at every
     frame, which moves them through memory T times. `unrolled` multiplies by the input weights
     once for all frames. In float32, in evaluation and for narrow inputs torch's own forward is
-    faster and runs instead.
+    faster and runs instead. In training under autocast to bfloat16 it computes narrow inputs of
+    at most `float32_batch` utterances in float32.
     """
 
     MIN_INPUT_SIZE = 2048  # `unrolled` is faster from this input size on
-    float32_batch = 0  # narrow inputs of at most so many utterances are trained in float32
+    float32_batch = 0  # utterances; 0: all batches are trained in bfloat16
 
     def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """(T, B, input_size), state -> (T, B, H), state after the last frame."""
@@ -285,7 +291,10 @@ class WideLstm(nn.LSTM):
 
 
 def initialize_gates(name: str, parameter: Tensor) -> None:
-    """Orthogonal recurrent and Xavier-uniform input weights for each gate, biases of zero."""
+    """Orthogonal recurrent and Xavier-uniform input weights for each gate, biases of zero.
+
+    Saxe et al. (2013), arXiv:1312.6120; Glorot & Bengio (2010).
+    """
     if "bias" in name:
         nn.init.zeros_(parameter)
         return
@@ -306,9 +315,9 @@ def reverse(x: Tensor, lens: Tensor) -> Tensor:
 class LstmStack(nn.Module):
     """LSTM layers, dropout after each of them, LayerNorm (arXiv:1607.06450) after the last.
 
-    With `cfg.residual` LayerNorm follows every layer, and a layer as wide as its input adds the
-    input to its output before. The layers are separate modules because torch.nn.LSTM has no
-    dropout after its last layer. Between them time comes first, as oneDNN's LSTM reads and
+    With `cfg.residual` LayerNorm follows every layer, and a layer as wide as its input adds its
+    input to its output before that LayerNorm. The layers are separate modules because torch.nn.LSTM
+    has no dropout after its last layer. Between them time comes first, as oneDNN's LSTM reads and
     writes it.
 
     Args:
@@ -386,10 +395,11 @@ class LookAhead(nn.Module):
 
     def forward(self, x: Tensor, waiting: Tensor | None = None,
                 is_last: bool = True) -> tuple[Tensor, Tensor]:
-        """(B, T, H) -> the sums of all frames whose next ones are known, and the frames that wait.
+        """(B, T, H) -> (B, T', H) sums of frames whose next ones are known, and frames that wait.
 
-        The last `frames` frames of a chunk wait for the next one, which takes them as `waiting`.
-        Zeros follow a chunk that `is_last`, or a whole utterance, and all sums are returned.
+        The last `frames` frames of a chunk wait for the next one, which takes them as `waiting`,
+        (B, frames, H). Zeros follow a chunk that `is_last`, or a whole utterance, and all sums are
+        returned.
         """
         frames = len(self.weight) - 1
         if waiting is not None:
@@ -399,6 +409,7 @@ class LookAhead(nn.Module):
             x = F.pad(x, (0, 0, 0, frames))
         y = x[:, :-frames] * self.weight[0]
         for i in range(1, frames + 1):
+            # `or None` because a slice that ends at -0 is empty.
             y = torch.addcmul(y, x[:, i : i - frames or None], self.weight[i])
         return y, waiting
 
@@ -529,12 +540,17 @@ class Joint(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Outputs of both networks in the joint space, and of the CTC heads if there are any."""
+    """Outputs of both networks in the joint space, and of the CTC heads.
+
+    `encoded` and `predicted` are None if the CTC heads are trained alone. Logits are None if the
+    model lacks their head.
+    """
 
     encoded: Tensor | None  # (B, T, J)
     enc_lens: Tensor  # (B,)
     predicted: Tensor | None  # (B, U+1, J)
     ctc_logits: Tensor | None  # (B, T*split, V)
+    ctc_lens: Tensor  # (B,) label positions
     char_logits: Tensor | None  # (B, T_low, V), of the CTC head before StackTime
     char_lens: Tensor  # (B,) frames before StackTime
 
@@ -579,11 +595,6 @@ class Transducer(nn.Module):
         x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
         return self.joint_network.encoder_projection(x), self.num_frames(feat_lens)
 
-    def ctc_logits(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T_in, D), (B,) -> logits of the CTC head (B, T*split, V), valid positions (B,)."""
-        x, _ = self.encoder(feats, feat_lens)  # (B, T, H)
-        return self.split_positions(x), self.cfg.ctc_split * self.num_frames(feat_lens)
-
     def split_positions(self, x: Tensor) -> Tensor:
         """(B, T, H) -> (B, T*split, V): every encoder frame has `cfg.ctc_split` label positions.
 
@@ -625,9 +636,10 @@ class Transducer(nn.Module):
         """Everything that the losses need; with `ctc_alone` only the CTC heads' logits."""
         low, low_lens, _ = self.encoder.lower(feats, feat_lens)  # (B, T_low, H), (B,)
         x, _ = self.encoder.upper(low, low_lens)  # (B, T, H)
-        heads = (None if self.ctc_head is None else self.split_positions(x),
-                 None if self.char_head is None else self.char_head(low), low_lens)
         enc_lens = self.num_frames(feat_lens)
+        heads = (None if self.ctc_head is None else self.split_positions(x),
+                 self.cfg.ctc_split * enc_lens,
+                 None if self.char_head is None else self.char_head(low), low_lens)
         if ctc_alone:
             return Outputs(None, enc_lens, None, *heads)
         encoded = self.joint_network.encoder_projection(x)  # (B, T, J)

@@ -161,4 +161,6 @@ if [[ ${plan[5]} != score ]]; then exit; fi # the first task of srun scores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 run_step "$PYTHON" decode.py --checkpoint "$out/best.pt" --data "$data" --split "$dev_split"
 transcribe "$data" "$dev_split" "$out"
-printf 'try     %q decode.py --checkpoint %q my.wav  (a recording of your own)\n' "$PYTHON" "$out/best.pt"
+printf 'transcribe a file of your own instead of my.wav, or five seconds from the microphone:\n'
+printf '  %s%q decode.py --checkpoint %q %s\n' '' "$PYTHON" "$out/best.pt" my.wav \
+  'arecord -q -f S16_LE -r 16000 -c 1 -d 5 | ' "$PYTHON" "$out/best.pt" -

@@ -36,13 +36,15 @@ SHORTEST_FRAMES = 15  # a shorter sound is a click
 
 
 def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
-    """Files as given; a folder becomes all audio below it, by name, or stays if it has none.
+    """Files as given, and all audio below the folders, by name.
 
-    Prints on stderr how many other files a folder has. Returns also the number of folders that
-    cannot be read; each is named on stderr.
+    Folders whose names begin with a dot are hidden: they are passed over. Prints on stderr how many
+    other files a folder has. Returns also the number of folders that cannot be read, or have no
+    audio; each is named on stderr.
     """
     files: list[str] = []
     errors: list[OSError] = []
+    num_empty = 0
     for path in paths:
         inside, others, visited = [], Counter(), set()
         for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
@@ -50,19 +52,22 @@ def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
                 subfolders.clear()
                 continue
             visited.add(os.path.realpath(folder))
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside += (str(Path(folder, name)) for name in names if is_audio(name))
-            others.update(Path(name).suffix or name for name in names if not is_audio(name)
+            others.update(Path(name).suffix or "none" for name in names if not is_audio(name)
                           and not is_transcript(name) and not name.startswith("."))
-        files += sorted(inside) or [path]
+        files += sorted(inside) if os.path.isdir(path) else [path]
         if others:
             kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(others.items()))
             print(f"{path}: files without a suffix of audio are passed over: {kinds}",
                   file=sys.stderr)
+        if os.path.isdir(path) and not inside and path not in {e.filename for e in errors}:
+            num_empty += 1
+            print(f"{path}: no audio in this folder", file=sys.stderr)
     errors = [error for error in errors if os.path.isdir(error.filename)]
     for error in errors:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return files, len(errors)
+    return files, len(errors) + num_empty
 
 
 # ---------------------------------------------------------------------------------------- pieces
@@ -144,7 +149,7 @@ def thresholds(levels: np.ndarray) -> tuple[float, float]:
     if len(audible) == 0:
         audible = np.array([SILENCE_DB])
     floor, loud = np.percentile(audible, (FLOOR_PERCENTILE, LOUD_PERCENTILE)).tolist()
-    margin = min(max((loud - floor) / 3, 3.0), 9.0)
+    margin = min(max((loud - floor) / 3, 3.0), 9.0)  # dB
     return floor + margin, floor + margin * 2 / 3
 
 

@@ -11,7 +11,6 @@ import copy
 import importlib
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -26,7 +25,7 @@ import data
 import decode
 import report
 from data import Batch, Tokenizer, Utterance
-from features import FeatureConfig
+from features import FeatureConfig, make_tables
 from loss import MOST_BORDER_VISITS, ctc_band, ctc_loss, joint_transducer_loss
 from model import ModelConfig, Transducer, WideLstm
 from optimizer import Lamb, clip_gradients, update_ema
@@ -141,12 +140,12 @@ def batch_losses(trainer: Trainer, batch: Batch) -> Losses:
     ctc_alone = cfg.is_ctc_alone(trainer.epoch)
     zero = torch.zeros(len(batch.ids))
     loss = transducer = ctc = char = zero
-    has_alignment, share = zero == 0, zero + 1
+    has_alignment = torch.ones(len(batch.ids), dtype=torch.bool)
+    share = torch.ones(len(batch.ids))
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
         outputs = trainer.parallel(batch.feats, batch.feat_lens, batch.targets, ctc_alone)
         if outputs.ctc_logits is not None:
-            positions = model.cfg.ctc_split * outputs.enc_lens
-            ctc, has_alignment = ctc_loss(outputs.ctc_logits, batch.targets, positions,
+            ctc, has_alignment = ctc_loss(outputs.ctc_logits, batch.targets, outputs.ctc_lens,
                                           batch.target_lens, model.cfg.blank)
             loss = ctc
             if outputs.char_logits is not None:
@@ -176,7 +175,7 @@ def batch_losses(trainer: Trainer, batch: Batch) -> Losses:
 
 
 def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
-    """Sums of all `losses` over a micro-batch and all ranks, then the number of utterances: (7,).
+    """Sums over a micro-batch and all ranks, (7,): the fields of `losses`, then the utterances.
 
     Raises:
         FloatingPointError: a loss on any rank is not finite; every rank raises it.
@@ -185,8 +184,8 @@ def sum_losses(losses: Losses, batch: Batch, step: int, ranks: Ranks) -> Tensor:
     bad = [i for i, ok in zip(batch.ids, is_finite, strict=True) if not ok]
     sums = [x.detach().double().sum() for x in losses]
     sums = torch.tensor([len(bad), *sums, len(batch.ids)], dtype=torch.float64)
-    total_bad, *_ = sums = all_sum(sums, ranks)
-    if total_bad > 0:
+    sums = all_sum(sums, ranks)
+    if sums[0] > 0:
         where = f"of {', '.join(bad)}" if bad else "on another rank"
         raise FloatingPointError(f"step {step}: rank {ranks.rank}: loss {where} is not finite; "
                                  f"{WHEN_DIVERGED}")
@@ -226,7 +225,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
     sums = torch.zeros(7, dtype=torch.float64)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
-        # Gradients are summed over the ranks during the last backward pass only.
+        # DistributedDataParallel averages the gradients over the ranks, in the last backward pass
+        # only. All ranks divide by the same number, so the mean is over the global batch.
         with nullcontext() if is_last or ranks.world == 1 else trainer.parallel.no_sync():
             losses = batch_losses(trainer, batch)
             sums += sum_losses(losses, batch, step, ranks)
@@ -238,7 +238,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int, lr: float)
         raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; {WHEN_DIVERGED}")
     trainer.optimizer.param_groups[0]["lr"] = lr
     trainer.optimizer.step()
-    # The average of the first steps would lag: its decay warms up.
+    # The average of the first steps would lag, so its decay warms up as num_updates makes it do in
+    # TensorFlow's ExponentialMovingAverage.
     update_ema(trainer.ema, trainer.model, min(cfg.ema_decay, (1 + step) / (10 + step)))
     loss, transducer, ctc, char, num_unaligned, share, count = sums.tolist()
     return StepResult(loss / count, grad_norm, transducer / count, ctc / count, char / count,
@@ -258,9 +259,8 @@ def evaluate(trainer: Trainer, tokenizer: Tokenizer, utterances: Sequence[Uttera
     # A batch may take half of timeout_s, because the other ranks wait timeout_s for this one.
     loader = data.batch_loader(dataset, mine, cfg.loader_workers, cfg.timeout_s / 2)
     bar = report.progress_bar(loader, ranks.rank, desc="dev", unit="batch", total=len(mine))
-    counts = Counter()
     search = decode.ctc_greedy_decode if ctc_alone else decode.greedy_decode
-    texts = decode.decode_batches(trainer.ema, tokenizer, bar, counts, search)
+    texts, counts = decode.decode_batches(trainer.ema, tokenizer, bar, search)
     decoded = [u for u in utterances if u.id in texts]
     pairs = [texts[u.id] for u in decoded], [u.text for u in decoded]
     sums = torch.tensor([*decode.word_errors(*pairs), *decode.char_errors(*pairs),
@@ -284,6 +284,7 @@ def epoch_steps(utterances: Sequence[Utterance], tokenizer: Tokenizer, features:
     utterance). A step's utterances depend on the global batch, not on how ranks and micro-batches
     share it.
     """
+    make_tables(features)
     dataset = data.SpeechDataset(utterances, tokenizer, features, cfg.seed, epoch, cfg.skip_bad,
                                  cfg.strength(epoch))
     global_batch = cfg.global_batch(ranks.world)

@@ -20,9 +20,9 @@ import numpy as np
 
 from features import FeatureConfig, log_mel
 
-CUE_S = 7.0  # a subtitle that stands longer has too much text for two lines
+CUE_S = 7.0  # words that take longer to say are too much text for one subtitle
 PLOT_LONGEST_S = 600  # a second is 100 pixels wide, and a picture has fewer than 2^16
-LEAD_S = 1.0  # a subtitle appears at most so long before its first word is emitted
+LEAD_S = 1.0  # a subtitle stands at most this long before its first and after its last word
 
 
 class Word(NamedTuple):
@@ -69,11 +69,11 @@ def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float
     A file is called by its name without suffix, or by its path where two have one name. White
     space separates columns, so it becomes `_` in names.
     """
-    names = Counter(Path(t.path).stem for t in transcriptions)
+    stems = [re.sub(r"\s", "_", Path(t.path).stem) for t in transcriptions]
+    times = Counter(stems)
     lines = [f";; times are those of emissions, in frames of {frame_s:.3f} s\n"]
-    for t in transcriptions:
-        stem = Path(t.path).stem
-        name = re.sub(r"\s", "_", stem if names[stem] == 1 else t.path)
+    for t, stem in zip(transcriptions, stems, strict=True):
+        name = stem if times[stem] == 1 else re.sub(r"\s", "_", t.path)
         for w in t.words:
             lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
                          f"{w.text} {w.confidence:.3f}\n")
@@ -81,6 +81,10 @@ def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float
 
 
 def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
+    """Writes one object: `precision_s`, seconds of an encoder frame, and `files`, one for each.
+
+    A file has its path, text and words, a word its text, `start_s`, `end_s` and confidence.
+    """
     files = [{"path": t.path, "text": t.text, "words": [w._asdict() for w in t.words]}
              for t in transcriptions]
     text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
@@ -91,7 +95,7 @@ def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: floa
 
 
 class Cue(NamedTuple):
-    """A line of text on the screen."""
+    """A text on the screen; players break it into lines."""
 
     start_s: float
     end_s: float
@@ -113,18 +117,17 @@ def make_cues(transcription: Transcription) -> list[Cue]:
     """One cue a segment, or several where it is long; segments without words have none.
 
     Words are emitted after they begin, so the first cue of a segment appears with the segment,
-    but not more than LEAD_S before its first word. Its last cue stays as much
-    longer.
+    but not more than LEAD_S before its first word. Every cue stays LEAD_S longer than its last
+    word, but not beyond the next cue or its segment.
     """
     cues = []
     for segment in transcription.segments:
         parts = split_words(segment.words) if segment.words else []
         for i, words in enumerate(parts):
-            start_s, end_s = words[0].start_s, words[-1].end_s
+            start_s = words[0].start_s
             if i == 0:
                 start_s = max(segment.start_s, start_s - LEAD_S)
-            if i == len(parts) - 1:
-                end_s = min(segment.end_s, end_s + LEAD_S)
+            end_s = min(segment.end_s, words[-1].end_s + LEAD_S)
             cues.append(Cue(start_s, end_s, " ".join(word.text for word in words)))
     for i, after in enumerate(cues[1:]):
         cues[i] = cues[i]._replace(end_s=min(cues[i].end_s, after.start_s))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,9 +98,10 @@ def test_ctc_loss_does_not_depend_on_padding():
 
 def test_the_head_has_split_positions_per_encoder_frame():
     model = Transducer(MODEL).eval()
-    logits, lens = model.ctc_logits(torch.randn(2, 7, 6), torch.tensor([7, 4]))
-    assert logits.shape == (2, 3 * 2, 5)
-    assert lens.tolist() == [6, 4]
+    outputs = model(torch.randn(2, 7, 6), torch.tensor([7, 4]), torch.zeros(2, 0), ctc_alone=True)
+    assert outputs.ctc_logits.shape == (2, 3 * 2, 5)
+    assert outputs.ctc_lens.tolist() == [6, 4]
+    assert outputs.encoded is outputs.predicted is None
 
 
 def test_the_head_is_the_only_difference_in_parameters():
@@ -130,8 +132,10 @@ def test_ctc_greedy_decode_collapses_repeats_and_drops_blanks(monkeypatch):
     model = Transducer(MODEL).eval()
     classes = torch.tensor([[1, 1, 4, 1, 2, 2, 4, 0], [4, 4, 3, 3, 3, 0, 0, 0]])
     logits = torch.nn.functional.one_hot(classes, 5).float()
-    monkeypatch.setattr(model, "ctc_logits", lambda *_: (logits, torch.tensor([8, 4])))
-    assert decode.ctc_greedy_decode(model, None, None) == [[1, 1, 2, 0], [3]]
+    lens = torch.tensor([8, 4])
+    outputs = SimpleNamespace(ctc_logits=logits, ctc_lens=lens)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: outputs)
+    assert decode.ctc_greedy_decode(model, torch.zeros(2, 8, 6), lens) == [[1, 1, 2, 0], [3]]
 
 
 def test_scale_dropout_sets_every_network():

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import asdict
 from functools import cache
 from itertools import product
@@ -36,6 +37,7 @@ from checkpoint import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 from data import Tokenizer
 from features import FeatureConfig
 from model import ModelConfig, Transducer
+from writers import Transcription
 
 # ---------------------------------------------------------------------------- lattices by hand
 
@@ -430,7 +432,7 @@ def test_decode_starts_without_importing_matplotlib():
 
 
 def test_a_folder_stands_for_all_audio_below_it_by_name(scene, main, tmp_path):
-    for name in ("b/a.flac", "A.FLAC", "notes.txt", "._a.flac", "a.raw"):
+    for name in ("b/a.flac", "A.FLAC", "notes.txt", "._a.flac", "a.raw", ".b/a.flac", "LICENSE"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
@@ -438,7 +440,7 @@ def test_a_folder_stands_for_all_audio_below_it_by_name(scene, main, tmp_path):
     status, printed, errors = main(tmp_path)
     assert (status, printed) == (0, f"{tmp_path}/A.FLAC\t{text}\n{tmp_path}/b/a.flac\t{text}\n")
     assert errors == (f"{tmp_path}: files without a suffix of audio are passed over: .raw (1), "
-                      ".txt (1)\n")
+                      ".txt (1), none (1)\n")
 
 
 FORMATS = {"a.mp3": {}, "b.opus": {"format": "OGG", "subtype": "OPUS"}, "c.aiff": {}, "d.au": {},
@@ -459,7 +461,7 @@ def test_a_folder_and_a_file_take_the_same_formats(scene, main, tmp_path):
 def test_a_folder_without_audio_is_an_error(scene, main, tmp_path):
     status, printed, errors = main(tmp_path, scene.audio[0])
     assert (status, printed) == (1, f"{scene.audio[0]}\t{scene.texts[0]}\n")
-    assert f"{tmp_path}: Is a directory" in errors
+    assert f"{tmp_path}: no audio in this folder\n" in errors
 
 
 def test_a_warning_is_one_line(scene, tmp_path):
@@ -564,9 +566,9 @@ def test_a_score_names_the_errors_and_the_share_of_blanks(scene, score):
 
 
 def test_a_score_names_a_model_that_emits_almost_only_blanks(scene, main, tmp_path, monkeypatch):
-    def decode_batches(model, tokenizer, batches, counts):
-        counts.update(frames=90, labels=0)
-        return {u.id: "" for u in data.read_split(scene.root, "dev")}
+    def decode_batches(model, tokenizer, batches):
+        texts = {u.id: "" for u in data.read_split(scene.root, "dev")}
+        return texts, Counter(frames=90, labels=0)
 
     monkeypatch.setattr(decode, "decode_batches", decode_batches)
     status, printed, _ = main("--data", scene.root, "--split", "dev",
@@ -633,6 +635,7 @@ def test_a_split_with_errors_is_not_scored(scene, main):
         (["--stream", "--srt", "a.srt"], "--vtt and --plot are for audio files"),
         (["a.flac", "--json"], "--json needs a file, unless --stream is given"),
         (["--stream", "--pause-s", "0"], "--pause-s: 0.0, expected more than 0"),
+        (["a.flac", "--pause-s", "2"], "--pause-s: 2.0, expected more than 0, and --stream"),
         (["a.flac", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
         (["a.flac", "--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
     ],
@@ -689,6 +692,30 @@ def test_json_has_the_words_of_every_file_with_times_and_confidences(scene, writ
             assert 1 / 20 < w["confidence"] <= 1
 
 
+@pytest.mark.parametrize("suffix", ["flac", "m4a"])
+@pytest.mark.parametrize("flag", ["--ctm", "--json", "--srt"])
+def test_a_recording_is_never_written_over(scene, main, tmp_path, flag, suffix):
+    """The shell may put a recording behind the flag, as in `--json *.flac`."""
+    first, second = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    for path in (first, second):
+        path.write_bytes(scene.audio[0].read_bytes())
+    status, printed, errors = main(flag, first, second)
+    assert (status, printed) == (1, "")
+    assert errors == f"{first}: a recording, expected the file to write behind its flag\n"
+    assert first.read_bytes() == second.read_bytes() == scene.audio[0].read_bytes()
+
+
+def test_ctrl_c_loses_only_the_files_that_are_not_done(scene, main, tmp_path, monkeypatch):
+    def one_file(*_):
+        yield Transcription("a.flac", [])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "transcribe_files", one_file)
+    assert main(*scene.audio[:2], "--json", tmp_path / "a.json")[:2] == (130, "a.flac\t\n")
+    (file,) = json.loads((tmp_path / "a.json").read_text())["files"]
+    assert file["path"] == "a.flac"
+
+
 def test_ctm_and_json_hold_the_same_words(scene, written):
     rows, as_json = written
     expected = [
@@ -701,14 +728,15 @@ def test_ctm_and_json_hold_the_same_words(scene, written):
 
 
 def test_names_in_ctm_have_no_white_space_and_differ(scene, main, tmp_path):
-    paths = [tmp_path / name for name in ("my call 1.flac", "a/x.flac", "b/x.flac")]
+    paths = [tmp_path / name for name in ("my call 1.flac", "a/x y.flac", "b/x_y.flac")]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
     main(*paths, "--ctm", tmp_path / "a.ctm")
     rows = read_ctm(tmp_path / "a.ctm")
     assert {len(row) for row in rows} == {6}
-    assert list(dict.fromkeys(row[0] for row in rows)) == ["my_call_1", *map(str, paths[1:])]
+    assert list(dict.fromkeys(row[0] for row in rows)) == [
+        "my_call_1", f"{tmp_path}/a/x_y.flac", f"{tmp_path}/b/x_y.flac"]
 
 
 def test_times_include_the_silence_that_is_trimmed_before_decoding(scene, main, tmp_path):

@@ -202,8 +202,9 @@ def test_short_and_long_files_are_printed_in_their_order(scene, main, tmp_path):
     assert errors == f"{tmp_path}/no.flac: No such file or directory\n"
 
 
-def test_a_long_file_that_is_damaged_has_no_line(scene, main, tmp_path):
-    samples = np.concatenate([burst(61), quiet(1), burst(1)])  # longer than a block
+def test_a_long_file_that_is_damaged_has_no_line(scene, main, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment, "BLOCK_S", 1)  # a block is as long as the longest piece
+    samples = np.concatenate([burst(18), quiet(1), burst(1)])
     samples[-1] = np.nan
     soundfile.write(tmp_path / "long.wav", samples, RATE, subtype="FLOAT")
     status, printed, errors = main(tmp_path / "long.wav", scene.audio[0], "--batch-size", 1)
@@ -244,6 +245,7 @@ def test_a_long_segment_is_split_at_its_widest_gaps():
     times = [0, 1, 2, 3.5, 4.5, 5.5, 6.5, 9, 10, 11, 12, 13]
     cues = writers.make_cues(transcription(words_at(*times)))
     assert [cue.text for cue in cues] == ["W0 W1 W2 W3 W4 W5 W6", "W7 W8 W9 W10 W11"]
+    assert cues[0].end_s == pytest.approx(7.7)  # a second after its last word, which ends at 6.7
     even = writers.split_words(words_at(*range(12)))
     assert [len(part) for part in even] == [6, 6]
 

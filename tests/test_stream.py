@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream gives the words of the whole recording, however its samples arrive:
+"""Sentences of a stream, however its samples arrive:
 
     python -m pytest tests/test_stream.py
 
@@ -9,6 +9,7 @@ The models have random weights, so that their words change from frame to frame.
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,24 +158,28 @@ def test_a_model_that_needs_the_whole_recording_is_refused(front_end, bidirectio
 # -------------------------------------------------------------------------------------- sentences
 
 
+BLANK = 9
+
+
 class Loud(decode.Stream):
     """A stream that hears a word in every step with a loud sample."""
 
     def decode(self, samples, is_last=False):
         self.num_samples += len(samples)
-        if len(samples) and np.abs(samples).max() > 0.05:
-            self.labels.append(0)
-            self.arcs.append(decode.Arc(self.num_samples // self.step - 1, 0, -0.1, -1.0))
+        if len(samples):
+            label = 0 if np.abs(samples).max() > 0.05 else BLANK
+            self.labels += [label] * (label != BLANK)
+            self.arcs.append(decode.Arc(self.num_samples // self.step - 1, label, -0.1, -1.0))
 
 
 def listen(samples, pause_s=1.0):
-    """Start and end, in seconds, of the sentences that a Loud stream hears."""
+    """A Loud stream that has heard these samples to their end."""
     stream = Loud(checkpoint("plain"), pause_s)
-    stream.tokenizer = SimpleNamespace(blank=9, starts_word=lambda _: True,
+    stream.tokenizer = SimpleNamespace(blank=BLANK, starts_word=lambda _: True,
                                        decode=lambda ids: " ".join("A" for _ in ids))
     stream.accept(samples)
     stream.finish()
-    return [(s.start_s, s.end_s) for s in stream.sentences]
+    return stream
 
 
 def quiet(seconds):
@@ -188,29 +193,27 @@ def loud(seconds):
 
 def test_a_pause_ends_a_sentence():
     samples = np.concatenate([quiet(0.6), loud(1.2), quiet(1.5), loud(1.2), quiet(0.6), loud(0.6)])
-    (first, end), (second, last) = listen(samples)
-    assert first == 0  # the whole stream is heard, also the quiet before the first word
-    assert end == pytest.approx(1.8, abs=0.07)
-    assert second == pytest.approx(2.74, abs=0.07)  # a step before a second of quiet is over
-    assert last == pytest.approx(5.7, abs=0.07)
-    assert len(listen(samples, pause_s=0.3)) == 3
+    times = [(s.start_s, s.end_s) for s in listen(samples).sentences]
+    assert times == [pytest.approx((0.6, 1.8), abs=0.07), pytest.approx((3.3, 5.7), abs=0.07)]
+    assert len(listen(samples, pause_s=0.3).sentences) == 3
 
 
 def test_sentences_end_although_there_is_no_pause():
-    sentences = listen(loud(120))
-    lengths = np.diff(np.array(sentences))[:, 0]
-    assert len(sentences) >= 3
-    assert lengths.max() < 2 * 16.7 + 0.1  # max_utterance_s is 16.7
+    """Every step is heard once, also those at which a sentence ends."""
+    stream = listen(loud(120))
+    assert len(stream.sentences) >= 3
+    assert max(s.end_s - s.start_s for s in stream.sentences) < 2 * 16.7 + 0.1  # max_utterance_s
+    assert sum(len(s.words) for s in stream.sentences) == 120 * RATE // stream.step
 
 
 def test_a_short_pause_ends_a_long_sentence():
-    sentences = listen(np.concatenate([loud(25), quiet(0.8), loud(5)]))
-    assert len(sentences) == 2
-    assert sentences[0][1] == pytest.approx(25, abs=0.07)
+    first, second = listen(np.concatenate([loud(25), quiet(0.8), loud(5)])).sentences
+    assert first.end_s == pytest.approx(25, abs=0.07)
+    assert second.start_s == pytest.approx(25.8, abs=0.07)
 
 
 def test_minutes_of_quiet_leave_nothing_behind():
-    stream = Loud(checkpoint("plain"))
+    stream = listen(quiet(0))
     for _ in range(60):
         stream.accept(quiet(10))
     assert stream.sentences == []
@@ -221,7 +224,25 @@ def test_minutes_of_quiet_leave_nothing_behind():
 # ------------------------------------------------------------------------------------ command line
 
 
+LISTENING = "listening: raw audio, 16 bits, one channel, 16000 Hz\n"
 PCM = (32767 * sound(20_000)).astype("<i2")
+
+
+@pytest.mark.parametrize("samples", [
+    np.zeros(5, np.int16), np.zeros((5, 1), np.float32), np.array([0.0, np.nan]),
+])
+def test_samples_of_another_form_are_an_error(samples):
+    stream = decode.Stream(checkpoint("plain"))
+    with pytest.raises(ValueError, match=re.escape(f"samples {samples.shape} of {samples.dtype}")):
+        stream.accept(samples)
+
+
+@pytest.mark.parametrize("head", decode.HEADERS)
+def test_the_header_of_a_file_is_no_raw_audio(head):
+    with pytest.raises(ValueError, match="header of an audio file, and --stream takes raw samples"):
+        list(decode.read_pcm(io.BytesIO(head + bytes(100))))
+    later = io.BytesIO(bytes(2**16) + head + bytes(100))
+    assert sum(map(len, decode.read_pcm(later))) == (2**16 + len(head) + 100) // 2
 
 
 def test_raw_audio_may_arrive_in_halves_of_samples():
@@ -247,7 +268,7 @@ def run_stream(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(contents)))
         status = decode.main()
         printed, errors = capsys.readouterr()
-        assert (status, errors) == (0, "")
+        assert (status, errors) == (0, LISTENING)
         return printed
 
     return run
@@ -263,19 +284,20 @@ def test_json_of_a_stream_is_an_object_per_sentence(run_stream):
     (line,) = run_stream(PCM.tobytes(), "--json").splitlines()
     heard = json.loads(line)
     assert list(heard) == ["start_s", "end_s", "text", "words"]
-    assert (heard["start_s"], heard["text"]) == (0, sentence.text)
+    assert heard["text"] == sentence.text
+    assert heard["start_s"] == pytest.approx(sentence.start_s)
     assert heard["end_s"] == pytest.approx(sentence.end_s)
     assert heard["words"] == [word._asdict() for word in sentence.words]
 
 
 def test_a_line_grows_and_ends_with_its_sentence(capsys):
     stream = SimpleNamespace(sentences=[], current="ON")
-    shown = decode.print_news(stream, "")
+    shown = decode.print_new_text(stream, "")
     stream.current = "ONE TWO"
-    shown = decode.print_news(stream, shown)
+    shown = decode.print_new_text(stream, shown)
     assert (capsys.readouterr().out, shown) == ("ONE TWO", "ONE TWO")
     stream.sentences, stream.current = [SimpleNamespace(text="ONE TWO SIX")], "A"
-    shown = decode.print_news(stream, shown)
+    shown = decode.print_new_text(stream, shown)
     assert (capsys.readouterr().out, shown) == (" SIX\nA", "A")
     assert stream.sentences == []
 
@@ -293,6 +315,6 @@ def test_words_are_printed_while_audio_comes_and_ctrl_c_ends_the_line(tmp_path):
     first = process.stdout.read(1)  # standard input is still open
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=300)
-    assert (process.returncode, errors) == (130, b"")
+    assert (process.returncode, errors) == (130, LISTENING.encode())
     assert first.isalpha()
     assert rest.endswith(b"\n")

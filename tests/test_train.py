@@ -23,6 +23,7 @@ from tones import DEV_SECONDS, DEV_TEXTS, REPO, TINY, TRAIN_TEXTS, events, run_t
 
 import data
 import decode
+import features as front_end
 import report
 import train
 from checkpoint import load_checkpoint
@@ -422,7 +423,7 @@ def score(model, tokenizer, corpus, features):
     """WER and CER of the dev split, in one batch."""
     utterances = data.read_split(corpus, "dev", features)
     dataset = data.SpeechDataset(utterances, None, features)
-    texts = decode.decode_batches(model, tokenizer, data.batch_loader(dataset, [[0, 1, 2]], 0))
+    texts, _ = decode.decode_batches(model, tokenizer, data.batch_loader(dataset, [[0, 1, 2]], 0))
     pairs = [texts[u.id] for u in utterances], [u.text for u in utterances]
     return [decode.error_rate(*count(*pairs))
             for count in (decode.word_errors, decode.char_errors)]
@@ -503,6 +504,13 @@ def test_every_epoch_has_all_utterances_in_an_order_of_its_own(epoch_ids):
         assert sorted(sum(order, [])) == [f"1-2-{i:04d}" for i in range(8)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert [ids for (ids,) in epoch_ids(1)] == orders[0]
+
+
+def test_the_tables_of_the_front_end_are_made_before_the_workers(epoch_ids):
+    """Otherwise every worker would make them anew in every epoch."""
+    front_end.pink_noise.cache_clear()
+    epoch_ids()  # its flags add no noise
+    assert front_end.pink_noise.cache_info().currsize == 1
 
 
 def test_ranks_and_micro_batches_share_the_utterances_of_a_step(epoch_ids):

@@ -319,7 +319,7 @@ def bench_decode(args: argparse.Namespace) -> None:
     def run(batches: list[list[int]]) -> tuple[dict[str, str], float]:
         started = time.perf_counter()
         loader = data.batch_loader(dataset, batches, num_workers=1)
-        return decode.decode_batches(model, tokenizer, loader), time.perf_counter() - started
+        return decode.decode_batches(model, tokenizer, loader)[0], time.perf_counter() - started
 
     alone, _ = run([[i] for i in range(0, len(utterances), max(1, len(utterances) // 50))])
     texts, seconds = run(decode.evaluation_batches(utterances, args.batch_size))

@@ -13,7 +13,6 @@ that give words nevertheless.
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +142,7 @@ def bench_conditions(args: argparse.Namespace) -> None:
     def recognise(recorded: Sequence[Utterance]) -> dict[str, str]:
         dataset = data.SpeechDataset(recorded, None, cfg)
         batches = decode.evaluation_batches(recorded, args.batch_size)
-        return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))
+        return decode.decode_batches(model, tokenizer, data.batch_loader(dataset, batches, 1))[0]
 
     def score(name: str, texts: Sequence[str], references: Sequence[str]) -> None:
         rates["wer"][name] = wer = decode.error_rate(*decode.word_errors(texts, references))
@@ -161,9 +160,8 @@ def bench_conditions(args: argparse.Namespace) -> None:
             texts = recognise(recorded)
             score(name, [texts[u.id] for u in utterances], [u.text for u in utterances])
         joined = join(utterances, Path(folder))
-        pieces = partial(decode.decode_pieces, model=model, tokenizer=tokenizer, cfg=cfg)
-        transcribed = decode.transcribe_files([u.path for u in joined], cfg, args.batch_size,
-                                              pieces)
+        transcribed = decode.transcribe_files([u.path for u in joined], model, tokenizer, cfg,
+                                              args.batch_size)
         score("joined with pauses", [t.text for t in transcribed], [u.text for u in joined])
         longest_s = max(u.duration_s for u in joined)
         print(f"{len(joined)} joined recordings of at most {longest_s / 60:.1f} min")
