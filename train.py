@@ -205,6 +205,9 @@ def check_same_model(path: Path, checkpoint: dict, facts: dict) -> None:
 def to_checkpoint(run: Run, state: State) -> dict:
     """The contents of a checkpoint. Random numbers need no state: seed and position give them."""
     trainer = run.trainer
+    # decode.py cuts recordings that are longer than any training utterance was.
+    longest_s = run.features.speed_max * max(u.duration_s for u in run.train)
+    longest_s = min(longest_s, run.features.max_utterance_s)
     return {
         "model": trainer.model.state_dict(),
         "ema": trainer.ema.state_dict(),
@@ -213,7 +216,7 @@ def to_checkpoint(run: Run, state: State) -> dict:
         **run.facts,
         "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
         "model_config": asdict(trainer.model.cfg),
-        "feature_config": asdict(run.features),
+        "feature_config": asdict(run.features) | {"max_utterance_s": longest_s},
         "tokenizer": torch.frombuffer(bytearray(run.tokenizer.model), dtype=torch.uint8),
     }
 

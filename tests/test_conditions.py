@@ -74,11 +74,10 @@ def test_the_level_changes_by_20_db(recorded, tone, name, gain_db):
     assert level_db(recorded(name)) - level_db(tone) == pytest.approx(gain_db, abs=1e-3)
 
 
-def test_utterances_are_joined_with_pauses_between(tone, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditions, "JOINED_S", 4.0)
+def test_utterances_are_joined_with_pauses_between(tone, tmp_path):
     soundfile.write(tmp_path / "a.wav", tone, 16000, subtype="FLOAT")
     utterances = [Utterance(f"{i}", str(tmp_path / "a.wav"), 1.0, f"TEXT {i}") for i in range(5)]
-    joined = conditions.join(utterances, tmp_path)
+    joined = conditions.join(utterances, tmp_path, 4)
     assert " ".join(u.text for u in joined) == "TEXT 0 TEXT 1 TEXT 2 TEXT 3 TEXT 4"
     assert len(joined) >= 2
     for utterance in joined:
@@ -114,7 +113,7 @@ def test_recordings_without_speech_are_silence_and_noise():
 
 def test_every_condition_has_a_line_and_a_figure(monkeypatch, capsys, tmp_path):
     lines, result = run_here(monkeypatch, capsys, "conditions", *write_model(tmp_path))
-    assert list(result["wer"]) == [*CONDITIONS, "joined with pauses"]
+    assert list(result["wer"]) == [*CONDITIONS, "joined to 8 s", "joined to 600 s"]
     for name, line in zip(result["wer"], lines, strict=False):
         wer, cer = 100 * result["wer"][name], 100 * result["cer"][name]
         assert line == f"{name:30} WER {wer:6.2f} %  CER {cer:6.2f} %"

@@ -336,6 +336,14 @@ def test_a_run_logs_its_events_in_order(finished):
     assert kinds == ["start", *epoch, *epoch, *epoch, "end"]
 
 
+def test_a_checkpoint_knows_the_longest_training_utterance(finished, corpus):
+    """decode.py cuts what is longer, also where recordings are far shorter than the limit."""
+    utterances = data.read_split(corpus, "train", FeatureConfig())
+    longest_s = max(u.duration_s for u in utterances if u.duration_s <= 1.0)
+    stored = FeatureConfig(**load_checkpoint(finished[0] / "best.pt")["feature_config"])
+    assert stored.max_utterance_s == min(1.0, stored.speed_max * longest_s)
+
+
 def test_the_start_event_tells_how_to_repeat_the_run(finished, corpus):
     out, _ = finished
     (start,) = events(out, "start")

@@ -5,9 +5,9 @@
 
 Every condition is applied to all recordings of the split. Digital silence comes from editors and
 muted microphones, quiet noise from a room before and after the sentence, 8 kHz and A-law from
-telephones. The utterances are also joined to recordings of ten minutes, or to one if the split is
-shorter, which decode.py has to cut at pauses. The last row counts recordings without any speech
-that give words nevertheless.
+telephones. The utterances are also joined to recordings of some utterances and of ten minutes, or
+to one if the split is shorter, which decode.py has to cut at pauses. The last row counts recordings
+without any speech that give words nevertheless.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from features import load_audio, resample
 from tools.measure import finish
 
 NUM_EMPTY = 40  # recordings without speech
-JOINED_S = 600.0  # least length of joined recordings
+JOINED_S = (8, 600)  # least lengths of joined recordings
 
 
 class Condition(NamedTuple):
@@ -99,8 +99,8 @@ def record(path: Path, samples: np.ndarray, condition: Condition,
     soundfile.write(path, samples, condition.rate_hz, subtype=condition.subtype)
 
 
-def join(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
-    """Joins neighbouring utterances to recordings of at least JOINED_S; the last may be shorter.
+def join(utterances: Sequence[Utterance], folder: Path, least_s: float) -> list[Utterance]:
+    """Joins neighbouring utterances to recordings of at least `least_s`; the last may be shorter.
 
     White noise of -70 dB of full scale lasts for 0.5 to 1.5 s before each utterance.
     """
@@ -110,8 +110,8 @@ def join(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
         parts += [10 ** (-70 / 20) * pause, load_audio(utterance.path)]
         texts.append(utterance.text)
         length_s = sum(map(len, parts)) / 16000
-        if length_s >= JOINED_S or i == len(utterances):
-            path = folder / f"joined{len(joined)}.wav"
+        if length_s >= least_s or i == len(utterances):
+            path = folder / f"joined{least_s}-{len(joined)}.wav"
             samples = np.concatenate(parts).astype(np.float32)
             soundfile.write(path, samples, 16000, subtype="FLOAT")
             joined.append(Utterance(path.stem, str(path), length_s, " ".join(texts)))
@@ -159,12 +159,15 @@ def bench_conditions(args: argparse.Namespace) -> None:
                 recorded.append(utterance._replace(path=str(path)))
             texts = recognise(recorded)
             score(name, [texts[u.id] for u in utterances], [u.text for u in utterances])
-        joined = join(utterances, Path(folder))
-        transcribed = decode.transcribe_files([u.path for u in joined], model, tokenizer, cfg,
-                                              args.batch_size)
-        score("joined with pauses", [t.text for t in transcribed], [u.text for u in joined])
-        longest_s = max(u.duration_s for u in joined)
-        print(f"{len(joined)} joined recordings of at most {longest_s / 60:.1f} min")
+        sizes = []
+        for least_s in JOINED_S:
+            joined = join(utterances, Path(folder), least_s)
+            transcribed = decode.transcribe_files([u.path for u in joined], model, tokenizer, cfg,
+                                                  args.batch_size)
+            texts = [t.text for t in transcribed]
+            score(f"joined to {least_s} s", texts, [u.text for u in joined])
+            sizes.append(f"{len(joined)} of at most {max(u.duration_s for u in joined):.0f} s")
+        print(f"joined recordings: {', '.join(sizes)}")
         empty = []
         for i, samples in enumerate(empty_recordings()):
             path = Path(folder, f"empty{i}.wav")
