@@ -519,7 +519,8 @@ def write_files(args: argparse.Namespace, transcriptions: Sequence[Transcription
 
 
 def check_outputs(outputs: Sequence[str], recordings: Sequence[str]) -> None:
-    """Raises now, not after decoding, if a path is a recording or cannot be written.
+    """Raises ValueError or OSError, before anything is decoded, for a path that is a recording or
+    cannot be written.
 
     The shell may put a recording behind a flag, as in `--json *.m4a`.
     """
