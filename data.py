@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 import unicodedata
@@ -609,7 +610,8 @@ def collate(items: Sequence[tuple | None], cfg: FeatureConfig = DEFAULT) -> Batc
     """Pads to the longest item, rounded up: oneDNN builds its kernels once per shape."""
     good = [item for item in items if item is not None]
     if not good:
-        raise ValueError("none of the utterances of a batch can be read")
+        raise ValueError("none of the utterances of a batch can be read, as the warnings say; "
+                         "python -m tools.prepare check finds all such files")
     feats, labels, chars, utterances = zip(*good, strict=True)
     feat_lens = torch.tensor([len(f) for f in feats])
     padded = pad_sequence(feats, batch_first=True)
@@ -706,6 +708,9 @@ def batch_loader(dataset: SpeechDataset, batches: Sequence[Sequence[int]], num_w
             dataset,
             batch_sampler=batches,
             num_workers=num_workers,
+            # start_worker and make_tables rely on a copy of this process, as Python made it before
+            # version 3.14.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             prefetch_factor=4 if num_workers else None,
             timeout=POLL_S if num_workers else 0,
             collate_fn=functools.partial(collate, cfg=dataset.cfg),

@@ -60,6 +60,7 @@ from writers import Segment, Transcription, Word
 # LibriSpeech's longest utterances, 35 s, have fewer than 300 sentencepieces.
 MAX_SYMBOLS_PER_FRAME = 30
 MAX_SYMBOLS = 300
+BATCH_SIZE = 32  # recordings, or pieces of them
 MAX_FRAMES = 2**15  # padded input frames of one batch; 32 pieces of 30 s at 30 ms a frame
 
 
@@ -372,7 +373,7 @@ def score_split(args: argparse.Namespace, checkpoint: dict) -> None:
     texts, counts = decode_batches(model, tokenizer, bar)
     seconds = time.perf_counter() - started
     rows = [f"{u.id}\t{texts[u.id]}\t{u.text}\n" for u in utterances]
-    out.write_text("".join(["id\thypothesis\treference\n", *rows]), encoding="utf-8")
+    writers.write_text(str(out), "".join(["id\thypothesis\treference\n", *rows]))
 
     hypotheses, references = [texts[u.id] for u in utterances], [u.text for u in utterances]
     errors, words = word_errors(hypotheses, references)
@@ -529,7 +530,8 @@ def check_outputs(outputs: Sequence[str], recordings: Sequence[str]) -> None:
         if is_audio(path) or path in recordings or Path(path).suffix.lower() in suffixes:
             raise ValueError(f"{path}: a recording, expected the file to write behind its flag")
     for path in outputs:
-        open(path, "a").close()
+        if not Path(path).is_fifo():  # its reader would take this for the end
+            open(path, "a").close()
 
 
 def transcribe(args: argparse.Namespace, checkpoint: dict) -> bool:
@@ -691,7 +693,8 @@ class Stream:
         mels = scale_fixed(log_mel(chunk, self.cfg))  # (frames, 80)
         # Frames at the chunk's ends would see its mirror image. The frames at its beginning have
         # been decoded; the frames at its end wait for their samples unless the sentence ends there.
-        mels = mels[self.reach + 1 if len(self.context) else 0 :]
+        num_decoded = len(self.context) // self.cfg.hop + 1 - self.reach
+        mels = mels[max(0, num_decoded) if len(self.context) else 0 :]
         if not is_last:
             mels = mels[: -self.reach]
         self.context = chunk[-2 * self.reach * self.cfg.hop :]
@@ -791,8 +794,8 @@ def parse_arguments() -> argparse.Namespace:
                         "input while it comes: 16-bit little-endian, one channel, the model's rate")
     parser.add_argument("--pause-s", type=float, help="seconds without speech that end a line of "
                         f"--stream ({PAUSE_S})")
-    parser.add_argument("--batch-size", type=int, default=32, help="recordings, or pieces of them, "
-                        "that are decoded at a time (%(default)s)")
+    parser.add_argument("--batch-size", type=int, help="recordings, or pieces of them, that are "
+                        f"decoded at a time ({BATCH_SIZE})")
     args = parser.parse_args()
     num_sources = bool(args.audio) + bool(args.data) + args.stream
     if bool(args.data) != bool(args.split) or num_sources != 1:
@@ -800,12 +803,16 @@ def parse_arguments() -> argparse.Namespace:
     json_file = args.json != "-" and args.json
     if not args.audio and (args.ctm or json_file or args.srt or args.vtt or args.plot):
         parser.error("--ctm, --json FILE, --srt, --vtt and --plot are for audio files")
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot: {args.plot}, expected a name that ends in .png, .pdf or .svg")
     if args.json == "-" and not args.stream:
         parser.error("--json needs a file, unless --stream is given")
     if args.hypotheses and not args.data:
         parser.error("--hypotheses is for --data and --split")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size: {args.batch_size}, expected at least 1")
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZE
+    elif args.stream or args.batch_size < 1:
+        parser.error(f"--batch-size: {args.batch_size}, expected at least 1, and no --stream")
     if args.pause_s is not None and not (args.stream and args.pause_s > 0):
         parser.error(f"--pause-s: {args.pause_s}, expected more than 0, and --stream")
     return args

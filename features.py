@@ -251,8 +251,12 @@ def open_seekable(path: str | Path | int) -> Iterator[BinaryIO]:
             yield file
             return
         with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(file, copy)
-            copy.seek(0)
+            try:
+                shutil.copyfileobj(file, copy)
+                copy.seek(0)
+            except OSError as error:
+                why = f"a copy of it in {tempfile.gettempdir()}: {error.strerror}"
+                raise type(error)(error.errno, why) from error
             yield copy
 
 

@@ -81,7 +81,6 @@ class Lattice:
     `costs` is (B,), the negative log-likelihoods.
     """
 
-    @record_function("lattice")
     def __init__(self, blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor,
                  band: Tensor | None = None) -> None:
         B, T, U1 = blank.shape
@@ -110,7 +109,6 @@ class Lattice:
         self.alpha, self.blank, self.label = alpha, blank, label
 
     @cached_property
-    @record_function("lattice")
     def posteriors(self) -> tuple[Tensor, Tensor]:
         """Probabilities that a path takes the blank and the label arc of each node.
 
@@ -270,6 +268,7 @@ def ctc_loss(logits: Tensor, targets: Tensor, logit_lens: Tensor, target_lens: T
 LEAST_VISIT = 1e-3
 
 
+@record_function("ctc_band")
 @torch.no_grad()
 def ctc_band(logits: Tensor, targets: Tensor, enc_lens: Tensor, target_lens: Tensor, blank: int,
              split: int, frames: int, labels: int = 2) -> Tensor:
@@ -461,7 +460,8 @@ class JointCosts(torch.autograd.Function):
             scores = arc_scores(hidden, ids, *output, blank)  # (2, rows)
             arcs = scores.new_zeros(2, B, T, U1)
             arcs[:, chosen] = scores[:, : len(u)]
-            lattice = Lattice(*arcs, enc_lens, target_lens, band)
+            with record_function("lattice"):
+                lattice = Lattice(*arcs, enc_lens, target_lens, band)
             if band is None or not widen(band, inside, lattice, border_visits):
                 break
         ctx.lattice = lattice
@@ -474,7 +474,8 @@ class JointCosts(torch.autograd.Function):
         refuse_second_derivative()
         encoded, predicted, weight, bias, hidden, ids, nodes, chosen = ctx.saved_tensors
         stat_dtype = torch.promote_types(ctx.dtype, torch.float32)
-        posteriors = torch.stack([p[chosen] for p in ctx.lattice.posteriors])  # (2, count)
+        with record_function("lattice"):
+            posteriors = torch.stack([p[chosen] for p in ctx.lattice.posteriors])  # (2, count)
         upstream = grad_costs[:, None, None].expand_as(chosen)[chosen]  # (count,)
         # NaN posteriors count as visited so that NaN reaches the gradient; utterances with
         # upstream gradient 0 are skipped.

@@ -60,7 +60,7 @@ class ModelConfig:
     look_ahead: int = 0  # frames before StackTime that the encoder looks ahead; multiple of stack
     bidirectional: bool = False  # half of each encoder layer reads the utterance backwards
     residual: bool = False  # adds an LSTM layer's input to its output, LayerNorm after every layer
-    ctc_split: int = 0  # label positions per encoder frame of the CTC head; 0: no head
+    ctc_split: int = 0  # the CTC head's label positions per encoder frame, if a loss uses it
     char_head: bool = False  # a second CTC head, of characters, on the frames before StackTime
     orthogonal_init: bool = False  # recurrent weights orthogonal, input weights Xavier, not uniform
     forget_gate_bias: float = 1.0  # initial bias of the forget gate, before weights_init_scale

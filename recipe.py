@@ -34,8 +34,8 @@ class TrainConfig:
     lr: float = 0.004  # the largest learning rate
     lr_min: float = 1e-5  # the smallest learning rate
     warmup_epochs: float = 6  # epochs in which the rate grows to lr
-    hold_epochs: float = 40  # epochs at the full rate after the warm-up
-    lr_gamma: float = 0.935  # factor per epoch after warm-up and hold
+    hold_epochs: float = 40  # epochs at the full rate after the warm-up, without hold_share
+    lr_gamma: float = 0.935  # factor per epoch after these, without hold_share
     hold_share: float = 0.0  # share of all epochs at full lr, then a linear fall; 0: hold_epochs
     ctc_epochs: int = 0  # first epochs that train the CTC head alone; at most a quarter of all
     ctc_weight: float = 0.0  # weight of CTC beside the transducer loss, after ctc_epochs
@@ -51,7 +51,7 @@ class TrainConfig:
     ema_decay: float = 0.999  # decay per step of the averaged weights, which are evaluated
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the processor multiplies it
     target_wer: float = 0.0  # stop when the dev split reaches it; a fraction, 0: no target
-    time_limit_s: float = 0.0  # stop after so many seconds; 0: no limit
+    time_limit_s: float = 0.0  # stop so many seconds after the set-up; 0: no limit
     checkpoint_every_s: float = 900.0  # also at every epoch's end
     eval_epochs: int = 1  # epochs from one evaluation to the next; the last is always evaluated
     resume: bool = False  # continue the run in the run directory
@@ -223,7 +223,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    # A usage that lists a hundred flags would hide the message below it.
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawTextHelpFormatter)
     for config in (TrainConfig, ModelConfig, FeatureConfig):
         add_flags(parser.add_argument_group(config.__name__), config)
@@ -274,15 +276,14 @@ def make_configs(given: dict, origin: dict | None = None,
         return {f.name: values[f.name] for f in fields(config) if f.name in values}
 
     try:
+        if origin is not None:
+            # A field that is younger than the checkpoint has its default.
+            for stored in (FeatureConfig(**origin["feature_config"]),
+                           ModelConfig(**origin["model_config"])):
+                values |= fields_of_checkpoint(asdict(stored), given)
         train = TrainConfig(**values_for(TrainConfig))
         features = FeatureConfig(**values_for(FeatureConfig))
         model = replace(PRESETS[preset], **values_for(ModelConfig))
-        if origin is not None:
-            # A field that is younger than the checkpoint has its default.
-            stored = asdict(FeatureConfig(**origin["feature_config"]))
-            features = replace(features, **fields_of_checkpoint(stored, given))
-            stored = asdict(ModelConfig(**origin["model_config"]))
-            model = replace(model, **fields_of_checkpoint(stored, given))
         model = replace(model, feature_size=features.feature_size, char_head=train.char_weight > 0)
         if not train.has_ctc:
             model = replace(model, ctc_split=0)  # the head exists only if a loss uses it

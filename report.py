@@ -9,8 +9,9 @@ tools.bench` uses the reader, the curves and the profile. Arguments are plain va
 dataclasses: no model, no group of ranks.
 
 log.jsonl has one object a line; `event` is start, step, epoch, eval or end. A step, an epoch and
-an eval carry `epoch`, from 1, and `step`; a step and an eval also `epochs`, which is fractional,
-and `hours`, the time spent in steps and evaluations since the run began, over all restarts.
+an eval carry `epoch`, from 1 (0 in an eval before the first step), and `step`; a step and an eval
+also `epochs`, which is fractional, and `hours`, the time spent in steps and evaluations since the
+run began, over all restarts.
 """
 
 import json
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -52,6 +54,20 @@ def read_run(out: Path) -> tuple[list[dict], list[dict]]:
     records = list(read_log(out / "log.jsonl"))
     steps, evals = ([r for r in records if r["event"] == kind] for kind in ("step", "eval"))
     return steps, evals
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """An OSError of writing does not name the file: raises another one that does."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{path} could not be written: {error.strerror}") from error
+
+
+def transducer_evals(evals: Sequence[dict]) -> list[dict]:
+    """Evaluations without those of the CTC head, whose WER says nothing about the transducer."""
+    return [e for e in evals if e.get("search") != "ctc"]
 
 
 def plot_means(row: Sequence[Any], parts: Sequence[list[dict]], key: str, colour: str,
@@ -97,7 +113,8 @@ def draw_curves(runs: dict[str, tuple[list[dict], list[dict]]], png: Path) -> No
         ax.set(xlabel=label, xlim=(0, None))
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     axes[0, 1].legend(loc="upper right")
-    figure.savefig(png)
+    with named_in_errors(png):
+        figure.savefig(png)
 
 
 # ------------------------------------------------------------------------------------- the machine
@@ -201,11 +218,8 @@ class Log:
 
     def append(self, name: str, line: str) -> None:
         path = self.out / name
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:  # an error of writing does not name the file
-            raise type(error)(f"{path} could not be written: {error.strerror}") from error
+        with named_in_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def write(self, event: str, **values: Any) -> None:
         """Appends a record to log.jsonl and hands its floats to TensorBoard."""
@@ -213,8 +227,9 @@ class Log:
             return
         self.append("log.jsonl", to_json({"event": event, **values}))
         if self.open_board is not None:
-            # purge_step hides the steps that a killed run wrote after its last checkpoint.
-            self.board = self.board or self.open_board(self.out, purge_step=values["step"])
+            # purge_step hides the steps that a killed run wrote after its last checkpoint: those
+            # from this number on.
+            self.board = self.board or self.open_board(self.out, purge_step=values["step"] + 1)
             for key, value in values.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self.board.add_scalar(f"{event}/{key}", value, values["step"])
@@ -260,7 +275,8 @@ class Log:
         kept = [json.dumps(record) + "\n" for record in read_log(path)
                 if record["step"] <= (evaluated if record["event"] == "eval" else step)]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        with named_in_errors(partial):
+            partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
 
 
@@ -354,15 +370,19 @@ class Monitor:
         log_every: steps between lines on the console; log.jsonl gets all.
     """
 
-    PROJECTION_STEPS = 50  # after this many steps of this process its remaining time is projected
+    PROJECTION_STEPS = 50  # the remaining time is projected after so many steps of one loss
 
     def __init__(self, log: Log, steps_per_epoch: int, epochs: int, log_every: int) -> None:
         self.log, self.steps_per_epoch, self.epochs = log, steps_per_epoch, epochs
         self.log_every = log_every
-        self.started, self.steps = time.monotonic(), 0  # of this process
+        self.begin_loss()
         self.signs: set[str] = set()  # the signs that were present when last checked
         self.grad_norms: deque[float] = deque(maxlen=100)  # of the last steps
         self.waits: deque[float] = deque(maxlen=100)  # for data, as shares of the last steps
+
+    def begin_loss(self) -> None:
+        """Forgets what later steps, which minimise another loss, cannot be compared with."""
+        self.steps, self.seconds = 0, 0.0  # of this process
         self.epoch_loss = math.inf  # mean of the last epoch
 
     def step(self, batch: int, **record: Any) -> None:
@@ -379,11 +399,12 @@ class Monitor:
             )
         self.check_gradient(record["grad_norm"])
         self.check_waiting(record["data_s"] / record["step_s"])
-        self.steps += 1
+        self.steps, self.seconds = self.steps + 1, self.seconds + record["step_s"]
         if self.steps == self.PROJECTION_STEPS:
             left = (self.epochs - record["epoch"] + 1) * self.steps_per_epoch - batch
-            hours = (time.monotonic() - self.started) * left / self.steps / 3600
-            self.log.say(f"projected: {hours:.2f} h for the rest of {self.epochs} epochs")
+            hours = self.seconds * left / self.steps / 3600
+            self.log.say(f"projected: {hours:.2f} h for the rest of {self.epochs} epochs, if their "
+                         "steps take as long")
 
     def epoch(self, best_wer: float, left_out: int, num_unaligned: int = 0, **record: Any) -> None:
         """Writes an epoch's record and compares its loss with that of the epoch before.
@@ -470,6 +491,7 @@ STAGES = {
     "oneDNN LSTM": ("aten::lstm", "autograd::engine::evaluate_function: MkldnnRnnLayerBackward0"),
     "joint network": ("JointCosts", "autograd::engine::evaluate_function: JointCostsBackward"),
     "lattice of the loss": ("lattice",),
+    "band of the lattice": ("ctc_band",),
     "optimiser": ("Optimizer.step#Lamb.step", "clip_gradients", "update_ema"),
     "waiting for data": ("enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__",
                          "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Leads from a clone to a transcript: set up, prepare a corpus, train, score the dev split, transcribe three files.
+# Leads from a clone to a transcript: set up, prepare a corpus, train, score the dev split, print transcripts.
 #
 #   bash run.sh                                   the demo corpus, one process for each NUMA node (two on two cores)
 #   RANKS=2 bash run.sh --epochs 20               two ranks on this machine; flags go to train.py and win
@@ -33,18 +33,22 @@ DRY_RUN=${DRY_RUN:-0}            # 1: decide and print only
 PYTHON=$VENV/bin/python
 
 # ---- functions ----
+# Ends run.sh if there is neither an environment nor a python3 of the system that could make one.
+check_python() {
+  if [[ -x $PYTHON ]]; then return; fi
+  command -v python3 >/dev/null || { printf 'run.sh: there is no python3; install 3.10 or later\n' >&2; exit 2; }
+  VENV=$VENV python3 -c 'import os, sys
+if sys.version_info < (3, 10): sys.exit("run.sh: python3 is older than 3.10; make the environment with a newer one, for "
+                                        "example python3.12 -m venv " + os.environ["VENV"])' || exit 2
+}
+
 # launch TASK ...: replaces this shell by tools/launch.py, which makes every decision. Before the set-up, the python3 of
 # the system runs it.
 launch() {
   local python=$PYTHON
+  check_python
+  if [[ ! -x $python ]]; then python=python3; fi
   export RANKS HOSTS LAUNCHER BACKEND SSH VENV CORPUS DATA OUT DRY_RUN
-  if [[ ! -x $python ]]; then
-    python=python3
-    command -v python3 >/dev/null || { printf 'run.sh: there is no python3; install 3.10 or later\n' >&2; exit 2; }
-    python3 -c 'import os, sys
-if sys.version_info < (3, 10): sys.exit("run.sh: python3 is older than 3.10; make the environment with a newer one, for "
-                                        "example python3.12 -m venv " + os.environ["VENV"])' || exit 2
-  fi
   exec "$python" -B -m tools.launch "$@"
 }
 
@@ -55,6 +59,7 @@ is_set_up() {
 
 set_up() {
   if is_set_up; then return; fi
+  check_python
   # Several tasks of a batch job may come here: the first one installs, holding a lock by file descriptor 9.
   mkdir -p "$VENV"
   exec 9>>"$VENV/lock"
@@ -100,22 +105,6 @@ trap 'stop 2' INT
 trap 'stop 10' USR1
 trap 'stop 15' TERM
 
-# transcribe DATA DEV_SPLIT OUT: prints the transcripts of three files, each with its reference.
-transcribe() {
-  local folder=$1/$2 checkpoint=$3/best.pt path text utterance
-  set --
-  for path in "$folder"/*/*/*-*-*; do # SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac
-    if [[ $path != *.txt && $# -lt 3 ]]; then set -- "$@" "$path"; fi
-  done
-  run_step "$PYTHON" decode.py --checkpoint "$checkpoint" "$@" >"$work/transcripts"
-  while IFS=$'\t' read -r path text; do
-    utterance=${path##*/}
-    utterance=${utterance%.*}
-    printf '%s\n  hypothesis  %s\n  reference   %s\n' "$path" "$text" \
-      "$(sed -n "s/^$utterance //p" "${path%/*}/${utterance%-*}.trans.txt")"
-  done <"$work/transcripts"
-}
-
 # ---- help and tests ----
 if [[ ${1-} != test && " $* " == *" --help "* ]]; then set -- --help; fi
 case ${1-} in
@@ -159,8 +148,9 @@ run_step "${plan[@]:6}"
 if [[ ${plan[5]} != score ]]; then exit; fi # the first task of srun scores
 # One process scores, so it takes the cores of all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
-run_step "$PYTHON" decode.py --checkpoint "$out/best.pt" --data "$data" --split "$dev_split"
-transcribe "$data" "$dev_split" "$out"
+hypotheses=$out/$(basename -- "$dev_split").tsv
+run_step "$PYTHON" decode.py --checkpoint "$out/best.pt" --data "$data" --split "$dev_split" --hypotheses "$hypotheses"
+awk -F '\t' 'NR > 1 && NR < 5 {printf "%s\n  hypothesis  %s\n  reference   %s\n", $1, $2, $3}' "$hypotheses"
 printf 'transcribe a file of your own instead of my.wav, or five seconds from the microphone:\n'
 printf '  %s%q decode.py --checkpoint %q %s\n' '' "$PYTHON" "$out/best.pt" my.wav \
   'arecord -q -f S16_LE -r 16000 -c 1 -d 5 | ' "$PYTHON" "$out/best.pt" -

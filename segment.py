@@ -38,9 +38,9 @@ SHORTEST_FRAMES = 15  # a shorter sound is a click
 def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
     """Files as given, and all audio below the folders, by name.
 
-    Folders whose names begin with a dot are hidden: they are passed over. Prints on stderr how many
-    other files a folder has. Returns also the number of folders that cannot be read, or have no
-    audio; each is named on stderr.
+    Files and folders whose names begin with a dot are hidden: they are passed over. Prints on
+    stderr how many other files a folder has. Returns also the number of folders that cannot be
+    read, or have no audio; each is named on stderr.
     """
     files: list[str] = []
     errors: list[OSError] = []
@@ -53,7 +53,8 @@ def list_audio(paths: Sequence[str]) -> tuple[list[str], int]:
                 continue
             visited.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            inside += (str(Path(folder, name)) for name in names if is_audio(name))
+            inside += (str(Path(folder, name)) for name in names if is_audio(name)
+                       and not name.startswith("."))
             others.update(Path(name).suffix or "none" for name in names if not is_audio(name)
                           and not is_transcript(name) and not name.startswith("."))
         files += sorted(inside) if os.path.isdir(path) else [path]

@@ -107,7 +107,7 @@ class State:
     seconds: float = 0.0  # spent in steps and evaluations, over all restarts
     best_wer: float = math.inf
     best_cer: float = math.inf  # of the evaluation with the best WER
-    evaluated: int = 0  # step of the newest evaluation; -1 asks for one before the first step
+    evaluated: int = 0  # step of the newest evaluation; -1 asks for one before the next epoch
 
     def count_step(self, result: StepResult, step_s: float, utterances: int) -> None:
         self.step, self.batch = self.step + 1, self.batch + 1
@@ -141,6 +141,8 @@ def run_facts(cfg: TrainConfig, model_cfg: ModelConfig, features: FeatureConfig,
         "sampling_facts": {
             "utterances of a step": cfg.global_batch(ranks.world),
             "seed": cfg.seed, "training set": data.describe_corpus(train),
+            # Background makes recordings longer, and buckets hold recordings of similar length.
+            "ramp_begin": cfg.ramp_begin, "ramp_epochs": cfg.ramp_epochs,
         },
         "dev_facts": data.describe_corpus(dev),
     }
@@ -214,7 +216,10 @@ def to_checkpoint(run: Run, state: State) -> dict:
         "optimizer": trainer.optimizer.state_dict(),
         "state": asdict(state),
         **run.facts,
-        "train_config": asdict(trainer.cfg) | {"train_splits": list(trainer.cfg.train_splits)},
+        "train_config": asdict(trainer.cfg) | {
+            "train_splits": list(trainer.cfg.train_splits),
+            "init": trainer.cfg.init and str(Path(trainer.cfg.init).resolve()),
+        },
         "model_config": asdict(trainer.model.cfg),
         "feature_config": asdict(run.features) | {"max_utterance_s": longest_s},
         "tokenizer": torch.frombuffer(bytearray(run.tokenizer.model), dtype=torch.uint8),
@@ -234,7 +239,7 @@ def from_checkpoint(run: Run, checkpoint: dict) -> State:
     say(f"resumed at step {state.step}, epoch {state.epoch}")
     if checkpoint["dev_facts"] != run.facts["dev_facts"]:
         say("the dev split is another one: its WER has yet to be measured")
-        state.best_wer, state.evaluated = math.inf, 0
+        state.best_wer, state.evaluated = math.inf, -1
     now, before = run.facts["sampling_facts"], checkpoint["sampling_facts"]
     if now != before and state.batch > 0:
         state.begin_next_epoch()
@@ -272,7 +277,8 @@ def save(run: Run, state: State, is_best: bool = False) -> None:
     if run.trainer.ranks.rank != 0:
         return
     out, contents = Path(run.trainer.cfg.out), to_checkpoint(run, state)
-    # best.pt first: a run that is killed between the two evaluates again and writes both.
+    # best.pt first: a run that is killed between the two, at the end of an epoch, evaluates again
+    # and writes both.
     if is_best:
         save_checkpoint(out / "best.pt", contents)
     path = out / f"checkpoint-{state.step:08d}.pt"
@@ -299,7 +305,7 @@ class Stopper:
 
     def __init__(self, ranks: Ranks, time_limit_s: float, log: Log) -> None:
         self.ranks, self.time_limit_s, self.log = ranks, time_limit_s, log
-        self.started, self.steps = time.monotonic(), 0  # of this process
+        self.started, self.steps = time.monotonic(), 0  # of this process, after its set-up
         self.signal, self.signal_time = 0, 0.0  # the last one of STOP_SIGNALS
         self.reason = ""  # why the run stops, empty as long as it goes on
 
@@ -376,7 +382,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         log.mllog("epoch_start", epoch_num=epoch)
         run = run._replace(trainer=begin_epoch(run.trainer, epoch))
         if cfg.is_ctc_alone(epoch) != cfg.is_ctc_alone(epoch - 1):
-            run.monitor.epoch_loss = math.inf  # another loss: no comparison with the last epoch
+            run.monitor.begin_loss()
         started = saved_at = time.monotonic()
         for batches in stopper.until_stop(shown_steps(run, state)):
             data_s = time.monotonic() - started
@@ -403,10 +409,7 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
             started = time.monotonic()
         log.mllog("epoch_stop", epoch_num=epoch)
         if not stopper.reason:
-            run.monitor.epoch(state.best_wer, state.left_out, epoch=epoch, step=state.step,
-                              loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s,
-                              num_unaligned=state.num_unaligned)
-            state.begin_next_epoch()
+            end_epoch(run, state, stopper)
         save(run, state)
         if stopper.reason in ("", "time limit"):
             evaluate_and_save(run, state)
@@ -414,6 +417,16 @@ def run_epochs(run: Run, state: State, stopper: Stopper) -> str:
         if stopper.reason:
             break
     return stopper.reason or ("target wer" if cfg.is_target(state.best_wer) else "epochs")
+
+
+def end_epoch(run: Run, state: State, stopper: Stopper) -> None:
+    """Writes the record of an epoch whose steps are all done, and goes on to the next one."""
+    run.monitor.epoch(state.best_wer, state.left_out, epoch=state.epoch, step=state.step,
+                      loss=state.loss, utts_per_s=state.utts_per_s, seconds=state.epoch_s,
+                      num_unaligned=state.num_unaligned)
+    if state.epoch < run.trainer.cfg.epochs:
+        stopper.should_stop()  # a signal in the last step may leave no time for an evaluation
+    state.begin_next_epoch()
 
 
 def loss_fields(run: Run, result: StepResult) -> dict:
@@ -435,7 +448,7 @@ def shown_steps(run: Run, state: State) -> Iterable[list[Batch]]:
     steps = epoch_steps(run.train, run.tokenizer, run.features, cfg, ranks, state.epoch,
                         first_step=state.batch)
     left = run.steps_per_epoch - state.batch
-    # Only the first epoch with enough steps left is profiled.
+    # The first epoch of every loss that has enough steps left is profiled.
     is_first = run.monitor.steps < report.PROFILE_STEPS <= left
     if cfg.profile and ranks.rank == 0 and is_first:
         steps = report.profile_steps(steps, left, run.log)
@@ -448,7 +461,8 @@ def evaluate_and_save(run: Run, state: State, is_last: bool = False) -> None:
 
     It is due after every `eval_epochs`, within an epoch, and when the run ends, `is_last`.
     """
-    is_due = is_last or state.batch > 0 or run.trainer.cfg.is_scored(state.epoch - 1)
+    is_due = (is_last or state.batch > 0 or state.evaluated < 0
+              or run.trainer.cfg.is_scored(state.epoch - 1))
     if state.evaluated == state.step or not is_due:
         return
     if state.step == 0:

@@ -60,6 +60,14 @@ class Transcription(NamedTuple):
         return [word for segment in self.segments for word in segment.words]
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes a text file; an OSError names it."""
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise type(error)(f"{path} could not be written: {error.strerror}") from error
+
+
 # ----------------------------------------------------------------------------- tables of words
 
 
@@ -77,7 +85,7 @@ def write_ctm(path: str, transcriptions: Sequence[Transcription], frame_s: float
         for w in t.words:
             lines.append(f"{name} 1 {w.start_s:.3f} {w.end_s - w.start_s:.3f} "
                          f"{w.text} {w.confidence:.3f}\n")
-    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    write_text(path, "".join(lines))
 
 
 def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: float) -> None:
@@ -88,7 +96,7 @@ def write_json(path: str, transcriptions: Sequence[Transcription], frame_s: floa
     files = [{"path": t.path, "text": t.text, "words": [w._asdict() for w in t.words]}
              for t in transcriptions]
     text = json.dumps({"precision_s": frame_s, "files": files}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 # ------------------------------------------------------------------------------------- subtitles
@@ -144,14 +152,14 @@ def write_srt(path: str, transcription: Transcription) -> None:
     """SubRip: number, times and text of each cue, then an empty line."""
     lines = [f"{number}\n{clock(cue.start_s, ',')} --> {clock(cue.end_s, ',')}\n{cue.text}\n\n"
              for number, cue in enumerate(make_cues(transcription), 1)]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def write_vtt(path: str, transcription: Transcription) -> None:
     """WebVTT (W3C): times and text of each cue, then an empty line."""
     lines = [f"{clock(cue.start_s, '.')} --> {clock(cue.end_s, '.')}\n"
              f"{html.escape(cue.text, quote=False)}\n\n" for cue in make_cues(transcription)]
-    Path(path).write_text("".join(["WEBVTT\n\n", *lines]), encoding="utf-8")
+    write_text(path, "".join(["WEBVTT\n\n", *lines]))
 
 
 # --------------------------------------------------------------------------------------- picture

@@ -432,7 +432,8 @@ def test_decode_starts_without_importing_matplotlib():
 
 
 def test_a_folder_stands_for_all_audio_below_it_by_name(scene, main, tmp_path):
-    for name in ("b/a.flac", "A.FLAC", "notes.txt", "._a.flac", "a.raw", ".b/a.flac", "LICENSE"):
+    for name in ("b/a.flac", "A.FLAC", "notes.txt", "._a.flac", "a.raw", ".b/a.flac", "LICENSE",
+                 ".c.flac"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(scene.audio[0].read_bytes())
@@ -525,9 +526,22 @@ def test_files_that_cannot_be_written_are_named_before_decoding(
 ):
     monkeypatch.setattr(decode, "greedy_search", None)
     argv = ["--data", scene.root, "--split", "dev"] if flag == "--hypotheses" else scene.audio[:1]
-    status, printed, errors = main(*argv, flag, tmp_path / "no" / "file")
+    status, printed, errors = main(*argv, flag, tmp_path / "no" / "file.png")
     assert (status, printed) == (1, "")
-    assert f"{tmp_path}/no/file" in errors
+    assert f"{tmp_path}/no/file.png" in errors
+
+
+def test_a_full_disk_names_the_file_that_could_not_be_written(scene, main):
+    _, _, errors = main(scene.audio[0], "--json", "/dev/full")
+    assert errors == "/dev/full could not be written: No space left on device\n"
+
+
+def test_a_program_may_read_the_words_from_a_fifo(scene, main, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen(["cat", tmp_path / "fifo"], stdout=subprocess.PIPE) as reader:
+        assert main(scene.audio[0], "--json", tmp_path / "fifo")[0] == 0
+        (file,) = json.loads(reader.communicate(timeout=300)[0])["files"]
+    assert file["text"] == scene.texts[0]
 
 
 @pytest.fixture(scope="module")
@@ -637,6 +651,8 @@ def test_a_split_with_errors_is_not_scored(scene, main):
         (["--stream", "--pause-s", "0"], "--pause-s: 0.0, expected more than 0"),
         (["a.flac", "--pause-s", "2"], "--pause-s: 2.0, expected more than 0, and --stream"),
         (["a.flac", "--batch-size", "0"], "--batch-size: 0, expected at least 1"),
+        (["--stream", "--batch-size", "8"], "--batch-size: 8, expected at least 1, and no --s"),
+        (["a.flac", "--plot", "a"], "--plot: a, expected a name that ends in .png, .pdf or .svg"),
         (["a.flac", "--batch", "4"], "unrecognized arguments: --batch 4"),  # no abbreviations
     ],
 )

@@ -184,7 +184,8 @@ def assert_complete(root):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Of all files of a folder but its lock."""
+    return sorted({path.name for path in folder.iterdir()} - {".lock"})
 
 
 # -------------------------------------------------------------------------------- without failure

@@ -20,7 +20,8 @@ import recipe
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from model import PRESETS
-from recipe import TrainConfig
+from recipe import TrainConfig, make_configs
+from tools import tune
 
 # The flags of a short run without those of the model, which the checkpoint of --init has.
 SHORT = [
@@ -241,6 +242,21 @@ def test_a_run_that_is_older_than_the_ctc_heads_goes_on_without_them():
     kept, start = train.find_origin(cfg, (Path("checkpoint-00000001.pt"), checkpoint))
     assert kept is checkpoint
     assert start == {"ctc_epochs": 0, "ramp_begin": 0, "ramp_epochs": 0}
+
+
+def test_flags_are_checked_against_the_sizes_of_the_checkpoint(origin):
+    stored = load_checkpoint(origin)
+    stored["feature_config"] |= {"num_mels": 128}
+    stored["model_config"] |= {"feature_size": 384}
+    given = dict(data="", train_splits=(), dev_split="", out="", freq_mask_max=100)
+    _, model, features = make_configs(given, stored)
+    assert (features.num_mels, features.freq_mask_max, model.feature_size) == (128, 100, 384)
+
+
+def test_a_search_from_a_checkpoint_has_its_defaults(origin):
+    values = tune.parse(["--data", "", "--train-splits", "", "--dev-split", "", "--out", "",
+                         "--init", str(origin)])
+    assert (values["preset"], values["enc_hidden"], values["ctc_epochs"]) == ("demo", 16, 0)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import data
 from loss import joint_transducer_loss
 from model import PRESETS
 from recipe import parse_configs
-from tools import ladder, measure
+from tools import ladder, measure, tune
 from tools.ladder import Rung
 
 
@@ -123,6 +123,19 @@ def test_report_of_a_ladder(tmp_path, monkeypatch, capsys):
     assert "apart by 0.0 % (median), 20.0 % at most" in "\n".join(lines)
     assert any(line.startswith("49 epochs of train-clean-100 take 1.4 hours") for line in lines)
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
+def test_the_wer_of_the_ctc_head_is_not_that_of_the_run(tmp_path):
+    evals = [{"event": "eval", "epoch": 1, "wer": 0.5, "cer": 0.2, "search": "ctc"},
+             {"event": "eval", "epoch": 2, "wer": 0.9, "cer": 0.8, "search": "transducer"}]
+    (tmp_path / "log.jsonl").write_text(json.dumps(evals[0]) + "\n")
+    with pytest.raises(ValueError, match="log.jsonl: no evaluation of the transducer yet"):
+        ladder.epochs_to(tmp_path, 0.6)
+    assert tune.read_evals(tmp_path) == []
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, evals)))
+    assert ladder.epochs_to(tmp_path, 0.6) == {"epochs": None, "ran": 2, "best_wer": 0.9,
+                                               "best_cer": 0.8}
+    assert tune.read_evals(tmp_path) == evals[1:]
 
 
 @pytest.mark.slow

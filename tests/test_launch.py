@@ -630,6 +630,16 @@ def test_knobs_that_contradict_srun_are_an_error(knob, value):
         decide(machine(), **JOB, SLURM_STEP_ID="0", **{knob: value})
 
 
+def test_the_hosts_file_is_checked_unless_srun_chooses_the_hosts(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("not:a host\n")
+    knobs = {name: choices[0] for name, choices in launch.CHOICES.items()}
+    monkeypatch.setattr(os, "environ", {**knobs, "RANKS": "", "HOSTS": str(tmp_path / "hosts")})
+    with pytest.raises(ValueError, match="hosts:1: "):
+        launch.main(["check"])
+    os.environ.update(JOB, SLURM_STEP_ID="0")
+    assert launch.main(["check"]) == 0
+
+
 # ---- corpus and output ------------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ def test_help_tells_what_every_flag_does_and_its_default(capsys):
     with pytest.raises(SystemExit):
         parse_configs(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "factor per epoch after warm-up and hold (0.935)" in said
+    assert "factor per epoch after these, without hold_share (0.935)" in said
     assert "--stack STACK frames that StackTime concatenates (8)" in said  # of the default preset
     assert "of the utterance's own length (0.03)" in said
     assert re.search(r"--num-buckets NUM_BUCKETS [^-]*\(12\)", said)

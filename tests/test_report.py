@@ -205,13 +205,13 @@ def test_blank_hypotheses_and_a_useless_wer_are_warned_of(
 
 
 def test_the_time_that_is_left_is_projected_from_the_steps_of_this_process(monitor, capsys):
-    monitor.started = time.monotonic() - 50 * 3600  # an hour a step
+    monitor.seconds = 48 * 3600  # an hour a step
     monitor.steps = 48  # the next step is the 49th
     for batch in (1, 2, 3):
-        monitor.step(batch, **step(batch, 2))
+        monitor.step(batch, **step(batch, 2, step_s=3600.0))
     # Six of three epochs of four steps are done when 50 steps of this process are.
     assert re.findall("projected: .*", capsys.readouterr().out) == [
-        "projected: 6.00 h for the rest of 3 epochs"
+        "projected: 6.00 h for the rest of 3 epochs, if their steps take as long"
     ]
 
 
@@ -227,8 +227,9 @@ class Terminal(io.StringIO):
 def shown(corpus, tmp_path_factory):
     """Run directory, standard output and standard error of a run with --profile on a terminal."""
     out = tmp_path_factory.mktemp("shown")
-    argv = ["--data", corpus, "--out", out, *TINY, "--batch-size", 1, "--epochs", 2,
-            "--profile", "--log-every", 1]
+    argv = ["--data", corpus, "--out", out, *TINY, "--batch-size", 1, "--epochs", 4,
+            "--profile", "--log-every", 1, "--ctc-epochs", 1, "--ctc-weight", 0.3,
+            "--lattice-band", 4]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
         patch.setattr(sys, "stderr", Terminal())
@@ -250,7 +251,7 @@ def test_curves_are_drawn(shown):
 
 def test_the_profile_has_table_trace_and_shares(shown):
     folder, out, _ = shown
-    assert out.count("Self CPU %") == 1  # in the first epoch only
+    assert out.count("Self CPU %") == 2  # in the first epochs with and without the transducer
     spent = defaultdict(list)  # name -> seconds of each event
     for e in json.loads((folder / "trace.json").read_text())["traceEvents"]:
         if "dur" in e:
@@ -259,7 +260,7 @@ def test_the_profile_has_table_trace_and_shares(shown):
     for name in sum(report.STAGES.values(), ()):
         # Three LSTM stacks, of which one has a loop of its own for some shapes; other names once.
         assert len(spent[name]) in (5, 10, 15) or "MultiProcessing" in name, name
-    (line,) = [line for line in out.splitlines() if line.startswith("profile: 5 steps took")]
+    _, line = [line for line in out.splitlines() if line.startswith("profile: 5 steps took")]
     assert "Communication was under way 0.0 % of the time" in line  # one rank
     parts = line.split(". ")[0].split(": ")[2]
     shares = {part.strip(): float(share) for part, share in

@@ -427,6 +427,21 @@ def test_ranks_that_share_the_batch_of_one_go_on_at_its_next_step(corpus, tmp_pa
     assert [e["epoch"] for e in events(tmp_path, "epoch")] == [1, 2, 3]
 
 
+def test_a_signal_in_the_last_step_of_an_epoch_stops_before_the_evaluation(run, whole, tmp_path):
+    """The evaluation of a large dev split may take longer than the launcher waits."""
+    assert run(tmp_path, at={8: send(signal.SIGTERM)}) == 143
+    assert [e["epoch"] for e in events(tmp_path, "eval")] == [1]
+    assert checkpoints(tmp_path)[-1] == "checkpoint-00000008.pt"
+    assert run(tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, whole())
+
+
+def test_another_dev_split_is_evaluated_before_the_next_epoch(run, tmp_path):
+    run(tmp_path, "--eval-epochs", 3, at={6: send(signal.SIGTERM)})
+    assert run(tmp_path, "--resume", "--eval-epochs", 3, "--dev-split", "train") == 0
+    assert [e["step"] for e in events(tmp_path, "eval")] == [8, 12]
+
+
 # -------------------------------------------------------------------------- damage and full disks
 
 

@@ -41,6 +41,7 @@ KINDS = {
     "convolutions": (12, {"conv_layers": 2, "conv_channels": 2}, {}),
     "look-ahead": (20, {"look_ahead": 12}, {}),
     "wide window": (7, {"normalization": True}, {"window": 512}),
+    "short steps": (7, {"stack": 1}, {"window": 400}),
 }
 
 

@@ -54,10 +54,10 @@ def bar_options() -> dict:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder, then holds it. A killed process releases its lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """Waits for the lock of a folder, then holds it. A killed process releases its lock.
+
+    NFS locks files that are opened for writing for all its hosts, and folders for one host only.
+    """
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)

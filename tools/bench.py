@@ -457,7 +457,9 @@ def bench_curves(args: argparse.Namespace) -> None:
             print(f"{r['epoch']:>6}{r['hours']:>8.2f}{100 * r['wer']:>9.2f}{100 * cer:>9.2f}"
                   f"{nats:>9.1f}{rate:>8.1f}")
     report.draw_curves(runs, args.png)
-    best = {name: min(evals, key=lambda r: r["wer"]) for name, (_, evals) in runs.items()}
+    # A run that has trained the CTC head alone so far has no other evaluations.
+    best = {name: min(report.transducer_evals(evals) or evals, key=lambda r: r["wer"])
+            for name, (_, evals) in runs.items()}
     finish({name: {"best_wer": best[name]["wer"], "best_cer": best[name].get("cer"),
                    "hours": evals[-1]["hours"], "epochs": evals[-1]["epoch"]}
             for name, (_, evals) in runs.items()})

@@ -4,6 +4,7 @@
     make_demo(Path("data/demo"))  # or python -m tools.prepare demo data/demo
 """
 
+import contextlib
 import ctypes
 import random
 import re
@@ -13,7 +14,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,7 +182,7 @@ NOISE_DB = (-40.0, -20.0)  # level (RMS) of the noise, relative to that of the s
 PAUSE_S = (0.10, 0.20)  # before the first word and after the last
 
 
-@contextmanager
+@contextlib.contextmanager
 def late_interrupts() -> Iterator[None]:
     """Handles Ctrl-C after the body: ctypes prints and drops an exception of a callback from C."""
     pending: list[int] = []
@@ -346,14 +346,21 @@ def make_demo(root: Path, num_train: int = DEMO_TRAIN_UTTERANCES,
     recipe_file, unfinished = root / "recipe.txt", root / ".unfinished"
     start = time.perf_counter()
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        if not unfinished.exists():
-            if recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
-                print(f"{root}: is there already: {recipe}", end="")
-                return
-            if any(root.iterdir()):
-                raise FileExistsError(f"{root}: holds something other than {recipe.strip()}; "
-                                      "choose another folder")
+
+    def is_complete() -> bool:
+        return (not unfinished.exists() and recipe_file.is_file()
+                and recipe_file.read_text(encoding="utf-8") == recipe)
+
+    # A complete corpus may lie on a disk that nobody can write to.
+    with contextlib.nullcontext() if is_complete() else locked(root):
+        if is_complete():
+            print(f"{root}: is there already: {recipe}", end="")
+            return
+        # A file system that was just made has a folder lost+found.
+        others = {path.name for path in root.iterdir()} - {".lock", "lost+found"}
+        if others and not unfinished.exists():
+            raise FileExistsError(f"{root}: holds something other than {recipe.strip()}; choose "
+                                  "another folder")
         prompts = plan_demo(num_train, num_dev, seed)
         # The corpus is built inside of `root`, which may be a mount point. Each call creates
         # `unfinished` in an empty folder and removes it at the end: the files that stand beside it

@@ -283,7 +283,9 @@ def measure_rungs(args: argparse.Namespace, argv: Sequence[str], buckets: Sequen
 
 def epochs_to(folder: Path, target_wer: float) -> dict:
     """Epochs until a run reached `target_wer` or None, all its epochs, its best WER and its CER."""
-    evals = report.read_run(folder)[1]
+    evals = report.transducer_evals(report.read_run(folder)[1])
+    if not evals:
+        raise ValueError(f"{folder}/log.jsonl: no evaluation of the transducer yet")
     reached = next((row["epoch"] for row in evals if row["wer"] <= target_wer), None)
     best = min(evals, key=lambda row: row["wer"])
     return {"epochs": reached, "ran": evals[-1]["epoch"], "best_wer": best["wer"],

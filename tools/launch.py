@@ -613,7 +613,8 @@ def main(argv: Sequence[str]) -> int:
         return run_command(rest)
     if task == "check":
         check_knobs(env)
-        read_hosts_file(env["HOSTS"])
+        if count_tasks(env) == 1:  # the tasks of srun run where the batch system says
+            read_hosts_file(env["HOSTS"])
         return 0
     path, *flags = rest
     plan = decide(env, flags, read_machine(env))

@@ -17,13 +17,13 @@ The text is in capitals.
 """
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -92,7 +92,7 @@ LONGEST_WAIT_S = 60  # before the next request; the wait doubles from 2 s
 
 
 def progress(stream: BinaryIO, method: str, label: str, num_bytes: int,
-             start: int = 0) -> AbstractContextManager[BinaryIO]:
+             start: int = 0) -> contextlib.AbstractContextManager[BinaryIO]:
     """Wraps a stream: a tqdm bar counts, from `start`, the bytes that "read" or "write" moves."""
     return tqdm.wrapattr(stream, method, num_bytes, bytes=False, desc=label, initial=start,
                          unit="B", unit_scale=True, **bar_options())
@@ -280,7 +280,9 @@ def make_librispeech(root: Path, corpus: str, mirror: str, files: Sequence[Path]
         raise RuntimeError("unpacking needs Python 3.10.12, 3.11.4 or 3.12, or a later one: "
                            f"{sys.version.split()[0]} does not refuse members that lead outside")
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
+    # A complete corpus may lie on a disk that nobody can write to.
+    lock = locked(root) if find_missing(root, DOWNLOADS[corpus]) else contextlib.nullcontext()
+    with lock:
         missing = find_missing(root, DOWNLOADS[corpus])
         if files and (lacking := [f"{split}.tar.gz" for split in missing if split not in local]):
             raise ValueError(f"--archive lacks {', '.join(lacking)}")
@@ -372,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if check(args.root, args.splits) else 1
         if args.command == "import":
             rule = corpora.TextRule(args.keep_case, args.keep_punctuation)
+            corpora.read_source(args.source)  # before a folder is made for a source without a file
             args.root.mkdir(parents=True, exist_ok=True)
             with locked(args.root):
                 is_whole = corpora.import_split(args.source, args.root, args.split, rule)

@@ -17,6 +17,7 @@ TPE is Bergstra et al. (2011), the median rule of pruning Golovin et al. (2017),
 import argparse
 import contextlib
 import fcntl
+import functools
 import io
 import itertools
 import json
@@ -50,8 +51,9 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from recipe import parse_configs
-from report import read_run
+from checkpoint import load_checkpoint
+from recipe import make_configs, parse_flags
+from report import read_run, transducer_evals
 from tools import launch
 from train import EXIT_STATUS
 
@@ -214,12 +216,17 @@ def flags(params: dict[str, object]) -> list[str]:
     return argv
 
 
+read_origin = functools.cache(load_checkpoint)  # a search parses the flags of every trial
+
+
 def parse(argv: Sequence[str]) -> dict:
     """Values of all fields for arguments of train.py; ValueError has its parser's message."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            configs = parse_configs(argv)
+            given = parse_flags(argv)
+            origin = read_origin(given["init"]) if "init" in given else None
+            configs = make_configs(given, origin)
     except SystemExit:
         raise ValueError(output.getvalue().strip().splitlines()[-1]) from None
     return {name: value for config in configs for name, value in asdict(config).items()}
@@ -297,7 +304,7 @@ def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 def read_evals(folder: Path) -> list[dict]:
-    return read_run(folder)[1] if (folder / "log.jsonl").exists() else []
+    return transducer_evals(read_run(folder)[1]) if (folder / "log.jsonl").exists() else []
 
 
 def prune_reason(study: optuna.Study, number: int, wers: dict[str, float]) -> str | None:
