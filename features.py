@@ -73,7 +73,7 @@ class FeatureConfig:
     band_prob: float = 0.0  # share of recordings cut off above 3.4, 4 or 5.5 kHz; training only
     pad_max_s: float = 0.0  # longest silence or faint noise added at either end; training only
     empty_prob: float = 0.0  # share that becomes silence or noise, without words; training only
-    noise_prob: float = 0.0  # share of recordings with added noise, white to pink; training only
+    noise_prob: float = 0.0  # share of recordings with added noise, white to red; training only
     snr_min_db: float = 5.0  # smallest signal-to-noise ratio of noise_prob, in decibels
     snr_max_db: float = 40.0  # largest signal-to-noise ratio; the draw is uniform in decibels
     gain_db: float = 0.0  # largest change of level, up or down; training only
@@ -380,21 +380,23 @@ def white_noise() -> np.ndarray:
 
 
 @functools.cache
-def pink_noise() -> np.ndarray:
-    """2^20 numbers of deviation 1 whose power per hertz falls with 1 / frequency.
+def coloured_noise(fall: int) -> np.ndarray:
+    """2^20 numbers of deviation 1 whose power per hertz is that of 1 / frequency^fall.
 
-    It is constant below a 400th of the band, 20 Hz at a rate of 16 kHz.
+    Noise is called pink for a fall of 1 and red for 2. The power is constant below a 4000th of the
+    band, 2 Hz at a rate of 16 kHz.
     """
     spectrum = torch.fft.rfft(torch.from_numpy(white_noise()))  # (2^19 + 1,)
-    spectrum /= torch.arange(len(spectrum)).clamp_min(len(spectrum) // 400).sqrt()
-    pink = torch.fft.irfft(spectrum)  # (2^20,)
-    return (pink / pink.std()).numpy()
+    spectrum /= torch.arange(len(spectrum)).clamp_min(len(spectrum) // 4000) ** (fall / 2)
+    noise = torch.fft.irfft(spectrum)  # (2^20,)
+    return (noise / noise.std()).numpy()
 
 
 def make_tables(cfg: FeatureConfig) -> None:
     """Computes tables of noise and filters once, for all workers that will be forked."""
     white_noise()
-    pink_noise()
+    coloured_noise(1)
+    coloured_noise(2)
     mel_filters(cfg)
 
 
@@ -407,11 +409,12 @@ def excerpt(table: np.ndarray, start: int, count: int) -> np.ndarray:
 
 
 def draw_noise(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count,) noise of deviation 1: white and pink noise with random shares of the power."""
-    pink_share = rng.random()
-    white_start, pink_start = rng.integers(2**20, size=2).tolist()
-    noise = math.sqrt(1 - pink_share) * excerpt(white_noise(), white_start, count)
-    noise += math.sqrt(pink_share) * excerpt(pink_noise(), pink_start, count)
+    """(count,) noise of deviation about 1: white noise, and pink or red noise with a random share
+    of the power."""
+    share = rng.random()
+    white_start, start, is_red = rng.integers((2**20, 2**20, 2)).tolist()
+    noise = math.sqrt(1 - share) * excerpt(white_noise(), white_start, count)
+    noise += math.sqrt(share) * excerpt(coloured_noise(2 if is_red else 1), start, count)
     return noise
 
 

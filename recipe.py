@@ -175,7 +175,7 @@ RECIPES = {
     "demo": CTC_RECIPE | dict(
         epochs=12, eval_epochs=3, batch_size=16, lr=0.004, ema_decay=0.99, ctc_epochs=2,
         ctc_split=2, lattice_band=0, ramp_begin=2, ramp_epochs=6, noise_prob=0.5, pad_max_s=1.0,
-        empty_prob=0.06, gain_db=20.0, band_prob=0.2, trim_db=-50.0,
+        empty_prob=0.08, gain_db=20.0, band_prob=0.2, trim_db=-50.0,
     ),
 }
 

@@ -516,9 +516,9 @@ def test_every_epoch_has_all_utterances_in_an_order_of_its_own(epoch_ids):
 
 def test_the_tables_of_the_front_end_are_made_before_the_workers(epoch_ids):
     """Otherwise every worker would make them anew in every epoch."""
-    front_end.pink_noise.cache_clear()
+    front_end.coloured_noise.cache_clear()
     epoch_ids()  # its flags add no noise
-    assert front_end.pink_noise.cache_info().currsize == 1
+    assert front_end.coloured_noise.cache_info().currsize == 2
 
 
 def test_ranks_and_micro_batches_share_the_utterances_of_a_step(epoch_ids):
