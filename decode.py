@@ -694,7 +694,7 @@ class Stream:
         # Frames at the chunk's ends would see its mirror image. The frames at its beginning have
         # been decoded; the frames at its end wait for their samples unless the sentence ends there.
         num_decoded = len(self.context) // self.cfg.hop + 1 - self.reach
-        mels = mels[max(0, num_decoded) if len(self.context) else 0 :]
+        mels = mels[max(0, num_decoded) :]
         if not is_last:
             mels = mels[: -self.reach]
         self.context = chunk[-2 * self.reach * self.cfg.hop :]

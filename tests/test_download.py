@@ -184,8 +184,7 @@ def assert_complete(root):
 
 
 def names(folder):
-    """Of all files of a folder but its lock."""
-    return sorted({path.name for path in folder.iterdir()} - {".lock"})
+    return sorted(path.name for path in folder.iterdir())
 
 
 # -------------------------------------------------------------------------------- without failure

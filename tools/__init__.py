@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -58,6 +58,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     NFS locks files that are opened for writing for all its hosts, and folders for one host only.
     """
-    with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    path, is_held = folder / ".lock", False
+    while not is_held:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):  # its last holder has deleted the file by now
+                is_held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            if is_held:
+                try:
+                    yield
+                finally:
+                    path.unlink()
