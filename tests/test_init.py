@@ -229,6 +229,14 @@ def test_a_run_goes_on_without_the_file_that_it_began_from(corpus, origin, tmp_p
         run_here(*run, "--init", "other.pt", "--resume")
 
 
+def test_a_run_goes_on_in_another_folder(corpus, origin, tmp_path, monkeypatch):
+    run = ["--data", corpus, "--out", tmp_path / "run", *SHORT]
+    monkeypatch.chdir(origin.parent)
+    assert run_here(*run, "--init", "best.pt", "--time-limit-s", "1e-6") == 75
+    monkeypatch.chdir(tmp_path)
+    assert run_here(*run, "--init", origin, "--resume", "--epochs", "1") == 0
+
+
 def test_a_run_from_random_weights_is_not_resumed_with_init(corpus, origin, tmp_path):
     run = ["--data", corpus, "--out", tmp_path, *TINY]
     assert run_here(*run, "--time-limit-s", "1e-6") == 75

@@ -214,6 +214,12 @@ def test_an_interruption_at_any_moment_is_mended(spoken, tmp_path, monkeypatch, 
     assert read_tree(tmp_path) == read_tree(spoken)
 
 
+def test_a_complete_corpus_may_lie_on_a_disk_that_nobody_can_write_to(spoken, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "locked", None)
+    demo.make_demo(spoken, **SIZES)
+    assert "is there already" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_second_call_waits_for_the_first(spoken, tmp_path):
     with locked(tmp_path):

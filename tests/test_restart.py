@@ -381,6 +381,13 @@ def test_another_training_set_or_seed_goes_on_at_the_next_epoch(run, own_corpus,
     assert [e["epoch"] for e in events(out, "step")] == [1] * 4 + [2] * 2 + [3] * 4
 
 
+def test_another_ramp_of_the_background_goes_on_at_the_next_epoch(run, tmp_path, capsys):
+    run(tmp_path, "--pad-max-s", 0.2, at={6: send(signal.SIGTERM)})
+    assert run(tmp_path, "--pad-max-s", 0.2, "--ramp-epochs", 4, "--resume") == 0
+    assert "ramp_epochs was 0.0, now 4.0: goes on at epoch 3" in capsys.readouterr().out
+    assert [e["epoch"] for e in events(tmp_path, "step")] == [1] * 4 + [2] * 2 + [3] * 4
+
+
 def test_a_run_is_locked_before_its_checkpoint_is_chosen(run, tmp_path, monkeypatch):
     """Another run could write newer checkpoints in between, which the lock's owner would delete."""
     calls = []
